@@ -1,1 +1,29 @@
-//! Place holder.
+//! Wire vocabulary and pure state machines shared by every Baton daemon.
+//!
+//! Nothing here knows about sockets, clocks, threads or async: bytes go in and
+//! values come out, events go in and effects come out. That is what lets the
+//! same code run in the daemons, in the tests and in a simulator.
+//!
+//! | module | noun |
+//! |---|---|
+//! | [`units`] | newtypes that keep two integers from being swapped |
+//! | [`version`] | wire versions; the enum's documentation is the changelog |
+//! | [`frame`] | the fixed request and reply headers |
+//! | [`message`] | opcodes and the bodies of HELLO, WELCOME and EVENT |
+//! | [`status`] | typed errors on the wire |
+//! | [`access`] | the access record: who may touch a volume, decided by epoch |
+//! | [`window`] | sequence numbers of one queue: each request takes effect once |
+
+pub mod access;
+pub mod frame;
+pub mod message;
+pub mod status;
+pub mod units;
+pub mod version;
+pub mod window;
+
+pub use frame::{FrameError, ReplyHeader, RequestHeader};
+pub use message::{AccessMode, Event, EventKind, Features, Hello, Opcode, Welcome};
+pub use status::Status;
+pub use units::{ByteSize, Epoch, QueueId, Seq, SessionId, VolumeId};
+pub use version::Version;

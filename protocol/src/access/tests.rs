@@ -1,0 +1,176 @@
+use super::*;
+use proptest::prelude::*;
+
+const A: &str = "host-a/vm1";
+const B: &str = "host-b/vm1";
+
+fn owned_by(name: &str, session: u64) -> AccessRecord {
+    let record = AccessRecord::new(VolumeId(7));
+    record.step(Input::Claim { name, session: SessionId(session) }).expect("free").record
+}
+
+fn fenced(nominee: Option<&str>) -> AccessRecord {
+    owned_by(A, 1).step(Input::Fence { term: None, nominee }).expect("fence").record
+}
+
+/// Every state against every input, written out: the outcome as a short text,
+/// so that a change of behaviour shows as a changed line.
+#[test]
+fn the_whole_matrix() {
+    let states = [
+        ("free", AccessRecord::new(VolumeId(7))),
+        ("A/1 e1", owned_by(A, 1)),
+        ("barred A e2", fenced(None)),
+        ("nominated B e2", fenced(Some(B))),
+    ];
+    let inputs: [(&str, Input<'_>); 11] = [
+        ("claim A/1", Input::Claim { name: A, session: SessionId(1) }),
+        ("claim A/2", Input::Claim { name: A, session: SessionId(2) }),
+        ("claim B/3", Input::Claim { name: B, session: SessionId(3) }),
+        ("claim \"\"", Input::Claim { name: "", session: SessionId(3) }),
+        ("rejoin 1 e1", Input::Rejoin { session: SessionId(1), epoch: Epoch(1) }),
+        ("rejoin 1 e2", Input::Rejoin { session: SessionId(1), epoch: Epoch(2) }),
+        ("rejoin 0 e2", Input::Rejoin { session: SessionId(0), epoch: Epoch(2) }),
+        ("release 1 e1", Input::Release { session: SessionId(1), epoch: Epoch(1) }),
+        ("release 9 e1", Input::Release { session: SessionId(9), epoch: Epoch(1) }),
+        ("fence", Input::Fence { term: None, nominee: None }),
+        ("fence to B", Input::Fence { term: Some(4), nominee: Some(B) }),
+    ];
+    let mut table = String::new();
+    for (state_name, state) in &states {
+        for (input_name, input) in &inputs {
+            let outcome = match state.step(*input) {
+                Ok(Step { record, changed }) => format!(
+                    "{:?} e{} {}{}{}",
+                    record.phase,
+                    record.epoch,
+                    record.owner.map_or("-".to_owned(), |o| format!("{}/{}", o.name, o.session.0)),
+                    record.barred.map_or(String::new(), |b| format!(" barred {b}")),
+                    if changed { "" } else { " (same)" },
+                ),
+                Err(Refusal::NotOwner { .. }) => "NotOwner".to_owned(),
+                Err(Refusal::Barred { .. }) => "Barred".to_owned(),
+                Err(Refusal::StaleEpoch { current }) => format!("Stale, now e{current}"),
+                Err(Refusal::StaleTerm { .. }) => "StaleTerm".to_owned(),
+                Err(Refusal::BadName) => "BadName".to_owned(),
+            };
+            table.push_str(&format!("{state_name} + {input_name} -> {outcome}\n"));
+        }
+    }
+    let expected = "\
+free + claim A/1 -> Owned e1 host-a/vm1/1
+free + claim A/2 -> Owned e1 host-a/vm1/2
+free + claim B/3 -> Owned e1 host-b/vm1/3
+free + claim \"\" -> BadName
+free + rejoin 1 e1 -> Stale, now e0
+free + rejoin 1 e2 -> Stale, now e0
+free + rejoin 0 e2 -> Stale, now e0
+free + release 1 e1 -> Stale, now e0
+free + release 9 e1 -> Stale, now e0
+free + fence -> Free e1 -
+free + fence to B -> Owned e1 host-b/vm1/0
+A/1 e1 + claim A/1 -> Owned e1 host-a/vm1/1 (same)
+A/1 e1 + claim A/2 -> Owned e2 host-a/vm1/2
+A/1 e1 + claim B/3 -> NotOwner
+A/1 e1 + claim \"\" -> BadName
+A/1 e1 + rejoin 1 e1 -> Owned e1 host-a/vm1/1 (same)
+A/1 e1 + rejoin 1 e2 -> Stale, now e1
+A/1 e1 + rejoin 0 e2 -> Stale, now e1
+A/1 e1 + release 1 e1 -> Free e1 -
+A/1 e1 + release 9 e1 -> Stale, now e1
+A/1 e1 + fence -> Free e2 - barred host-a/vm1
+A/1 e1 + fence to B -> Owned e2 host-b/vm1/0 barred host-a/vm1
+barred A e2 + claim A/1 -> Barred
+barred A e2 + claim A/2 -> Barred
+barred A e2 + claim B/3 -> Owned e3 host-b/vm1/3
+barred A e2 + claim \"\" -> BadName
+barred A e2 + rejoin 1 e1 -> Stale, now e2
+barred A e2 + rejoin 1 e2 -> Stale, now e2
+barred A e2 + rejoin 0 e2 -> Stale, now e2
+barred A e2 + release 1 e1 -> Stale, now e2
+barred A e2 + release 9 e1 -> Stale, now e2
+barred A e2 + fence -> Free e3 - barred host-a/vm1
+barred A e2 + fence to B -> Owned e3 host-b/vm1/0 barred host-a/vm1
+nominated B e2 + claim A/1 -> Barred
+nominated B e2 + claim A/2 -> Barred
+nominated B e2 + claim B/3 -> Owned e3 host-b/vm1/3
+nominated B e2 + claim \"\" -> BadName
+nominated B e2 + rejoin 1 e1 -> Stale, now e2
+nominated B e2 + rejoin 1 e2 -> Stale, now e2
+nominated B e2 + rejoin 0 e2 -> Stale, now e2
+nominated B e2 + release 1 e1 -> Stale, now e2
+nominated B e2 + release 9 e1 -> Stale, now e2
+nominated B e2 + fence -> Free e3 - barred host-b/vm1
+nominated B e2 + fence to B -> Owned e3 host-b/vm1/0
+";
+    assert_eq!(table, expected);
+}
+
+#[test]
+fn an_older_coordinator_is_refused() {
+    let record =
+        owned_by(A, 1).step(Input::Fence { term: Some(5), nominee: None }).expect("fence").record;
+    assert_eq!(
+        record.step(Input::Fence { term: Some(4), nominee: None }),
+        Err(Refusal::StaleTerm { term: 4, current: 5 })
+    );
+    assert!(record.step(Input::Fence { term: Some(5), nominee: None }).is_ok());
+}
+
+/// Changing these bytes changes the disk: it needs a new format number.
+#[test]
+fn golden_record_format_1() {
+    let record = AccessRecord {
+        volume: VolumeId(0x0102),
+        version: 3,
+        epoch: Epoch(4),
+        phase: Phase::Owned,
+        owner: Some(Owner { name: "h".to_owned(), session: SessionId(5) }),
+        barred: Some("bb".to_owned()),
+        coordinator_term: 6,
+    };
+    let mut golden = vec![1, 1, 0, 0, 1, 0, 2, 0, 2, 1, 0, 0, 0, 0, 0, 0];
+    for number in [3u64, 4, 6, 5] {
+        golden.extend_from_slice(&number.to_le_bytes());
+    }
+    golden.extend_from_slice(b"hbb");
+    assert_eq!(record.encode(), golden);
+    assert_eq!(AccessRecord::decode(&golden), Ok(record));
+}
+
+proptest! {
+    /// Epochs only grow, each is granted to one session, and storing loses nothing.
+    #[test]
+    fn no_epoch_has_two_holders(steps in prop::collection::vec((0u8..5, 0usize..3, 1u64..5, 0u64..6), 0..200)) {
+        let names = [A, B, "host-c/vm1"];
+        let mut record = AccessRecord::new(VolumeId(7));
+        let mut holders = std::collections::BTreeMap::new();
+        for (kind, name, session, number) in steps {
+            // A session belongs to one name, as it is random in life.
+            let session = SessionId(session * 10 + name as u64);
+            let epoch = Epoch(number);
+            let input = match kind {
+                0 | 1 => Input::Claim { name: names[name], session },
+                2 => Input::Rejoin { session, epoch },
+                3 => Input::Release { session, epoch: record.epoch },
+                _ => Input::Fence { term: Some(number), nominee: (number % 2 == 0).then_some(names[name]) },
+            };
+            let Ok(step) = record.step(input) else { continue };
+            prop_assert!(step.record.epoch >= record.epoch);
+            prop_assert_eq!(step.changed, step.record != record);
+            record = step.record;
+            if let Some(owner) = &record.owner && owner.session.0 != 0 {
+                let holder = holders.entry(record.epoch).or_insert(owner.session);
+                prop_assert_eq!(*holder, owner.session, "epoch granted twice");
+            }
+            prop_assert_eq!(AccessRecord::decode(&record.encode()), Ok(record.clone()));
+        }
+    }
+
+    #[test]
+    fn any_bytes_decode_or_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
+        if let Ok(record) = AccessRecord::decode(&bytes) {
+            prop_assert_eq!(AccessRecord::decode(&record.encode()), Ok(record));
+        }
+    }
+}
