@@ -45,9 +45,7 @@ pub struct Agent {
 
 impl std::fmt::Debug for Agent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Agent")
-            .field("load", &self.load.is_some())
-            .finish_non_exhaustive()
+        f.debug_struct("Agent").field("load", &self.load.is_some()).finish_non_exhaustive()
     }
 }
 
@@ -63,9 +61,7 @@ impl Args<'_> {
     fn number(&self, name: &str, default: u64) -> Result<u64, String> {
         match self.0.get(name) {
             None => Ok(default),
-            Some(text) => text
-                .parse()
-                .map_err(|_| format!("{name}={text} is not a number")),
+            Some(text) => text.parse().map_err(|_| format!("{name}={text} is not a number")),
         }
     }
 
@@ -101,9 +97,7 @@ impl Args<'_> {
     fn blocks(&self) -> Result<Blocks, String> {
         let block_bytes = self.size("bs", 4096)?;
         if block_bytes == 0 || !block_bytes.is_multiple_of(SECTOR) {
-            return Err(format!(
-                "bs={block_bytes} is not a positive multiple of {SECTOR}"
-            ));
+            return Err(format!("bs={block_bytes} is not a positive multiple of {SECTOR}"));
         }
         let sequence = self.number("seq", 1)?;
         Ok(Blocks {
@@ -111,10 +105,7 @@ impl Args<'_> {
             start: self.number("start", 0)?,
             count: self.number("count", 1)?,
             volume: self.number("volume", 1)?,
-            version: Version {
-                epoch: self.number("epoch", 1)?,
-                sequence,
-            },
+            version: Version { epoch: self.number("epoch", 1)?, sequence },
             // A test that does not know how far a writer got gives the highest sequence it can have sent.
             issued: self.number("issued", sequence)?,
         })
@@ -149,12 +140,7 @@ impl Blocks {
         for block in self.range() {
             let sector = self.offset_of(block) / SECTOR as u64;
             encode_block(
-                Stamp {
-                    volume: self.volume,
-                    sector,
-                    writer: 1,
-                    version: self.version,
-                },
+                Stamp { volume: self.volume, sector, writer: 1, version: self.version },
                 &mut buf,
             );
             disk.write_at(&buf, self.offset_of(block))
@@ -172,17 +158,11 @@ impl Blocks {
                 volume: self.volume,
                 sector: self.offset_of(block) / SECTOR as u64,
                 acked: self.version,
-                issued: Version {
-                    sequence: self.issued,
-                    ..self.version
-                },
+                issued: Version { sequence: self.issued, ..self.version },
             };
             let verdict = check_block(&buf, &expect);
             if !verdict.is_good() {
-                return Err(format!(
-                    "block {block}: {verdict:?}, expected {}",
-                    self.version
-                ));
+                return Err(format!("block {block}: {verdict:?}, expected {}", self.version));
             }
         }
         Ok(format!("blocks={}", self.count))
@@ -214,11 +194,7 @@ impl Agent {
         let Some(command) = words.next() else {
             return Next::Continue;
         };
-        let args = Args(
-            words
-                .map(|w| w.split_once('=').unwrap_or((w, "")))
-                .collect(),
-        );
+        let args = Args(words.map(|w| w.split_once('=').unwrap_or((w, ""))).collect());
         if command == "poweroff" {
             self.say("ok poweroff");
             return Next::PowerOff;
@@ -241,11 +217,7 @@ impl Agent {
             "write" => args.blocks()?.write(&args.open()?),
             "verify" => args.blocks()?.verify(&args.open()?),
             "verify-zero" => args.blocks()?.verify_zero(&args.open()?),
-            "flush" => args
-                .open()?
-                .flush()
-                .map(|()| String::new())
-                .map_err(|e| failed("flush", e)),
+            "flush" => args.open()?.flush().map(|()| String::new()).map_err(|e| failed("flush", e)),
             "discard" | "zeroout" => {
                 let (at, len) = args.blocks()?.bytes();
                 let device = args.open()?;
@@ -254,8 +226,7 @@ impl Agent {
                 } else {
                     device.zero_out(at, len)
                 };
-                done.map(|()| format!("bytes={len}"))
-                    .map_err(|e| failed(command, e))
+                done.map(|()| format!("bytes={len}")).map_err(|e| failed(command, e))
             }
             "fs" | "fs-verify" => {
                 let config = FsConfig {
@@ -263,11 +234,7 @@ impl Agent {
                     file_bytes: args.number("bytes", 1 << 20)?,
                 };
                 let device = args.device_path();
-                let run = if command == "fs" {
-                    filesystem::exercise
-                } else {
-                    filesystem::verify
-                };
+                let run = if command == "fs" { filesystem::exercise } else { filesystem::verify };
                 run(&device, &config)
                     .map(|r| format!("bytes={} crc={:08x}", r.bytes, r.crc))
                     .map_err(|e| failed(command, e))
@@ -277,9 +244,8 @@ impl Agent {
             "wait-size" => wait_size(args),
             "queues" => {
                 let path = format!("/sys/block/{}/mq", args.device_name());
-                let count = fs::read_dir(&path)
-                    .map_err(|e| format!("cannot read {path}: {e}"))?
-                    .count();
+                let count =
+                    fs::read_dir(&path).map_err(|e| format!("cannot read {path}: {e}"))?.count();
                 Ok(format!("queues={count}"))
             }
             "limits" => {
@@ -343,11 +309,7 @@ impl Agent {
 
     fn stop_load(&mut self) -> Result<String, String> {
         let running = self.load.take().ok_or("no load is running")?;
-        let load = running
-            .load
-            .lock()
-            .expect("the reporter does not panic")
-            .take();
+        let load = running.load.lock().expect("the reporter does not panic").take();
         let (totals, findings) = load.ok_or("the load is gone")?.stop();
         running.reporter.thread().unpark();
         // The reporter prints nothing after this.
@@ -380,8 +342,7 @@ fn report(load: &Mutex<Option<Load>>, output: &Output) {
 
 fn sectors(args: &Args<'_>) -> Result<u64, String> {
     let text = args.sysfs("size")?;
-    text.parse()
-        .map_err(|_| format!("the kernel reports a size of '{text}'"))
+    text.parse().map_err(|_| format!("the kernel reports a size of '{text}'"))
 }
 
 fn wait_size(args: &Args<'_>) -> Result<String, String> {
@@ -414,11 +375,7 @@ mod tests {
             let file = tempfile::NamedTempFile::new().unwrap();
             file.as_file().set_len(4 << 20).unwrap();
             let said = Arc::new(Mutex::new(Vec::new()));
-            Self {
-                agent: Agent::new(said.clone()),
-                said,
-                file,
-            }
+            Self { agent: Agent::new(said.clone()), said, file }
         }
 
         fn ask(&mut self, command: &str) -> String {
@@ -451,10 +408,7 @@ mod tests {
     #[test]
     fn a_load_starts_reports_and_stops() {
         let mut bench = Bench::new();
-        assert_eq!(
-            bench.ask("load threads=2 depth=2 blocks=16"),
-            "ok workers=4"
-        );
+        assert_eq!(bench.ask("load threads=2 depth=2 blocks=16"), "ok workers=4");
         assert_eq!(bench.ask("load"), "err a load is running already");
         while bench.said.lock().unwrap().is_empty() {
             std::thread::yield_now();
@@ -465,10 +419,7 @@ mod tests {
             "{line}"
         );
         let end = bench.ask("stop");
-        assert!(
-            end.starts_with("ok ops=") && end.contains(" errs=0 stale=0 corrupt=0 "),
-            "{end}"
-        );
+        assert!(end.starts_with("ok ops=") && end.contains(" errs=0 stale=0 corrupt=0 "), "{end}");
         assert_eq!(bench.ask("stop"), "err no load is running");
     }
 
@@ -477,10 +428,7 @@ mod tests {
         let mut bench = Bench::new();
         assert_eq!(bench.ask("dance"), "err unknown command 'dance'");
         assert_eq!(bench.ask("write count=x"), "err count=x is not a number");
-        assert_eq!(
-            bench.ask("write bs=100"),
-            "err bs=100 is not a positive multiple of 512"
-        );
+        assert_eq!(bench.ask("write bs=100"), "err bs=100 is not a positive multiple of 512");
         assert!(bench.agent.handle("write dev=/nowhere/disk") == Next::Continue);
         assert!(bench.ask("flush").ends_with("ok"));
         assert_eq!(bench.agent.handle("poweroff"), Next::PowerOff);

@@ -33,26 +33,13 @@ impl Device {
     /// Opens for direct I/O, or for buffered I/O where the filesystem has no direct I/O and `direct` is false.
     pub fn open(path: &Path, direct: bool) -> io::Result<Self> {
         let flags = if direct { libc::O_DIRECT } else { 0 };
-        match OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(flags)
-            .open(path)
-        {
+        match OpenOptions::new().read(true).write(true).custom_flags(flags).open(path) {
             Ok(file) => Ok(Self { file }),
             // A read-only disk refuses to be opened for writing; what may be read may still be checked.
             Err(e)
-                if matches!(
-                    e.raw_os_error(),
-                    Some(libc::EACCES | libc::EROFS | libc::EPERM)
-                ) =>
+                if matches!(e.raw_os_error(), Some(libc::EACCES | libc::EROFS | libc::EPERM)) =>
             {
-                Ok(Self {
-                    file: OpenOptions::new()
-                        .read(true)
-                        .custom_flags(flags)
-                        .open(path)?,
-                })
+                Ok(Self { file: OpenOptions::new().read(true).custom_flags(flags).open(path)? })
             }
             Err(e) => Err(e),
         }
@@ -72,11 +59,7 @@ impl Device {
         let range = [at, len];
         // SAFETY: both requests read two u64 from the pointer, which outlives the call.
         let rc = unsafe { libc::ioctl(self.file.as_raw_fd(), request, range.as_ptr()) };
-        if rc == 0 {
-            Ok(())
-        } else {
-            Err(io::Error::last_os_error())
-        }
+        if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 }
 

@@ -28,10 +28,8 @@ pub struct FsReport {
 
 /// Makes an ext4 filesystem on `device`, writes files, syncs, mounts again, and compares.
 pub fn exercise(device: &Path, config: &FsConfig) -> io::Result<FsReport> {
-    let made = Command::new("/sbin/mke2fs")
-        .args(["-q", "-F", "-t", "ext4"])
-        .arg(device)
-        .output()?;
+    let made =
+        Command::new("/sbin/mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(device).output()?;
     if !made.status.success() {
         return Err(io::Error::other(format!(
             "mke2fs failed: {}",
@@ -49,9 +47,7 @@ pub fn exercise(device: &Path, config: &FsConfig) -> io::Result<FsReport> {
     if read == written {
         Ok(read)
     } else {
-        Err(io::Error::other(format!(
-            "files read back differ: wrote {written:?}, read {read:?}"
-        )))
+        Err(io::Error::other(format!("files read back differ: wrote {written:?}, read {read:?}")))
     }
 }
 
@@ -105,19 +101,9 @@ fn mount(device: &Path) -> io::Result<()> {
     let (target, kind) = (text(MOUNT_POINT), text("ext4"));
     // SAFETY: three zero-terminated strings that outlive the call, and no data.
     let rc = unsafe {
-        libc::mount(
-            source.as_ptr(),
-            target.as_ptr(),
-            kind.as_ptr(),
-            0,
-            std::ptr::null(),
-        )
+        libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null())
     };
-    if rc == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Unmounting drops the page cache of the filesystem, so that the next read comes from the disk.
@@ -125,9 +111,5 @@ fn unmount() -> io::Result<()> {
     let target = CString::new(MOUNT_POINT).expect("no zero byte");
     // SAFETY: one zero-terminated string that outlives the call.
     let rc = unsafe { libc::umount2(target.as_ptr(), 0) };
-    if rc == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

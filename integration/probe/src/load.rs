@@ -80,17 +80,8 @@ pub struct Totals {
 
 impl std::fmt::Display for Totals {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self {
-            ops,
-            errs,
-            stale,
-            corrupt,
-            max_gap_ms,
-        } = self;
-        write!(
-            f,
-            "ops={ops} errs={errs} stale={stale} corrupt={corrupt} max_gap_ms={max_gap_ms}"
-        )
+        let Self { ops, errs, stale, corrupt, max_gap_ms } = self;
+        write!(f, "ops={ops} errs={errs} stale={stale} corrupt={corrupt} max_gap_ms={max_gap_ms}")
     }
 }
 
@@ -108,10 +99,7 @@ struct Shared {
 }
 
 impl Shared {
-    #[allow(
-        clippy::cast_possible_truncation,
-        reason = "nanoseconds of a test fit in 64 bits"
-    )]
+    #[allow(clippy::cast_possible_truncation, reason = "nanoseconds of a test fit in 64 bits")]
     fn now_ns(&self) -> u64 {
         self.started.elapsed().as_nanos() as u64
     }
@@ -124,10 +112,7 @@ impl Shared {
     }
 
     fn find(&self, text: impl FnOnce() -> String) {
-        let mut findings = self
-            .findings
-            .lock()
-            .expect("no worker panics while it holds this");
+        let mut findings = self.findings.lock().expect("no worker panics while it holds this");
         if findings.len() < FINDINGS_MAX {
             findings.push(text());
         }
@@ -142,11 +127,7 @@ impl Shared {
         if verdict.is_good() {
             return;
         }
-        let counter = if verdict.is_lost() {
-            &self.stale
-        } else {
-            &self.corrupt
-        };
+        let counter = if verdict.is_lost() { &self.stale } else { &self.corrupt };
         counter.fetch_add(1, Relaxed);
         self.find(|| {
             format!(
@@ -158,9 +139,7 @@ impl Shared {
 
     fn totals(&self) -> Totals {
         // A stall that is still going on counts as well.
-        let open_gap = self
-            .now_ns()
-            .saturating_sub(self.last_done_ns.load(Relaxed));
+        let open_gap = self.now_ns().saturating_sub(self.last_done_ns.load(Relaxed));
         Totals {
             ops: self.ops.load(Relaxed),
             errs: self.errs.load(Relaxed),
@@ -212,11 +191,7 @@ impl Load {
     #[must_use]
     pub fn take_findings(&self) -> Vec<String> {
         std::mem::take(
-            &mut *self
-                .shared
-                .findings
-                .lock()
-                .expect("no worker panics while it holds this"),
+            &mut *self.shared.findings.lock().expect("no worker panics while it holds this"),
         )
     }
 
@@ -228,15 +203,11 @@ impl Load {
         for worker in self.workers.drain(..) {
             if worker.join().is_err() {
                 self.shared.errs.fetch_add(1, Relaxed);
-                self.shared
-                    .find(|| "a worker of the load panicked".to_owned());
+                self.shared.find(|| "a worker of the load panicked".to_owned());
             }
         }
         // The gap is that of the load, not of its end.
-        let totals = Totals {
-            max_gap_ms: gap_until_stop,
-            ..self.shared.totals()
-        };
+        let totals = Totals { max_gap_ms: gap_until_stop, ..self.shared.totals() };
         (totals, self.take_findings())
     }
 }
@@ -282,17 +253,11 @@ impl Worker {
             base_sector: config.offset / SECTOR as u64 + index as u64 * sectors_per_worker,
             blocks: vec![Block::default(); blocks],
             slots: (0..config.slots.max(1))
-                .map(|_| Slot {
-                    buf: AlignedBuf::new(config.block_bytes),
-                    holds: None,
-                })
+                .map(|_| Slot { buf: AlignedBuf::new(config.block_bytes), holds: None })
                 .collect(),
             next_slot: 0,
             write_buf: AlignedBuf::new(config.block_bytes),
-            version: Version {
-                epoch: config.epoch,
-                sequence: 0,
-            },
+            version: Version { epoch: config.epoch, sequence: 0 },
             random: (config.seed ^ (index as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)) | 1,
             disk,
             shared,
@@ -322,10 +287,7 @@ impl Worker {
         }
     }
 
-    #[allow(
-        clippy::cast_possible_truncation,
-        reason = "the remainder is less than a length"
-    )]
+    #[allow(clippy::cast_possible_truncation, reason = "the remainder is less than a length")]
     fn pick(&mut self) -> usize {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
@@ -339,12 +301,7 @@ impl Worker {
 
     fn expect(&self, block: usize) -> Expect {
         let Block { acked, issued } = self.blocks[block];
-        Expect {
-            volume: self.config.volume,
-            sector: self.sector_of(block),
-            acked,
-            issued,
-        }
+        Expect { volume: self.config.volume, sector: self.sector_of(block), acked, issued }
     }
 
     fn write(&mut self, block: usize) {
@@ -365,10 +322,7 @@ impl Worker {
             Err(e) => self.shared.failed("write", sector, &e),
         }
         if self.config.flush_every > 0
-            && self
-                .version
-                .sequence
-                .is_multiple_of(self.config.flush_every)
+            && self.version.sequence.is_multiple_of(self.config.flush_every)
         {
             let flushed = self.disk.flush();
             self.shared.completed();
@@ -387,9 +341,7 @@ impl Worker {
         self.next_slot = (slot + 1) % self.slots.len();
         self.check_memory(slot);
         let expect = self.expect(block);
-        let done = self
-            .disk
-            .read_at(&mut self.slots[slot].buf, expect.sector * SECTOR as u64);
+        let done = self.disk.read_at(&mut self.slots[slot].buf, expect.sector * SECTOR as u64);
         self.shared.completed();
         if let Err(e) = done {
             self.shared.failed("read", expect.sector, &e);
@@ -407,12 +359,7 @@ impl Worker {
         let Some((sector, version)) = self.slots[slot].holds.take() else {
             return;
         };
-        let expect = Expect {
-            volume: self.config.volume,
-            sector,
-            acked: version,
-            issued: version,
-        };
+        let expect = Expect { volume: self.config.volume, sector, acked: version, issued: version };
         let mut verdict = check_block(&self.slots[slot].buf, &expect);
         if let Verdict::Misplaced { .. } = verdict {
             // What the slot held before this block: the page went back in time.

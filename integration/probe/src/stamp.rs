@@ -37,18 +37,12 @@ pub struct Version {
 
 impl Version {
     /// The version of a block nobody has written.
-    pub const NONE: Self = Self {
-        epoch: 0,
-        sequence: 0,
-    };
+    pub const NONE: Self = Self { epoch: 0, sequence: 0 };
 
     /// The write that follows this one in the same epoch.
     #[must_use]
     pub fn next(self) -> Self {
-        Self {
-            epoch: self.epoch,
-            sequence: self.sequence + 1,
-        }
+        Self { epoch: self.epoch, sequence: self.sequence + 1 }
     }
 }
 
@@ -121,10 +115,7 @@ impl Stamp {
             volume: word(8),
             sector: word(16),
             writer: u32::from_le_bytes(sector[40..44].try_into().expect("four bytes")),
-            version: Version {
-                epoch: word(24),
-                sequence: word(32),
-            },
+            version: Version { epoch: word(24), sequence: word(32) },
         })
     }
 }
@@ -132,11 +123,7 @@ impl Stamp {
 /// Stamps a whole block whose first sector is `stamp.sector`.
 pub fn encode_block(stamp: Stamp, block: &mut [u8]) {
     for (i, sector) in block.chunks_exact_mut(SECTOR).enumerate() {
-        Stamp {
-            sector: stamp.sector + i as u64,
-            ..stamp
-        }
-        .encode(sector);
+        Stamp { sector: stamp.sector + i as u64, ..stamp }.encode(sector);
     }
 }
 
@@ -220,10 +207,7 @@ pub fn check_block(block: &[u8], expect: &Expect) -> Verdict {
             Content::Garbage => return Verdict::Corrupt { sector: at },
             Content::Zero => Version::NONE,
             Content::Stamped(s) if s.volume != expect.volume || s.sector != at => {
-                return Verdict::Misplaced {
-                    volume: s.volume,
-                    sector: s.sector,
-                };
+                return Verdict::Misplaced { volume: s.volume, sector: s.sector };
             }
             Content::Stamped(s) => s.version,
         };
@@ -256,45 +240,23 @@ mod tests {
 
     fn block(sector: u64, version: Version) -> Vec<u8> {
         let mut bytes = vec![0; BLOCK];
-        encode_block(
-            Stamp {
-                volume: VOLUME,
-                sector,
-                writer: 1,
-                version,
-            },
-            &mut bytes,
-        );
+        encode_block(Stamp { volume: VOLUME, sector, writer: 1, version }, &mut bytes);
         bytes
     }
 
     fn expect(acked: u64, issued: u64) -> Expect {
-        Expect {
-            volume: VOLUME,
-            sector: 64,
-            acked: v(acked),
-            issued: v(issued),
-        }
+        Expect { volume: VOLUME, sector: 64, acked: v(acked), issued: v(issued) }
     }
 
     #[test]
     fn what_was_written_is_good() {
-        assert_eq!(
-            check_block(&block(64, v(5)), &expect(5, 5)),
-            Verdict::Good(v(5))
-        );
+        assert_eq!(check_block(&block(64, v(5)), &expect(5, 5)), Verdict::Good(v(5)));
     }
 
     #[test]
     fn an_unacknowledged_write_may_be_there_or_not_or_in_parts() {
-        assert_eq!(
-            check_block(&block(64, v(5)), &expect(5, 6)),
-            Verdict::Good(v(5))
-        );
-        assert_eq!(
-            check_block(&block(64, v(6)), &expect(5, 6)),
-            Verdict::Good(v(6))
-        );
+        assert_eq!(check_block(&block(64, v(5)), &expect(5, 6)), Verdict::Good(v(5)));
+        assert_eq!(check_block(&block(64, v(6)), &expect(5, 6)), Verdict::Good(v(6)));
         let mut mixed = block(64, v(5));
         mixed[..SECTOR].copy_from_slice(&block(64, v(6))[..SECTOR]);
         assert_eq!(check_block(&mixed, &expect(5, 6)), Verdict::Unsettled);
@@ -303,72 +265,39 @@ mod tests {
     #[test]
     fn zeros_are_good_only_where_nothing_was_acknowledged() {
         let zeros = vec![0; BLOCK];
-        let fresh = Expect {
-            acked: Version::NONE,
-            ..expect(0, 1)
-        };
+        let fresh = Expect { acked: Version::NONE, ..expect(0, 1) };
         assert_eq!(check_block(&zeros, &fresh), Verdict::Good(Version::NONE));
         assert_eq!(check_block(&zeros, &expect(5, 5)), Verdict::Zero);
     }
 
     #[test]
     fn each_kind_of_damage_has_its_name() {
-        assert_eq!(
-            check_block(&block(64, v(4)), &expect(5, 5)),
-            Verdict::Stale(v(4))
-        );
-        assert_eq!(
-            check_block(&block(64, v(6)), &expect(5, 5)),
-            Verdict::Future(v(6))
-        );
+        assert_eq!(check_block(&block(64, v(4)), &expect(5, 5)), Verdict::Stale(v(4)));
+        assert_eq!(check_block(&block(64, v(6)), &expect(5, 5)), Verdict::Future(v(6)));
         assert_eq!(
             check_block(&block(72, v(5)), &expect(5, 5)),
-            Verdict::Misplaced {
-                volume: VOLUME,
-                sector: 72
-            }
+            Verdict::Misplaced { volume: VOLUME, sector: 72 }
         );
-        let other_disk = Expect {
-            volume: 8,
-            ..expect(5, 5)
-        };
+        let other_disk = Expect { volume: 8, ..expect(5, 5) };
         assert_eq!(
             check_block(&block(64, v(5)), &other_disk),
-            Verdict::Misplaced {
-                volume: VOLUME,
-                sector: 64
-            }
+            Verdict::Misplaced { volume: VOLUME, sector: 64 }
         );
         let mut torn = block(64, v(5));
         torn[7 * SECTOR..].copy_from_slice(&block(64, v(4))[7 * SECTOR..]);
-        assert_eq!(
-            check_block(&torn, &expect(5, 5)),
-            Verdict::Torn {
-                oldest: v(4),
-                newest: v(5)
-            }
-        );
+        assert_eq!(check_block(&torn, &expect(5, 5)), Verdict::Torn { oldest: v(4), newest: v(5) });
         let mut half_zero = block(64, v(5));
         half_zero[SECTOR..2 * SECTOR].fill(0);
         assert_eq!(
             check_block(&half_zero, &expect(5, 5)),
-            Verdict::Torn {
-                oldest: Version::NONE,
-                newest: v(5)
-            }
+            Verdict::Torn { oldest: Version::NONE, newest: v(5) }
         );
     }
 
     #[test]
     fn a_later_epoch_outranks_any_sequence() {
-        let old = Version {
-            epoch: 2,
-            sequence: 900,
-        };
-        assert_eq!(
-            check_block(&block(64, old), &expect(1, 1)),
-            Verdict::Stale(old)
-        );
+        let old = Version { epoch: 2, sequence: 900 };
+        assert_eq!(check_block(&block(64, old), &expect(1, 1)), Verdict::Stale(old));
     }
 
     proptest! {

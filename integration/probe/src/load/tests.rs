@@ -33,10 +33,8 @@ impl Liar {
 
 impl Disk for Liar {
     fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
-        let read_lie = matches!(
-            self.lie,
-            Lie::FlipBit | Lie::ReadZeros | Lie::FailRead | Lie::Stall
-        );
+        let read_lie =
+            matches!(self.lie, Lie::FlipBit | Lie::ReadZeros | Lie::FailRead | Lie::Stall);
         let due = read_lie && self.due();
         let at = usize::try_from(at).unwrap();
         buf.copy_from_slice(&self.bytes.lock().unwrap()[at..at + buf.len()]);
@@ -51,10 +49,7 @@ impl Disk for Liar {
     }
 
     fn write_at(&self, buf: &[u8], at: u64) -> io::Result<()> {
-        let write_lie = matches!(
-            self.lie,
-            Lie::DropWrite | Lie::WriteElsewhere | Lie::TearWrite
-        );
+        let write_lie = matches!(self.lie, Lie::DropWrite | Lie::WriteElsewhere | Lie::TearWrite);
         let due = write_lie && self.due();
         let mut at = usize::try_from(at).unwrap();
         let mut len = buf.len();
@@ -85,12 +80,7 @@ fn run(lie: Lie) -> (Totals, Vec<String>) {
         ..LoadConfig::default()
     };
     let bytes = Mutex::new(vec![0; 16 * config.block_bytes]);
-    let disk: Arc<dyn Disk> = Arc::new(Liar {
-        lie,
-        count: AtomicUsize::new(0),
-        nth: 40,
-        bytes,
-    });
+    let disk: Arc<dyn Disk> = Arc::new(Liar { lie, count: AtomicUsize::new(0), nth: 40, bytes });
     let load = Load::start(&disk, &config);
     let deadline = Instant::now() + Duration::from_secs(20);
     while load.totals().ops < 2000 && Instant::now() < deadline {
@@ -107,11 +97,7 @@ fn run(lie: Lie) -> (Totals, Vec<String>) {
 #[test]
 fn an_honest_disk_passes() {
     let (totals, findings) = run(Lie::None);
-    assert_eq!(
-        (totals.errs, totals.stale, totals.corrupt),
-        (0, 0, 0),
-        "{findings:?}"
-    );
+    assert_eq!((totals.errs, totals.stale, totals.corrupt), (0, 0, 0), "{findings:?}");
     assert!(totals.ops >= 2000, "{totals}");
 }
 
@@ -119,10 +105,7 @@ fn an_honest_disk_passes() {
 fn lost_data_counts_as_stale() {
     for lie in [Lie::DropWrite, Lie::ReadZeros] {
         let (totals, findings) = run(lie);
-        assert!(
-            totals.stale > 0 && totals.corrupt == 0,
-            "{totals} {findings:?}"
-        );
+        assert!(totals.stale > 0 && totals.corrupt == 0, "{totals} {findings:?}");
         assert!(!findings.is_empty());
     }
 }
@@ -156,23 +139,12 @@ fn a_stall_shows_as_the_longest_gap() {
 
 #[test]
 fn memory_that_goes_back_in_time_is_found() {
-    let config = LoadConfig {
-        workers: 1,
-        blocks_per_worker: 16,
-        slots: 2,
-        ..LoadConfig::default()
-    };
+    let config =
+        LoadConfig { workers: 1, blocks_per_worker: 16, slots: 2, ..LoadConfig::default() };
     let bytes = Mutex::new(vec![0; 16 * config.block_bytes]);
-    let disk: Arc<dyn Disk> = Arc::new(Liar {
-        lie: Lie::None,
-        count: AtomicUsize::new(0),
-        nth: 0,
-        bytes,
-    });
-    let load = Load {
-        shared: Arc::clone(&shared()),
-        workers: Vec::new(),
-    };
+    let disk: Arc<dyn Disk> =
+        Arc::new(Liar { lie: Lie::None, count: AtomicUsize::new(0), nth: 0, bytes });
+    let load = Load { shared: Arc::clone(&shared()), workers: Vec::new() };
     let mut worker = Worker::new(0, disk, Arc::clone(&load.shared), config);
     worker.write(3);
     worker.read(3);
