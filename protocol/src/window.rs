@@ -8,11 +8,16 @@
 //! later write that a reader has already seen.
 //!
 //! ```text
-//!   floor (all below: answered, the client said so or the window moved)
+//!   floor (all below: the client has the answer)
 //!     |  done bits, WINDOW_REQUESTS wide
 //!     v
 //! ----[x x . x . . . . ]---->  seq
 //! ```
+//!
+//! Only the client knows which answers arrived, so only what it says moves the
+//! floor: its `resume_from` when it comes back, and each new number, because a
+//! client keeps its unanswered requests within [`WINDOW_REQUESTS`]. That the
+//! server completed a request does not: its answer may have been lost.
 
 use crate::frame::WINDOW_REQUESTS;
 use crate::units::Seq;
@@ -28,14 +33,14 @@ pub enum Arrival {
     Done,
     /// Below the window: the client had its answer, so it must not send it.
     TooOld,
-    /// Further ahead than the window is wide: the client broke its limit.
+    /// Further ahead than any client that keeps its limit can be.
     TooNew,
 }
 
 /// The window of one queue of one session.
 #[derive(Clone, Debug)]
 pub struct Window {
-    /// Every sequence number below this one is completed.
+    /// The client has the answer of every sequence number below this one.
     floor: u64,
     /// Bit `seq % WINDOW_REQUESTS`, valid for `floor..floor + WINDOW_REQUESTS`.
     done: [u64; WORDS],
@@ -48,39 +53,40 @@ impl Default for Window {
 }
 
 impl Window {
-    /// A window in which everything below `first` is completed.
+    /// A window in which everything below `first` is answered.
     #[must_use]
     pub fn starting_at(first: Seq) -> Self {
         Self { floor: first.0.max(1), done: [0; WORDS] }
     }
 
-    /// The lowest sequence number that is not known to be completed.
+    /// The lowest sequence number that the client may still send.
     #[must_use]
     pub fn floor(&self) -> Seq {
         Seq(self.floor)
     }
 
-    /// Judges a sequence number.
-    #[must_use]
-    pub fn arrive(&self, seq: Seq) -> Arrival {
+    /// Judges a sequence number, and moves the floor to where this number says
+    /// it must be.
+    pub fn arrive(&mut self, seq: Seq) -> Arrival {
         match seq.0.checked_sub(self.floor) {
             None => Arrival::TooOld,
-            Some(ahead) if ahead >= WINDOW_REQUESTS => Arrival::TooNew,
+            // The newest number seen is below floor + WINDOW_REQUESTS and the
+            // next one at most WINDOW_REQUESTS above it.
+            Some(ahead) if ahead >= 2 * WINDOW_REQUESTS => Arrival::TooNew,
+            Some(ahead) if ahead >= WINDOW_REQUESTS => {
+                self.forget_below(Seq(seq.0 - (WINDOW_REQUESTS - 1)));
+                Arrival::New
+            }
             Some(_) if self.is_done(seq.0) => Arrival::Done,
             Some(_) => Arrival::New,
         }
     }
 
-    /// Records that `seq` was completed. Numbers outside the window are ignored:
-    /// they are judged by [`Window::arrive`] first.
+    /// Records that `seq` took effect. A request that failed is not recorded:
+    /// sent again, it runs again. Numbers outside the window are ignored.
     pub fn complete(&mut self, seq: Seq) {
-        if !matches!(self.arrive(seq), Arrival::New) {
-            return;
-        }
-        self.set(seq.0, true);
-        while self.is_done(self.floor) {
-            self.set(self.floor, false);
-            self.floor += 1;
+        if seq.0.checked_sub(self.floor).is_some_and(|ahead| ahead < WINDOW_REQUESTS) {
+            self.set(seq.0, true);
         }
     }
 
@@ -88,17 +94,10 @@ impl Window {
     /// it comes back); nothing below is sent again.
     pub fn forget_below(&mut self, first: Seq) {
         let target = first.0.min(self.floor.saturating_add(WINDOW_REQUESTS));
-        while self.floor < target {
-            self.set(self.floor, false);
-            self.floor += 1;
+        for seq in self.floor..target {
+            self.set(seq, false);
         }
-        if first.0 > self.floor {
-            self.floor = first.0;
-        }
-        while self.is_done(self.floor) {
-            self.set(self.floor, false);
-            self.floor += 1;
-        }
+        self.floor = self.floor.max(first.0);
     }
 
     fn is_done(&self, seq: u64) -> bool {
@@ -138,10 +137,32 @@ mod tests {
         assert_eq!(window.arrive(Seq(2)), Arrival::Done);
         assert_eq!(window.arrive(Seq(1)), Arrival::New);
         window.complete(Seq(1));
-        assert_eq!(window.floor(), Seq(3));
-        assert_eq!(window.arrive(Seq(2)), Arrival::TooOld);
-        assert_eq!(window.arrive(Seq(3 + WINDOW_REQUESTS)), Arrival::TooNew);
-        assert_eq!(window.arrive(Seq(2 + WINDOW_REQUESTS)), Arrival::New);
+        // Both answers may be lost: both may come again.
+        assert_eq!(window.arrive(Seq(1)), Arrival::Done);
+        assert_eq!(window.arrive(Seq(2)), Arrival::Done);
+        window.forget_below(Seq(2));
+        assert_eq!(window.arrive(Seq(1)), Arrival::TooOld);
+        assert_eq!(window.arrive(Seq(2)), Arrival::Done);
+    }
+
+    #[test]
+    fn a_new_number_says_that_old_ones_were_answered() {
+        let mut window = Window::default();
+        assert_eq!(window.arrive(Seq(1 + 2 * WINDOW_REQUESTS)), Arrival::TooNew);
+        assert_eq!(window.arrive(Seq(WINDOW_REQUESTS)), Arrival::New);
+        assert_eq!(window.floor(), Seq(1));
+        assert_eq!(window.arrive(Seq(WINDOW_REQUESTS + 1)), Arrival::New);
+        assert_eq!(window.floor(), Seq(2));
+        assert_eq!(window.arrive(Seq(1)), Arrival::TooOld);
+    }
+
+    #[test]
+    fn the_ends_of_the_numbers_are_harmless() {
+        let mut window = Window::starting_at(Seq(u64::MAX));
+        assert_eq!(window.arrive(Seq(u64::MAX)), Arrival::New);
+        window.complete(Seq(u64::MAX));
+        window.forget_below(Seq(u64::MAX));
+        assert_eq!(window.arrive(Seq(u64::MAX)), Arrival::Done);
     }
 
     /// The slow, obviously right one.
@@ -152,21 +173,19 @@ mod tests {
     }
 
     impl Oracle {
-        fn settle(&mut self) {
-            while self.done.remove(&self.floor) {
-                self.floor += 1;
-            }
+        fn forget(&mut self, first: u64) {
+            self.floor = self.floor.max(first);
+            self.done.retain(|seq| *seq >= first);
         }
-        fn arrive(&self, seq: u64) -> Arrival {
+        fn arrive(&mut self, seq: u64) -> Arrival {
             if seq < self.floor {
-                Arrival::TooOld
-            } else if seq >= self.floor + WINDOW_REQUESTS {
-                Arrival::TooNew
-            } else if self.done.contains(&seq) {
-                Arrival::Done
-            } else {
-                Arrival::New
+                return Arrival::TooOld;
             }
+            if seq >= self.floor + 2 * WINDOW_REQUESTS {
+                return Arrival::TooNew;
+            }
+            self.forget((seq + 1).saturating_sub(WINDOW_REQUESTS));
+            if self.done.contains(&seq) { Arrival::Done } else { Arrival::New }
         }
     }
 
@@ -177,16 +196,14 @@ mod tests {
             let mut oracle = Oracle { floor: 1, ..Oracle::default() };
             for (ahead, forget) in steps {
                 let seq = oracle.floor.saturating_sub(5) + ahead;
-                prop_assert_eq!(window.arrive(Seq(seq)), oracle.arrive(seq));
+                let arrival = oracle.arrive(seq);
+                prop_assert_eq!(window.arrive(Seq(seq)), arrival);
                 if forget {
                     window.forget_below(Seq(seq));
-                    oracle.done.retain(|s| *s >= seq);
-                    oracle.floor = oracle.floor.max(seq);
-                    oracle.settle();
-                } else if oracle.arrive(seq) == Arrival::New {
+                    oracle.forget(seq);
+                } else if arrival == Arrival::New {
                     window.complete(Seq(seq));
                     oracle.done.insert(seq);
-                    oracle.settle();
                 }
                 prop_assert_eq!(window.floor(), Seq(oracle.floor));
             }
