@@ -1,0 +1,3 @@
+//! The storage server as a library; `baton-storage` (`main.rs`) is arguments, configuration and `run`.
+
+pub mod store;

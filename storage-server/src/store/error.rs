@@ -1,0 +1,148 @@
+//! What can go wrong in the extent pool, one enum per operation.
+//!
+//! Every text is one sentence that says what to do; sources are kept and not repeated.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// An error of the metadata engine. Boxed: the engine's own type is large.
+#[derive(Debug, Error)]
+#[error(transparent)]
+pub struct MetaError(Box<redb::Error>);
+
+impl<E: Into<redb::Error>> From<E> for MetaError {
+    fn from(source: E) -> Self {
+        Self(Box::new(source.into()))
+    }
+}
+
+/// Why a data directory could not be opened.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    #[error(
+        "data directory {} is in use by another storage server; stop that server or choose another directory", dir.display()
+    )]
+    InUse { dir: PathBuf },
+    #[error("cannot create data directory {}; create its parent or choose a writable place", dir.display())]
+    CreateDir {
+        dir: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{} is not a directory; give a directory as the data directory", dir.display())]
+    NotADirectory { dir: PathBuf },
+    #[error("cannot {op} {}; check its permissions and the disk under it", path.display())]
+    File {
+        op: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "{} is missing although the pool's other files are there; restore it or use an empty directory", path.display()
+    )]
+    Missing { path: PathBuf },
+    #[error("{} is damaged ({what}); restore the data directory from a replica or a copy", path.display())]
+    Corrupt { path: PathBuf, what: String },
+    #[error(
+        "{} was written in format {found}, this server knows formats up to {known}; run a newer server", path.display()
+    )]
+    NewerFormat {
+        path: PathBuf,
+        found: u64,
+        known: u64,
+    },
+    #[error(
+        "{} uses extents of {found} bytes, this server uses {expected}; run the server that made it", path.display()
+    )]
+    ExtentSize {
+        path: PathBuf,
+        found: u64,
+        expected: u64,
+    },
+    #[error("{} belongs to another pool than the files beside it; restore files of one pool together", path.display())]
+    ForeignFile { path: PathBuf },
+    #[error("cannot read or write the metadata in {}; check the disk under it", path.display())]
+    Metadata {
+        path: PathBuf,
+        #[source]
+        source: MetaError,
+    },
+}
+
+/// Why a volume could not be made, changed or removed.
+#[derive(Debug, Error)]
+pub enum VolumeError {
+    #[error("volume {name} already exists; choose another name or delete it first")]
+    Exists { name: String },
+    #[error("there is no volume {name}; list the volumes to see their names")]
+    NotFound { name: String },
+    #[error("there is no volume with id {id:016x}; it was deleted or never existed")]
+    UnknownId { id: u64 },
+    #[error(
+        "volume name {name:?} is not usable; start with a letter or digit and use at most 64 of letters, digits, '.', '_' and '-'"
+    )]
+    BadName { name: String },
+    #[error(
+        "volume size {size_bytes} is not usable; give a multiple of 512 bytes from 512 bytes to 1 PiB"
+    )]
+    BadSize { size_bytes: u64 },
+    #[error(
+        "a volume cannot shrink from {current} to {asked} bytes; give at least its current size"
+    )]
+    ShrinkRefused { current: u64, asked: u64 },
+    #[error(
+        "cannot record the change in the pool's metadata; check the disk under the data directory"
+    )]
+    Metadata(#[from] MetaError),
+    #[error("no random number for a volume id could be had from the system")]
+    Random(#[source] io::Error),
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    #[error(
+        "the volume is gone but its space could not be given back; it is given back at the next start"
+    )]
+    Reclaim(#[source] IoError),
+}
+
+/// Why the pool as a whole could not do something.
+#[derive(Debug, Error)]
+pub enum PoolError {
+    /// Latched: after a failed fdatasync nobody knows which pages reached the disk, so success is never claimed again.
+    #[error("the pool has failed ({reason}); check the disk, then restart the storage server")]
+    Failed { reason: String },
+}
+
+/// Why one I/O on a volume failed.
+#[derive(Debug, Error)]
+pub enum IoError {
+    #[error(
+        "{len} bytes at offset {offset} reach past the volume's end at {size_bytes}; stay inside the volume"
+    )]
+    OutOfRange {
+        offset: u64,
+        len: u64,
+        size_bytes: u64,
+    },
+    #[error(
+        "the pool has no space for a new extent; free space by discarding or deleting, or enlarge the pool"
+    )]
+    NoSpace,
+    #[error("the volume was deleted")]
+    Deleted,
+    #[error(transparent)]
+    PoolFailed(#[from] PoolError),
+    #[error("the pool's data file could not be read or written")]
+    Io(#[source] io::Error),
+}
+
+impl From<io::Error> for IoError {
+    fn from(source: io::Error) -> Self {
+        match source.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) => Self::NoSpace,
+            _ => Self::Io(source),
+        }
+    }
+}

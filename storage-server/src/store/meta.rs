@@ -1,0 +1,292 @@
+//! `meta.redb`: volumes, access records, the extent map as of the last checkpoint, and what the pool is.
+//!
+//! Every change is one durable transaction. Does not know the journal's files, slots' contents or running I/O.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+
+use super::error::MetaError;
+use super::layout::{EXTENT_BYTES, FORMAT_VERSION, PoolId};
+
+/// Names and numbers: see the keys below.
+const FORMAT: TableDefinition<'_, &str, u64> = TableDefinition::new("format");
+/// id -> (name, size in bytes, creation time in seconds of Unix time)
+const VOLUMES: TableDefinition<'_, u64, (&str, u64, u64)> = TableDefinition::new("volumes");
+/// id -> access record, opaque here
+const ACCESS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("access");
+/// (id, extent) -> slot
+const EXTENTS: TableDefinition<'_, (u64, u32), u32> = TableDefinition::new("extents");
+/// ids of deleted volumes whose extents are still in the table above
+const DELETING: TableDefinition<'_, u64, ()> = TableDefinition::new("deleting");
+
+const KEY_VERSION: &str = "format_version";
+const KEY_EXTENT_BYTES: &str = "extent_bytes";
+const KEY_POOL_ID_LOW: &str = "pool_id_low";
+const KEY_POOL_ID_HIGH: &str = "pool_id_high";
+/// All journal records up to this one are in the extents table.
+const KEY_APPLIED_SEQ: &str = "applied_seq";
+/// A checkpoint in several transactions is under way: the journal must still reach this record.
+const KEY_CHECKPOINT_SEQ: &str = "checkpoint_seq";
+
+/// Rows per transaction of long work: about 10 ms, so that an access record never waits long for its turn.
+pub(super) const ROWS_PER_TXN: usize = 4096;
+/// The engine's page cache. Its default of 1 GiB is for databases read at random; ours is read once at open.
+const CACHE_BYTES: usize = 16 << 20;
+
+#[derive(Debug)]
+pub(super) struct Meta {
+    db: Database,
+}
+
+/// What the format table says, before anything else is believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Format {
+    pub(super) version: u64,
+    pub(super) extent_bytes: u64,
+    pub(super) pool_id: PoolId,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct VolumeRow {
+    pub(super) name: String,
+    pub(super) size_bytes: u64,
+    pub(super) created_unix_s: u64,
+    pub(super) access: Option<Vec<u8>>,
+}
+
+/// Everything but the extents.
+#[derive(Debug, Default)]
+pub(super) struct Loaded {
+    pub(super) volumes: BTreeMap<u64, VolumeRow>,
+    pub(super) deleting: BTreeSet<u64>,
+    pub(super) applied_seq: u64,
+    pub(super) checkpoint_seq: u64,
+}
+
+impl Meta {
+    /// Makes a new database with nothing but the format in it.
+    pub(super) fn create(path: &Path, pool_id: &PoolId) -> Result<Self, MetaError> {
+        let db = builder().create(path)?;
+        let meta = Self { db };
+        let (low, high) = halves(pool_id);
+        meta.change(|txn| {
+            let mut format = txn.open_table(FORMAT)?;
+            format.insert(KEY_VERSION, u64::from(FORMAT_VERSION))?;
+            format.insert(KEY_EXTENT_BYTES, EXTENT_BYTES)?;
+            format.insert(KEY_POOL_ID_LOW, low)?;
+            format.insert(KEY_POOL_ID_HIGH, high)?;
+            txn.open_table(VOLUMES)?;
+            txn.open_table(ACCESS)?;
+            txn.open_table(EXTENTS)?;
+            txn.open_table(DELETING)?;
+            Ok(())
+        })?;
+        Ok(meta)
+    }
+
+    pub(super) fn open(path: &Path) -> Result<Self, MetaError> {
+        let db = builder().open(path)?;
+        Ok(Self { db })
+    }
+
+    /// `None` if the database is sound but not ours.
+    pub(super) fn format(&self) -> Result<Option<Format>, MetaError> {
+        let txn = self.db.begin_read()?;
+        let table = match txn.open_table(FORMAT) {
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+            table => table?,
+        };
+        let number = |key| -> Result<Option<u64>, MetaError> {
+            Ok(table.get(key)?.map(|value| value.value()))
+        };
+        let (Some(version), Some(extent_bytes), Some(low), Some(high)) = (
+            number(KEY_VERSION)?,
+            number(KEY_EXTENT_BYTES)?,
+            number(KEY_POOL_ID_LOW)?,
+            number(KEY_POOL_ID_HIGH)?,
+        ) else {
+            return Ok(None);
+        };
+        let mut pool_id = PoolId::default();
+        pool_id[..8].copy_from_slice(&low.to_le_bytes());
+        pool_id[8..].copy_from_slice(&high.to_le_bytes());
+        Ok(Some(Format {
+            version,
+            extent_bytes,
+            pool_id,
+        }))
+    }
+
+    pub(super) fn load(&self) -> Result<Loaded, MetaError> {
+        let txn = self.db.begin_read()?;
+        let access = txn.open_table(ACCESS)?;
+        let mut loaded = Loaded::default();
+        for row in txn.open_table(VOLUMES)?.iter()? {
+            let (id, value) = row?;
+            let (name, size_bytes, created_unix_s) = value.value();
+            let access = access
+                .get(id.value())?
+                .map(|record| record.value().to_vec());
+            let row = VolumeRow {
+                name: name.to_owned(),
+                size_bytes,
+                created_unix_s,
+                access,
+            };
+            loaded.volumes.insert(id.value(), row);
+        }
+        for row in txn.open_table(DELETING)?.iter()? {
+            loaded.deleting.insert(row?.0.value());
+        }
+        let format = txn.open_table(FORMAT)?;
+        let number = |key| -> Result<u64, MetaError> {
+            Ok(format.get(key)?.map_or(0, |value| value.value()))
+        };
+        loaded.applied_seq = number(KEY_APPLIED_SEQ)?;
+        loaded.checkpoint_seq = number(KEY_CHECKPOINT_SEQ)?;
+        Ok(loaded)
+    }
+
+    /// Visits (volume id, extent, slot) of every row, also of volumes that are gone.
+    pub(super) fn for_each_extent(
+        &self,
+        mut visit: impl FnMut(u64, u32, u32),
+    ) -> Result<(), MetaError> {
+        let txn = self.db.begin_read()?;
+        for row in txn.open_table(EXTENTS)?.iter()? {
+            let (key, slot) = row?;
+            let (volume, extent) = key.value();
+            visit(volume, extent, slot.value());
+        }
+        Ok(())
+    }
+
+    pub(super) fn put_volume(
+        &self,
+        id: u64,
+        name: &str,
+        size_bytes: u64,
+        created_unix_s: u64,
+    ) -> Result<(), MetaError> {
+        self.change(|txn| {
+            let mut volumes = txn.open_table(VOLUMES)?;
+            volumes.insert(id, (name, size_bytes, created_unix_s))?;
+            Ok(())
+        })
+    }
+
+    pub(super) fn put_access(&self, id: u64, record: &[u8]) -> Result<(), MetaError> {
+        self.change(|txn| {
+            txn.open_table(ACCESS)?.insert(id, record)?;
+            Ok(())
+        })
+    }
+
+    /// After this the volume does not exist; its rows in the extents table mean nothing and wait for `purge`.
+    pub(super) fn delete_volume(&self, id: u64) -> Result<(), MetaError> {
+        self.change(|txn| {
+            txn.open_table(VOLUMES)?.remove(id)?;
+            txn.open_table(ACCESS)?.remove(id)?;
+            txn.open_table(DELETING)?.insert(id, ())?;
+            Ok(())
+        })
+    }
+
+    /// Removes what `delete_volume` left, a bounded piece per transaction.
+    pub(super) fn purge(&self, id: u64) -> Result<(), MetaError> {
+        loop {
+            let mut more = false;
+            self.change(|txn| {
+                let mut extents = txn.open_table(EXTENTS)?;
+                let keys = extents
+                    .range((id, 0)..=(id, u32::MAX))?
+                    .take(ROWS_PER_TXN)
+                    .map(|row| row.map(|(key, _)| key.value()))
+                    .collect::<Result<Vec<_>, _>>()?;
+                for key in &keys {
+                    extents.remove(key)?;
+                }
+                more = keys.len() == ROWS_PER_TXN;
+                if !more {
+                    txn.open_table(DELETING)?.remove(id)?;
+                }
+                Ok(())
+            })?;
+            if !more {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Applies the net effect of journal records up to `last_seq`: (volume, extent) -> slot, 0 for a hole.
+    /// The records must be durable: if this stops half way, the next open applies them again from the journal.
+    /// `between` runs before each transaction.
+    pub(super) fn checkpoint(
+        &self,
+        changes: &BTreeMap<(u64, u32), u32>,
+        last_seq: u64,
+        mut between: impl FnMut() -> Result<(), MetaError>,
+    ) -> Result<(), MetaError> {
+        let mut left = changes.iter().peekable();
+        loop {
+            between()?;
+            self.change(|txn| {
+                let volumes = txn.open_table(VOLUMES)?;
+                let mut extents = txn.open_table(EXTENTS)?;
+                // The map is sorted by volume: one look-up per volume.
+                let mut known = (0, false);
+                for (&(volume, extent), &slot) in left.by_ref().take(ROWS_PER_TXN) {
+                    if known.0 != volume {
+                        known = (volume, volumes.get(volume)?.is_some());
+                    }
+                    if slot == 0 {
+                        extents.remove((volume, extent))?;
+                    } else if known.1 {
+                        extents.insert((volume, extent), slot)?;
+                    }
+                }
+                let mut format = txn.open_table(FORMAT)?;
+                if left.peek().is_none() {
+                    format.insert(KEY_APPLIED_SEQ, last_seq)?;
+                    format.remove(KEY_CHECKPOINT_SEQ)?;
+                } else {
+                    format.insert(KEY_CHECKPOINT_SEQ, last_seq)?;
+                }
+                Ok(())
+            })?;
+            if left.peek().is_none() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// One durable transaction. Commits keep the allocator's state in the file, so that opening after a kill
+    /// does not walk the whole database.
+    fn change(
+        &self,
+        work: impl FnOnce(&WriteTransaction) -> Result<(), MetaError>,
+    ) -> Result<(), MetaError> {
+        let mut txn = self.db.begin_write()?;
+        txn.set_quick_repair(true);
+        work(&txn)?;
+        txn.commit()?;
+        Ok(())
+    }
+}
+
+fn builder() -> redb::Builder {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE_BYTES);
+    builder
+}
+
+fn halves(pool_id: &PoolId) -> (u64, u64) {
+    let whole = u128::from_le_bytes(*pool_id);
+    #[allow(clippy::cast_possible_truncation, reason = "the low half is wanted")]
+    let low = whole as u64;
+    #[allow(clippy::cast_possible_truncation, reason = "64 bits are left")]
+    let high = (whole >> 64) as u64;
+    (low, high)
+}
