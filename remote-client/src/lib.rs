@@ -1,8 +1,13 @@
 //! The client side of remote storage: one trait pair for a volume, and its
 //! drivers. Knows nothing of virtio.
 
+pub mod file;
+pub mod open;
+pub mod uri;
 pub mod volume;
 
+pub use open::{OpenError, OpenOptions, open};
+pub use uri::{UriError, VolumeUri};
 pub use volume::{
     Completion, EventListener, Geometry, IoError, Op, QueueError, Tag, Volume, VolumeEvent,
     VolumeQueue, VolumeState,
