@@ -1,11 +1,16 @@
 //! What the end-to-end tests, the demo and the benchmark are made of.
 //!
 //! Starts real processes (`daemon`), real guests (`guest`, `qemu`, `qmp`) and plays the other side of a vhost-user
-//! socket without a guest (`vhost_user`, `ring`, `raw_frontend`). Knows the command lines of Baton's programs;
+//! socket without a guest (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
 
+pub mod blk;
 pub mod daemon;
 pub mod guest;
+pub mod memory;
 pub mod qemu;
 pub mod qmp;
+pub mod raw_frontend;
+pub mod ring;
+pub mod vhost_user;
 pub mod workspace;

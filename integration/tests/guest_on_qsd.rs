@@ -2,36 +2,15 @@
 //!
 //! Nothing of Baton takes part. When this fails, look at the harness; when only others fail, look at Baton.
 
-use baton_integration::daemon::Daemon;
 use baton_integration::guest::skip_without_qemu;
 use baton_integration::qemu::{Guest, GuestConfig};
-use baton_integration::workspace::{TestDir, system_program};
+use baton_integration::workspace::TestDir;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
+use support::{DISK_BYTES, storage_daemon};
 
-const DISK_BYTES: u64 = 64 << 20;
-
-fn storage_daemon(dir: &TestDir, queues: u16) -> (Daemon, PathBuf) {
-    let disk = dir.join("disk.img");
-    if !disk.exists() {
-        File::create(&disk).unwrap().set_len(DISK_BYTES).unwrap();
-    }
-    let socket = dir.join("disk.sock");
-    let program = system_program("qemu-storage-daemon").unwrap();
-    let args = [
-        "--blockdev".to_owned(),
-        format!("driver=file,node-name=disk,filename={},discard=unmap", disk.display()),
-        "--export".to_owned(),
-        format!(
-            "vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues={queues}",
-            socket.display()
-        ),
-    ];
-    let mut daemon = Daemon::start(dir.path(), "qsd", &program, args).unwrap();
-    daemon.wait_socket(&socket, Duration::from_secs(10)).unwrap();
-    (daemon, socket)
-}
+mod support;
 
 #[test]
 fn a_guest_writes_verifies_and_powers_off() {
