@@ -5,10 +5,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use baton_protocol::VolumeId;
 use thiserror::Error;
 
 use super::core::Core;
-use super::volume::{Volume, VolumeId, extent_of};
+use super::volume::{Volume, extent_of};
 use super::{EXTENT_BYTES, layout::MAX_SLOTS};
 
 /// A sound pool in numbers.
@@ -23,38 +24,21 @@ pub enum CheckError {
     #[error(
         "slot {slot} is mapped by extent {extent} of volume {volume} and also {other}; restore the pool"
     )]
-    SlotTwice {
-        slot: u32,
-        volume: VolumeId,
-        extent: u32,
-        other: &'static str,
-    },
+    SlotTwice { slot: u32, volume: VolumeId, extent: u32, other: &'static str },
     #[error("slot {slot} of extent {extent} of volume {volume} does not exist; restore the pool")]
-    SlotOutside {
-        slot: u32,
-        volume: VolumeId,
-        extent: u32,
-    },
+    SlotOutside { slot: u32, volume: VolumeId, extent: u32 },
     #[error("extent {extent} of volume {volume} lies behind the volume's end; restore the pool")]
     ExtentOutside { volume: VolumeId, extent: u32 },
     #[error(
         "extent {extent} of volume {volume} has {pins} users although nothing runs; report this as a bug"
     )]
-    Pinned {
-        volume: VolumeId,
-        extent: u32,
-        pins: u32,
-    },
+    Pinned { volume: VolumeId, extent: u32, pins: u32 },
     #[error("slot {slot} is free twice; report this as a bug")]
     FreeTwice { slot: u32 },
     #[error("{lost} slots are neither mapped nor free; restart the server to get them back")]
     Lost { lost: u32 },
     #[error("{what} counts {counted} extents where {found} are mapped; report this as a bug")]
-    Count {
-        what: String,
-        counted: u64,
-        found: u64,
-    },
+    Count { what: String, counted: u64, found: u64 },
 }
 
 pub(super) fn check<'a>(
@@ -86,10 +70,7 @@ pub(super) fn check<'a>(
             found: mapped_slots.into(),
         });
     }
-    Ok(CheckReport {
-        mapped_slots,
-        free_slots,
-    })
+    Ok(CheckReport { mapped_slots, free_slots })
 }
 
 fn check_volume(
@@ -105,26 +86,13 @@ fn check_volume(
         found += 1;
         let other = owners.insert(slot, "mapped elsewhere");
         let wrong = if let Some(other) = other {
-            CheckError::SlotTwice {
-                slot,
-                volume: id,
-                extent,
-                other,
-            }
+            CheckError::SlotTwice { slot, volume: id, extent, other }
         } else if slot >= fresh {
-            CheckError::SlotOutside {
-                slot,
-                volume: id,
-                extent,
-            }
+            CheckError::SlotOutside { slot, volume: id, extent }
         } else if extent >= end {
             CheckError::ExtentOutside { volume: id, extent }
         } else if pins > 0 {
-            CheckError::Pinned {
-                volume: id,
-                extent,
-                pins,
-            }
+            CheckError::Pinned { volume: id, extent, pins }
         } else {
             return;
         };
@@ -135,11 +103,7 @@ fn check_volume(
     first?;
     let counted = volume.info().allocated_bytes / EXTENT_BYTES;
     if counted != found {
-        return Err(CheckError::Count {
-            what: format!("volume {id}"),
-            counted,
-            found,
-        });
+        return Err(CheckError::Count { what: format!("volume {id}"), counted, found });
     }
     Ok(())
 }

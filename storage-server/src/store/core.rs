@@ -24,7 +24,9 @@ use super::slots::{Slots, Take};
 use super::volume::Volume;
 
 /// Extents unmapped per journal write and hold of the state lock.
-pub(super) const UNMAP_BATCH: usize = 256;
+pub(super) const UNMAP_BATCH: usize = if cfg!(test) { 32 } else { 256 };
+// A batch finds room once a checkpoint has ended.
+const _: () = assert!(UNMAP_BATCH <= SWAP_RECORDS as usize);
 
 #[derive(Debug)]
 pub(super) struct Core {
@@ -76,11 +78,8 @@ pub(super) struct Drain {
 impl LogCursor {
     fn swap(&mut self) {
         debug_assert!(self.draining.is_none() && self.used > 0);
-        self.draining = Some(Drain {
-            file: self.current,
-            records: self.used,
-            last_seq: self.next_seq - 1,
-        });
+        self.draining =
+            Some(Drain { file: self.current, records: self.used, last_seq: self.next_seq - 1 });
         self.current = 1 - self.current;
         self.used = 0;
     }
@@ -95,11 +94,7 @@ impl Core {
         lock: File,
     ) -> Arc<Self> {
         let unfinished = log.draining.is_some();
-        let state = State {
-            slots,
-            log,
-            checkpoint_thread: None,
-        };
+        let state = State { slots, log, checkpoint_thread: None };
         let core = Arc::new(Self {
             pool,
             meta,
@@ -124,9 +119,7 @@ impl Core {
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        self.state
-            .lock()
-            .expect("nothing panics under the state lock")
+        self.state.lock().expect("nothing panics under the state lock")
     }
 
     pub(super) fn reserve_bytes(&self) -> u64 {
@@ -137,9 +130,7 @@ impl Core {
     pub(super) fn check_alive(&self) -> Result<(), PoolError> {
         match self.failed.get() {
             None => Ok(()),
-            Some(reason) => Err(PoolError::Failed {
-                reason: reason.clone(),
-            }),
+            Some(reason) => Err(PoolError::Failed { reason: reason.clone() }),
         }
     }
 
@@ -169,8 +160,7 @@ impl Core {
             return Ok(());
         }
         let number = self.sync_begun.fetch_add(1, Ordering::SeqCst) + 1;
-        self.sync_files()
-            .map_err(|(file, source)| self.fail(file, &source))?;
+        self.sync_files().map_err(|(file, source)| self.fail(file, &source))?;
         *done = number;
         Ok(())
     }
@@ -178,10 +168,7 @@ impl Core {
     /// Data first: a durable map entry never points at data that is not.
     fn sync_files(&self) -> Result<(), (&'static str, io::Error)> {
         let zeroed = self.state().slots.sync_begins();
-        let pool = self
-            .probe
-            .at(Step::SyncPool)
-            .and_then(|()| self.pool.sync());
+        let pool = self.probe.at(Step::SyncPool).and_then(|()| self.pool.sync());
         pool.map_err(|e| ("cannot sync pool.dat", e))?;
         // Taken after the pool's sync: newer records may become durable too, their slots are zero or hold newer data.
         let unsynced = std::mem::take(&mut self.state().log.unsynced);
@@ -232,14 +219,8 @@ impl Core {
             return Ok(Taken::Mapped(slot));
         }
         match state.slots.take() {
-            Take::Ready(slot) => Ok(Taken::Free {
-                slot,
-                has_space: true,
-            }),
-            Take::Bare(slot) => Ok(Taken::Free {
-                slot,
-                has_space: false,
-            }),
+            Take::Ready(slot) => Ok(Taken::Free { slot, has_space: true }),
+            Take::Bare(slot) => Ok(Taken::Free { slot, has_space: false }),
             Take::NeedsSync => Ok(Taken::NeedsSync),
             Take::Full => Err(IoError::NoSpace),
         }
@@ -321,14 +302,11 @@ impl Core {
     /// before the next open tries it again.
     fn retire(&self, volume: &Volume, freed: &[(u32, u32)]) -> Result<(), IoError> {
         let mut slots: Vec<u32> = freed.iter().map(|(_, slot)| *slot).collect();
-        volume
-            .allocated
-            .fetch_sub(slots.len() as u64, Ordering::Relaxed);
+        volume.allocated.fetch_sub(slots.len() as u64, Ordering::Relaxed);
         slots.sort_unstable();
         for run in slots.chunk_by(|a, b| a + 1 == *b) {
             self.probe.at(Step::Punch)?;
-            self.pool
-                .punch(slot_offset(run[0]), run.len() as u64 * EXTENT_BYTES)?;
+            self.pool.punch(slot_offset(run[0]), run.len() as u64 * EXTENT_BYTES)?;
             self.state().slots.freed(run);
         }
         Ok(())
@@ -358,12 +336,7 @@ impl Core {
     /// Writes records for (extent, slot) changes; the caller has made room.
     fn append(&self, state: &mut State, volume: &Volume, changes: &[(u32, u32)]) -> io::Result<()> {
         let log = &mut state.log;
-        let record = |(seq, &(extent, slot))| Record {
-            seq,
-            volume: volume.id().0,
-            extent,
-            slot,
-        };
+        let record = |(seq, &(extent, slot))| Record { seq, volume: volume.id().0, extent, slot };
         self.probe.at(Step::Journal)?;
         let count = u32::try_from(changes.len()).expect("a batch is small");
         if let [change] = changes {
@@ -420,9 +393,7 @@ impl Core {
             return Err(failed(&io::Error::from(io::ErrorKind::InvalidData)));
         };
         self.meta
-            .checkpoint(&net_effect(records), drain.last_seq, || {
-                step(Step::CheckpointCommit)
-            })
+            .checkpoint(&net_effect(records), drain.last_seq, || step(Step::CheckpointCommit))
             .map_err(|e| failed(&e))?;
         step(Step::CheckpointCommitted).map_err(|e| failed(&e))
     }

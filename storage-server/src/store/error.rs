@@ -49,19 +49,11 @@ pub enum OpenError {
     #[error(
         "{} was written in format {found}, this server knows formats up to {known}; run a newer server", path.display()
     )]
-    NewerFormat {
-        path: PathBuf,
-        found: u64,
-        known: u64,
-    },
+    NewerFormat { path: PathBuf, found: u64, known: u64 },
     #[error(
         "{} uses extents of {found} bytes, this server uses {expected}; run the server that made it", path.display()
     )]
-    ExtentSize {
-        path: PathBuf,
-        found: u64,
-        expected: u64,
-    },
+    ExtentSize { path: PathBuf, found: u64, expected: u64 },
     #[error("{} belongs to another pool than the files beside it; restore files of one pool together", path.display())]
     ForeignFile { path: PathBuf },
     #[error("cannot read or write the metadata in {}; check the disk under it", path.display())]
@@ -121,11 +113,7 @@ pub enum IoError {
     #[error(
         "{len} bytes at offset {offset} reach past the volume's end at {size_bytes}; stay inside the volume"
     )]
-    OutOfRange {
-        offset: u64,
-        len: u64,
-        size_bytes: u64,
-    },
+    OutOfRange { offset: u64, len: u64, size_bytes: u64 },
     #[error(
         "the pool has no space for a new extent; free space by discarding or deleting, or enlarge the pool"
     )]

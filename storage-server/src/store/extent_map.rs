@@ -36,10 +36,7 @@ fn slot_of(entry: u64) -> u32 {
     (entry >> 32) as u32
 }
 
-#[allow(
-    clippy::cast_possible_truncation,
-    reason = "the pins are the lower 32 bits"
-)]
+#[allow(clippy::cast_possible_truncation, reason = "the pins are the lower 32 bits")]
 fn pins_of(entry: u64) -> u32 {
     entry as u32
 }

@@ -12,10 +12,10 @@ use std::os::unix::fs::FileExt;
 use super::layout::{PoolId, RECORD_BYTES, Record};
 
 /// Records a file holds: 65,536 x 32 bytes = 2 MiB, journal of 64 GiB of first writes.
-pub(super) const FILE_RECORDS: u32 = 1 << 16;
+/// Small in tests, so that swaps and waits for a checkpoint happen all the time.
+pub(super) const FILE_RECORDS: u32 = if cfg!(test) { 128 } else { 1 << 16 };
 /// A file this full is swapped out and applied in the background, while the second half is room to go on meanwhile.
-/// Small in tests, so that swaps happen all the time.
-pub(super) const SWAP_RECORDS: u32 = if cfg!(test) { 48 } else { FILE_RECORDS / 2 };
+pub(super) const SWAP_RECORDS: u32 = FILE_RECORDS / 2;
 
 #[derive(Debug)]
 pub(super) struct Journal {
@@ -97,10 +97,8 @@ impl Journal {
         if let [record] = records {
             return self.files[file].write_all_at(&record.encode(&self.pool_id), at);
         }
-        let bytes: Vec<u8> = records
-            .iter()
-            .flat_map(|record| record.encode(&self.pool_id))
-            .collect();
+        let bytes: Vec<u8> =
+            records.iter().flat_map(|record| record.encode(&self.pool_id)).collect();
         self.files[file].write_all_at(&bytes, at)
     }
 
@@ -130,12 +128,7 @@ mod tests {
     const ID: PoolId = [3; 16];
 
     fn records(seqs: impl IntoIterator<Item = u64>) -> Vec<Record> {
-        let one = |seq| Record {
-            seq,
-            volume: 1,
-            extent: 2,
-            slot: 3,
-        };
+        let one = |seq| Record { seq, volume: 1, extent: 2, slot: 3 };
         seqs.into_iter().map(one).collect()
     }
 
@@ -163,10 +156,7 @@ mod tests {
             let full = (at / RECORD_BYTES) as u64;
             assert_eq!(run.records, records(10..10 + full), "byte {at}");
             let last = if full == 9 { 18 } else { 19 };
-            assert_eq!(
-                run.seq_max, last,
-                "records behind the break are still noticed"
-            );
+            assert_eq!(run.seq_max, last, "records behind the break are still noticed");
         }
     }
 
@@ -182,26 +172,14 @@ mod tests {
     fn chains_go_over_both_files_in_order() {
         let seqs = |applied, a: Run, b: Run| -> Vec<u64> {
             let there = chain(applied, &[a.clone(), b.clone()]);
-            assert_eq!(
-                there,
-                chain(applied, &[b, a]),
-                "which file is which does not matter"
-            );
+            assert_eq!(there, chain(applied, &[b, a]), "which file is which does not matter");
             there.iter().map(|r| r.seq).collect()
         };
         assert_eq!(seqs(0, run([]), run([])), []);
         assert_eq!(seqs(0, run(1..4), run([])), [1, 2, 3]);
-        assert_eq!(
-            seqs(3, run(1..4), run(4..6)),
-            [4, 5],
-            "the first file is applied"
-        );
+        assert_eq!(seqs(3, run(1..4), run(4..6)), [4, 5], "the first file is applied");
         assert_eq!(seqs(0, run(1..4), run(4..6)), [1, 2, 3, 4, 5]);
-        assert_eq!(
-            seqs(0, run(1..3), run(4..6)),
-            [1, 2],
-            "3 is lost, so is all after it"
-        );
+        assert_eq!(seqs(0, run(1..3), run(4..6)), [1, 2], "3 is lost, so is all after it");
         assert_eq!(seqs(0, run(2..4), run([])), [], "1 is lost");
         assert_eq!(seqs(2, run(1..6), run([])), [3, 4, 5]);
         assert_eq!(seqs(9, run(1..6), run(6..8)), []);

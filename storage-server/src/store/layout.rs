@@ -54,11 +54,7 @@ impl PoolHeader {
         }
         let mut pool_id = PoolId::default();
         pool_id.copy_from_slice(&bytes[16..32]);
-        Some(Self {
-            version: u32_at(bytes, 8),
-            extent_bytes: u32_at(bytes, 12),
-            pool_id,
-        })
+        Some(Self { version: u32_at(bytes, 8), extent_bytes: u32_at(bytes, 12), pool_id })
     }
 }
 
@@ -156,20 +152,12 @@ mod tests {
         );
         assert_eq!(u32_at(&bytes, 28), 0x91B5_B0D0);
         assert_eq!(Record::decode(&bytes, &ID), Some(record));
-        assert_eq!(
-            Record::decode(&bytes, &[8; 16]),
-            None,
-            "another pool's record"
-        );
+        assert_eq!(Record::decode(&bytes, &[8; 16]), None, "another pool's record");
     }
 
     #[test]
     fn golden_header() {
-        let header = PoolHeader {
-            version: 1,
-            extent_bytes: 0x10_0000,
-            pool_id: ID,
-        };
+        let header = PoolHeader { version: 1, extent_bytes: 0x10_0000, pool_id: ID };
         let bytes = header.encode();
         assert_eq!(bytes[..16], *b"BATNPOOL\x01\0\0\0\0\0\x10\0");
         assert_eq!(bytes[16..32], ID);
@@ -178,24 +166,13 @@ mod tests {
 
     #[test]
     fn any_flipped_bit_is_noticed() {
-        let record = Record {
-            seq: 9,
-            volume: 5,
-            extent: 3,
-            slot: 0,
-        }
-        .encode(&ID);
+        let record = Record { seq: 9, volume: 5, extent: 3, slot: 0 }.encode(&ID);
         for bit in 0..RECORD_BYTES * 8 {
             let mut bad = record;
             bad[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(Record::decode(&bad, &ID), None, "bit {bit}");
         }
-        let header = PoolHeader {
-            version: 1,
-            extent_bytes: 4096,
-            pool_id: ID,
-        }
-        .encode();
+        let header = PoolHeader { version: 1, extent_bytes: 4096, pool_id: ID }.encode();
         for bit in 0..POOL_HEADER_BYTES * 8 {
             let mut bad = header;
             bad[bit / 8] ^= 1 << (bit % 8);

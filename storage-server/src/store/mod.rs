@@ -42,13 +42,14 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use baton_protocol::VolumeId;
 use serde::Serialize;
 
 pub use check::{CheckError, CheckReport};
 pub use error::{IoError, MetaError, OpenError, PoolError, VolumeError};
 pub use layout::{EXTENT_BYTES, MAX_VOLUME_BYTES, SECTOR_BYTES};
 pub use read_plan::{ReadPlan, Segment};
-pub use volume::{Volume, VolumeId, VolumeInfo};
+pub use volume::{Volume, VolumeInfo};
 
 use self::core::Core;
 use self::extent_map::ExtentMap;
@@ -65,10 +66,7 @@ pub struct PoolConfig {
 
 impl Default for PoolConfig {
     fn default() -> Self {
-        Self {
-            capacity_bytes: None,
-            reserve_bytes: 64 << 20,
-        }
+        Self { capacity_bytes: None, reserve_bytes: 64 << 20 }
     }
 }
 
@@ -112,9 +110,7 @@ impl Store {
         check_size(size_bytes)?;
         let _changes = self.changes();
         if self.volume(name).is_some() {
-            return Err(VolumeError::Exists {
-                name: name.to_owned(),
-            });
+            return Err(VolumeError::Exists { name: name.to_owned() });
         }
         let mut id = 0;
         while id == 0 || self.volume_by_id(VolumeId(id)).is_some() {
@@ -122,21 +118,14 @@ impl Store {
             random(&mut bytes).map_err(VolumeError::Random)?;
             id = u64::from_le_bytes(bytes);
         }
-        let created_unix_s = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs());
+        let created_unix_s =
+            SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let meta = &self.core.meta;
         meta.put_volume(id, name, size_bytes, created_unix_s)?;
-        let row = VolumeRow {
-            name: name.to_owned(),
-            size_bytes,
-            created_unix_s,
-            access: None,
-        };
+        let row = VolumeRow { name: name.to_owned(), size_bytes, created_unix_s, access: None };
         let volume = Volume::new(Arc::clone(&self.core), id, row, ExtentMap::new());
         let info = volume.info();
-        self.write_volumes()
-            .insert(name.to_owned(), Arc::new(volume));
+        self.write_volumes().insert(name.to_owned(), Arc::new(volume));
         Ok(info)
     }
 
@@ -161,10 +150,7 @@ impl Store {
         let volume = self.named(name)?;
         let now = volume.info();
         if size_bytes < now.size_bytes {
-            return Err(VolumeError::ShrinkRefused {
-                current: now.size_bytes,
-                asked: size_bytes,
-            });
+            return Err(VolumeError::ShrinkRefused { current: now.size_bytes, asked: size_bytes });
         }
         if size_bytes > now.size_bytes {
             let meta = &self.core.meta;
@@ -185,11 +171,7 @@ impl Store {
             self.write_volumes().remove(name);
             volume
         };
-        let step = self
-            .core
-            .probe
-            .at(Step::VolumeDeleted)
-            .map_err(IoError::from);
+        let step = self.core.probe.at(Step::VolumeDeleted).map_err(IoError::from);
         let freed = step.and_then(|()| volume.free_all());
         let freed = freed.map_err(VolumeError::Reclaim);
         let purged = self.core.meta.purge(volume.id().0);
@@ -200,9 +182,7 @@ impl Store {
     /// Replaces a volume's access record; durable when this returns.
     pub fn put_access(&self, id: VolumeId, record: &[u8]) -> Result<(), VolumeError> {
         let _changes = self.changes();
-        let volume = self
-            .volume_by_id(id)
-            .ok_or(VolumeError::UnknownId { id: id.0 })?;
+        let volume = self.volume_by_id(id).ok_or(VolumeError::UnknownId { id: id.0 })?;
         self.core.meta.put_access(id.0, record)?;
         volume.set_access(record);
         Ok(())
@@ -256,9 +236,7 @@ impl Store {
     }
 
     fn named(&self, name: &str) -> Result<Arc<Volume>, VolumeError> {
-        self.volume(name).ok_or_else(|| VolumeError::NotFound {
-            name: name.to_owned(),
-        })
+        self.volume(name).ok_or_else(|| VolumeError::NotFound { name: name.to_owned() })
     }
 
     fn changes(&self) -> MutexGuard<'_, ()> {
@@ -283,10 +261,7 @@ impl Drop for Store {
 
 /// `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`
 fn check_name(name: &str) -> Result<(), VolumeError> {
-    let first = name
-        .bytes()
-        .next()
-        .is_some_and(|b| b.is_ascii_alphanumeric());
+    let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
     let rest = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
     if first && name.len() <= 64 && name.bytes().all(rest) {
         return Ok(());

@@ -51,14 +51,7 @@ impl PoolFile {
             },
         };
         let len = AtomicU64::new(file.metadata()?.len());
-        Ok(Self {
-            file,
-            len,
-            nowait,
-            punch,
-            zero_range,
-            preallocate,
-        })
+        Ok(Self { file, len, nowait, punch, zero_range, preallocate })
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -98,14 +91,7 @@ impl PoolFile {
     pub(super) fn allocate(&self, slot: u32) -> io::Result<()> {
         let offset = slot_offset(slot);
         let done = if self.preallocate {
-            retry(|| {
-                fallocate(
-                    &self.file,
-                    FallocateFlags::empty(),
-                    off(offset),
-                    off(EXTENT_BYTES),
-                )
-            })
+            retry(|| fallocate(&self.file, FallocateFlags::empty(), off(offset), off(EXTENT_BYTES)))
         } else {
             self.write_zeros(offset, EXTENT_BYTES)
         };
@@ -212,10 +198,7 @@ fn supported(file: &File, mode: FallocateFlags) -> io::Result<bool> {
 }
 
 fn read_nowait(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
-    let iov = libc::iovec {
-        iov_base: buf.as_mut_ptr().cast(),
-        iov_len: buf.len(),
-    };
+    let iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     // SAFETY: `iov` names `buf`, which is exclusively borrowed and outlives the call.
     let n = unsafe { libc::preadv2(file.as_raw_fd(), &iov, 1, off(offset), libc::RWF_NOWAIT) };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())

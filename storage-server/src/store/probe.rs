@@ -25,11 +25,7 @@ impl Probe {
         Self
     }
 
-    #[allow(
-        clippy::unused_self,
-        clippy::unnecessary_wraps,
-        reason = "tests use both"
-    )]
+    #[allow(clippy::unused_self, clippy::unnecessary_wraps, reason = "tests use both")]
     #[inline(always)]
     pub(super) fn at(&self, _step: Step) -> io::Result<()> {
         Ok(())

@@ -40,21 +40,14 @@ impl ReadPlan {
     pub(super) fn new(volume: Arc<Volume>, offset: u64, len: usize) -> Self {
         let segment = |piece: Piece| match volume.map.pin(piece.extent) {
             None => Segment::Zero { len: piece.len },
-            Some(slot) => Segment::Data {
-                pool_offset: slot_offset(slot) + piece.within,
-                len: piece.len,
-            },
+            Some(slot) => {
+                Segment::Data { pool_offset: slot_offset(slot) + piece.within, len: piece.len }
+            }
         };
         let mut segments = pieces(offset, len as u64).map(segment);
         let first = segments.next();
         let rest = segments.collect();
-        Self {
-            volume,
-            offset,
-            len,
-            first,
-            rest,
-        }
+        Self { volume, offset, len, first, rest }
     }
 
     /// Their lengths add up to the length asked for.

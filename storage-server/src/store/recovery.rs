@@ -29,10 +29,7 @@ pub(super) fn open(dir: &Path, config: &PoolConfig) -> Result<(Arc<Core>, Vec<Vo
     make_dir(dir)?;
     let files = Files::new(dir);
     let lock = exclusive(dir, &files.lock, true)?;
-    let is_new = !files
-        .meta
-        .try_exists()
-        .map_err(file("look at", &files.meta))?;
+    let is_new = !files.meta.try_exists().map_err(file("look at", &files.meta))?;
     let pool = exclusive(dir, &files.pool, is_new)?;
     if is_new {
         create(dir, &files, &pool)?;
@@ -55,13 +52,7 @@ pub(super) fn open(dir: &Path, config: &PoolConfig) -> Result<(Arc<Core>, Vec<Vo
     }
     let unused = clear_unused(&pool, &recovered.used).map_err(file("clear", &files.pool))?;
     let slots = Slots::new(capacity_slots(config), slot_max + 1, unused);
-    let core = Core::new(
-        (pool, meta, journal),
-        slots,
-        log,
-        config.reserve_bytes,
-        lock,
-    );
+    let core = Core::new((pool, meta, journal), slots, log, config.reserve_bytes, lock);
     let mut maps = recovered.maps;
     let volumes = loaded.volumes.into_iter().map(|(id, row)| {
         let map = maps.remove(&id).unwrap_or_else(ExtentMap::new);
@@ -91,26 +82,16 @@ impl Files {
     }
 
     fn meta_error(&self) -> impl Fn(MetaError) -> OpenError {
-        |source| OpenError::Metadata {
-            path: self.meta.clone(),
-            source,
-        }
+        |source| OpenError::Metadata { path: self.meta.clone(), source }
     }
 }
 
 fn file<'a>(op: &'static str, path: &'a Path) -> impl Fn(io::Error) -> OpenError + 'a {
-    move |source| OpenError::File {
-        op,
-        path: path.to_owned(),
-        source,
-    }
+    move |source| OpenError::File { op, path: path.to_owned(), source }
 }
 
 fn damaged(path: &Path, what: impl Into<String>) -> OpenError {
-    OpenError::Corrupt {
-        path: path.to_owned(),
-        what: what.into(),
-    }
+    OpenError::Corrupt { path: path.to_owned(), what: what.into() }
 }
 
 /// Makes the directory but not its parents: a mistyped path must not grow a tree.
@@ -119,16 +100,9 @@ fn make_dir(dir: &Path) -> Result<(), OpenError> {
         Ok(()) => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
             let dir = dir.to_owned();
-            if dir.is_dir() {
-                Ok(())
-            } else {
-                Err(OpenError::NotADirectory { dir })
-            }
+            if dir.is_dir() { Ok(()) } else { Err(OpenError::NotADirectory { dir }) }
         }
-        Err(source) => Err(OpenError::CreateDir {
-            dir: dir.to_owned(),
-            source,
-        }),
+        Err(source) => Err(OpenError::CreateDir { dir: dir.to_owned(), source }),
     }
 }
 
@@ -136,9 +110,7 @@ fn open_file(path: &Path, create: bool) -> Result<File, OpenError> {
     let mut options = File::options();
     options.read(true).write(true).create(create).mode(0o600);
     options.open(path).map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound if !create => OpenError::Missing {
-            path: path.to_owned(),
-        },
+        io::ErrorKind::NotFound if !create => OpenError::Missing { path: path.to_owned() },
         _ => file("open", path)(e),
     })
 }
@@ -148,9 +120,7 @@ fn exclusive(dir: &Path, path: &Path, create: bool) -> Result<File, OpenError> {
     if try_lock(&opened).map_err(file("lock", path))? {
         return Ok(opened);
     }
-    Err(OpenError::InUse {
-        dir: dir.to_owned(),
-    })
+    Err(OpenError::InUse { dir: dir.to_owned() })
 }
 
 /// Makes a new pool. `meta.redb` appears last and whole, so a directory without it holds nothing yet and a creation
@@ -160,9 +130,7 @@ fn create(dir: &Path, files: &Files, pool: &File) -> Result<(), OpenError> {
     let mut header = [0; POOL_HEADER_BYTES];
     let len = pool.metadata().map_err(&pool_error)?.len();
     if len > EXTENT_BYTES {
-        return Err(OpenError::Missing {
-            path: files.meta.clone(),
-        });
+        return Err(OpenError::Missing { path: files.meta.clone() });
     }
     let ours = len < POOL_HEADER_BYTES as u64
         || pool.read_exact_at(&mut header, 0).is_err()
@@ -240,18 +208,13 @@ fn check_format(path: &Path, version: u64, extent_bytes: u64) -> Result<(), Open
 }
 
 fn open_meta(path: &Path, pool_id: &PoolId) -> Result<Meta, OpenError> {
-    let error = |source| OpenError::Metadata {
-        path: path.to_owned(),
-        source,
-    };
+    let error = |source| OpenError::Metadata { path: path.to_owned(), source };
     let meta = Meta::open(path).map_err(error)?;
     let format = meta.format().map_err(error)?;
     let format = format.ok_or_else(|| damaged(path, "it does not say its format"))?;
     check_format(path, format.version, format.extent_bytes)?;
     if format.pool_id != *pool_id {
-        return Err(OpenError::ForeignFile {
-            path: path.to_owned(),
-        });
+        return Err(OpenError::ForeignFile { path: path.to_owned() });
     }
     Ok(meta)
 }
@@ -297,9 +260,7 @@ impl Recovered {
             };
             let end = extent_of(row.size_bytes.next_multiple_of(EXTENT_BYTES));
             if extent >= end || slot > MAX_SLOTS {
-                bad = Some(format!(
-                    "extent {extent} of volume {volume:016x} has slot {slot}"
-                ));
+                bad = Some(format!("extent {extent} of volume {volume:016x} has slot {slot}"));
                 return;
             }
             let map = maps.entry(volume).or_insert_with(ExtentMap::new);
@@ -401,11 +362,8 @@ fn resume(
         [Some(first), Some(second)] => {
             log.current = usize::from(second > first);
             let file = 1 - log.current;
-            log.draining = Some(Drain {
-                file,
-                records: len(&runs[file]),
-                last_seq: first.min(second),
-            });
+            log.draining =
+                Some(Drain { file, records: len(&runs[file]), last_seq: first.min(second) });
         }
         [first, _] => log.current = usize::from(first.is_none()),
     }

@@ -152,11 +152,7 @@ mod tests {
         slots.freed(&[2]);
         slots.sync_done(&batch);
         assert_eq!(slots.take(), Take::Bare(1));
-        assert_eq!(
-            slots.take(),
-            Take::NeedsSync,
-            "2 was freed after the sync began"
-        );
+        assert_eq!(slots.take(), Take::NeedsSync, "2 was freed after the sync began");
         assert!(slots.has_unsynced());
     }
 

@@ -3,10 +3,10 @@
 //! The path of a read or write of mapped extents takes no lock and allocates nothing: pin, one system call, unpin.
 //! Does not know who may use the volume; that is the gate above.
 
-use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use baton_protocol::VolumeId;
 use serde::Serialize;
 
 use super::core::{Core, UNMAP_BATCH};
@@ -17,32 +17,21 @@ use super::meta::VolumeRow;
 use super::pool_file::{PUNCH_ALIGN, slot_offset};
 use super::read_plan::ReadPlan;
 
-/// Random, never 0, never used twice. Written as 16 hexadecimal digits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct VolumeId(pub u64);
-
-impl fmt::Display for VolumeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:016x}", self.0)
-    }
-}
-
-impl Serialize for VolumeId {
-    /// A string: many JSON readers cannot hold 64 bits in a number.
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
 /// A volume as lists show it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct VolumeInfo {
+    /// In JSON a string of 16 hexadecimal digits: many readers cannot hold 64 bits in a number.
+    #[serde(serialize_with = "as_text")]
     pub id: VolumeId,
     pub name: String,
     pub size_bytes: u64,
     /// Space its mapped extents take in the pool.
     pub allocated_bytes: u64,
     pub created_unix_s: u64,
+}
+
+fn as_text<S: serde::Serializer>(id: &VolumeId, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(id)
 }
 
 /// Shared by everyone who uses the volume; all methods work from any thread.
@@ -77,21 +66,14 @@ pub(super) fn pieces(offset: u64, len: u64) -> impl Iterator<Item = Piece> {
     std::iter::from_fn(move || {
         let within = at % EXTENT_BYTES;
         let len = (end - at).min(EXTENT_BYTES - within);
-        let piece = Piece {
-            extent: extent_of(at),
-            within,
-            len: usize::try_from(len).ok()?,
-        };
+        let piece = Piece { extent: extent_of(at), within, len: usize::try_from(len).ok()? };
         at += len;
         (len > 0).then_some(piece)
     })
 }
 
 /// The extent of a byte inside (or just behind) a volume.
-#[allow(
-    clippy::cast_possible_truncation,
-    reason = "volumes have at most 2^30 extents"
-)]
+#[allow(clippy::cast_possible_truncation, reason = "volumes have at most 2^30 extents")]
 pub(super) fn extent_of(offset: u64) -> u32 {
     (offset / EXTENT_BYTES) as u32
 }
@@ -279,9 +261,7 @@ impl Volume {
         let mut batch = Vec::new();
         while at < whole_end {
             batch.clear();
-            at = self
-                .map
-                .collect_mapped(at, whole_end, UNMAP_BATCH, &mut batch);
+            at = self.map.collect_mapped(at, whole_end, UNMAP_BATCH, &mut batch);
             for extent in self.core.unmap(self, &batch, size)? {
                 self.zero_in_place(piece_of(extent, offset, len), mode)?;
             }
@@ -312,11 +292,7 @@ impl Volume {
     fn check(&self, offset: u64, len: u64) -> Result<u64, IoError> {
         let size_bytes = self.size_bytes();
         if offset.checked_add(len).is_none_or(|end| end > size_bytes) {
-            return Err(IoError::OutOfRange {
-                offset,
-                len,
-                size_bytes,
-            });
+            return Err(IoError::OutOfRange { offset, len, size_bytes });
         }
         self.check_alive()?;
         Ok(size_bytes)
@@ -337,20 +313,12 @@ impl Volume {
 
     fn pin(&self, extent: u32) -> Option<Pin<'_>> {
         let slot = self.map.pin(extent)?;
-        Some(Pin {
-            volume: self,
-            extent,
-            slot,
-        })
+        Some(Pin { volume: self, extent, slot })
     }
 
     fn map_and_pin(&self, extent: u32) -> Result<Pin<'_>, IoError> {
         let slot = self.core.map_extent(self, extent)?;
-        Ok(Pin {
-            volume: self,
-            extent,
-            slot,
-        })
+        Ok(Pin { volume: self, extent, slot })
     }
 
     /// Gives a pin back. The last user of a deleted volume's extent frees it: either the deletion sees the pin gone

@@ -40,10 +40,7 @@ fn sync_does_data_before_journal() {
     let steps = trace(&store);
     volume.write(0, &[1]).unwrap();
     store.sync().unwrap();
-    assert_eq!(
-        *steps.lock().unwrap(),
-        [Step::Journal, Step::SyncPool, Step::SyncJournal]
-    );
+    assert_eq!(*steps.lock().unwrap(), [Step::Journal, Step::SyncPool, Step::SyncJournal]);
     steps.lock().unwrap().clear();
     volume.write(0, &[2]).unwrap();
     store.sync().unwrap();
@@ -70,10 +67,7 @@ fn a_failed_sync_is_final() {
             store.sync()
         };
         assert!(matches!(first, Err(PoolError::Failed { .. })));
-        assert!(
-            store.sync().is_err(),
-            "the disk works again, the pool does not"
-        );
+        assert!(store.sync().is_err(), "the disk works again, the pool does not");
         assert!(store.close().is_err());
         let refused = |result| assert!(matches!(result, Err(IoError::PoolFailed(_))), "{result:?}");
         refused(volume.write(0, &[1]));
@@ -81,5 +75,171 @@ fn a_failed_sync_is_final() {
         refused(volume.discard(0, MIB));
         refused(volume.write_zeroes(0, 512, false));
         assert_eq!(read(&volume, 0, 1), [1], "reads go on");
+    }
+}
+
+#[test]
+fn a_checkpoint_may_be_killed_at_any_step() {
+    let (dir, store, volume) = with_volume(64, 64 * MIB);
+    // More rows than one transaction takes, with overwritten, freed and reused extents.
+    for extent in 0..40 {
+        volume.write(extent * MIB, &[1]).unwrap();
+    }
+    volume.discard(3 * MIB, 9 * MIB).unwrap();
+    store.sync().unwrap();
+    for extent in 5..8 {
+        volume.write(extent * MIB, &[2]).unwrap();
+    }
+    let expected: Vec<u8> = (0..64).map(|e| read(&volume, e * MIB, 1)[0]).collect();
+    let path = dir.path().to_owned();
+    let killed = Arc::new(Mutex::new(Vec::new()));
+    let copies = Arc::clone(&killed);
+    store.core.probe.watch(move |step| {
+        copies.lock().unwrap().push((step, snapshot(&path)));
+        Ok(())
+    });
+    store.close().unwrap();
+    let killed = std::mem::take(&mut *killed.lock().unwrap());
+    let commits = killed.iter().filter(|k| k.0 == Step::CheckpointCommit);
+    assert!(commits.count() >= 3, "several transactions");
+    assert_eq!(killed.last().unwrap().0, Step::CheckpointCommitted);
+    for (n, (step, copy)) in killed.iter().enumerate() {
+        for round in 0..2 {
+            let store = open(copy.path(), 64);
+            let volume = store.volume("v").unwrap();
+            for (extent, byte) in (0..64).zip(&expected) {
+                let context = format!("step {n} {step:?} round {round} extent {extent}");
+                assert_eq!(read(&volume, extent * MIB, 1)[0], *byte, "{context}");
+            }
+            store.check().unwrap();
+            store.close().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_failing_checkpoint_fails_the_pool_and_the_next_start_repeats_it() {
+    for failing in [Step::CheckpointSwapped, Step::CheckpointCommit] {
+        let (dir, store, volume) = with_volume(40, 40 * MIB);
+        for extent in 0..40 {
+            volume.write(extent * MIB, &[9]).unwrap();
+        }
+        let mut passed = 0;
+        store.core.probe.watch(move |step| {
+            passed += u32::from(step == failing);
+            // The second transaction, or the first step.
+            if step == failing && (passed == 2 || step == Step::CheckpointSwapped) {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+            Ok(())
+        });
+        assert!(store.close().is_err());
+        assert!(matches!(volume.write(0, &[1]), Err(IoError::PoolFailed(_))));
+        drop((store, volume));
+        let store = open(dir.path(), 40);
+        let volume = store.volume("v").unwrap();
+        for extent in 0..40 {
+            assert_eq!(read(&volume, extent * MIB, 1), [9]);
+        }
+        store.check().unwrap();
+    }
+}
+
+#[test]
+fn a_checkpoint_syncs_before_it_commits() {
+    let (_dir, store, volume) = with_volume(8, 8 * MIB);
+    volume.write(0, &[1]).unwrap();
+    let steps = trace(&store);
+    store.close().unwrap();
+    let steps = steps.lock().unwrap();
+    let at = |step| steps.iter().position(|s| *s == step).unwrap();
+    assert!(at(Step::SyncPool) < at(Step::SyncJournal));
+    assert!(at(Step::SyncJournal) < at(Step::CheckpointCommit));
+}
+
+/// extent -> slot of a volume
+fn mapping(volume: &Volume) -> Vec<(u32, u32)> {
+    let mut all = Vec::new();
+    volume.map.for_each(|extent, slot, _| all.push((extent, slot)));
+    all
+}
+
+#[test]
+fn a_torn_journal_leaves_a_prefix() {
+    use crate::store::layout::{JOURNAL_FILES, RECORD_BYTES};
+    let (dir, store, volume) = with_volume(16, 16 * MIB);
+    let mut prefixes = vec![mapping(&volume)];
+    let steps: [(u64, bool); 14] = [
+        (0, true),
+        (1, true),
+        (2, true),
+        (1, false),
+        (3, true),
+        (1, true),
+        (0, false),
+        (4, true),
+        (2, false),
+        (2, true),
+        (0, true),
+        (3, false),
+        (5, true),
+        (5, false),
+    ];
+    for (extent, write) in steps {
+        if write {
+            volume.write(extent * MIB, &[0xCC; 8192]).unwrap();
+        } else {
+            volume.discard(extent * MIB, MIB).unwrap();
+            store.sync().unwrap();
+        }
+        prefixes.push(mapping(&volume));
+    }
+    assert_eq!(store.usage().log_records, 14, "one record each");
+    let whole = snapshot(dir.path());
+    for at in (0..14 * RECORD_BYTES).step_by(RECORD_BYTES / 2) {
+        for cut in [false, true] {
+            let torn = snapshot(whole.path());
+            let journal = torn.path().join(JOURNAL_FILES[0]);
+            let mut bytes = fs::read(&journal).unwrap();
+            if cut {
+                bytes.truncate(at);
+            } else {
+                bytes[at] ^= 0xFF;
+            }
+            fs::write(&journal, bytes).unwrap();
+            let store = open(torn.path(), 16);
+            let volume = store.volume("v").unwrap();
+            let expected = &prefixes[at / RECORD_BYTES];
+            assert_eq!(mapping(&volume), *expected, "byte {at} cut {cut}");
+            store.check().unwrap();
+            // What was lost must not come back behind what is written now.
+            volume.write(9 * MIB, &[5]).unwrap();
+            volume.write(10 * MIB + 77, &[6]).unwrap();
+            let now = mapping(&volume);
+            let killed = snapshot(torn.path());
+            let store = open(killed.path(), 16);
+            let volume = store.volume("v").unwrap();
+            assert_eq!(mapping(&volume), now, "byte {at} cut {cut}, second kill");
+            assert_eq!(read(&volume, 10 * MIB + 76, 3), [0, 6, 0]);
+            store.check().unwrap();
+        }
+    }
+}
+
+#[test]
+fn background_checkpoints_keep_up_with_endless_changes() {
+    let (dir, store, volume) = with_volume(4, 4 * MIB);
+    for round in 0..400u64 {
+        volume.write(round % 4 * MIB, &round.to_le_bytes()).unwrap();
+        volume.discard((round + 1) % 4 * MIB, MIB).unwrap();
+        assert!(store.usage().log_records <= 256, "two files of 128");
+    }
+    let last = read(&volume, 399 % 4 * MIB, 8);
+    let killed = snapshot(dir.path());
+    drop((store, volume));
+    for path in [killed.path(), dir.path()] {
+        let store = open(path, 4);
+        assert_eq!(read(&store.volume("v").unwrap(), 399 % 4 * MIB, 8), last);
+        store.check().unwrap();
     }
 }

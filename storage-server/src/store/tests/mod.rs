@@ -2,6 +2,9 @@
 
 mod durability;
 mod model;
+mod opening;
+mod races;
+mod space;
 
 use std::fs;
 use std::path::Path;
@@ -15,10 +18,7 @@ const MIB: u64 = EXTENT_BYTES;
 
 /// A pool of so many extents. Tests leave the machine's disk alone: no reserve.
 fn config(extents: u64) -> PoolConfig {
-    PoolConfig {
-        capacity_bytes: Some(extents * EXTENT_BYTES),
-        reserve_bytes: 0,
-    }
+    PoolConfig { capacity_bytes: Some(extents * EXTENT_BYTES), reserve_bytes: 0 }
 }
 
 fn open(dir: &Path, extents: u64) -> Arc<Store> {

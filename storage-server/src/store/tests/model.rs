@@ -107,11 +107,7 @@ fn run(ops: Vec<Op>) {
                 let before = volume.info().allocated_bytes;
                 volume.write_zeroes(offset, len, unmap).unwrap();
                 let after = volume.info().allocated_bytes;
-                assert!(if unmap {
-                    after <= before
-                } else {
-                    after == before
-                });
+                assert!(if unmap { after <= before } else { after == before });
                 model[span(offset, len)].fill(0);
             }
             Op::Read(offset, len) => {
@@ -128,10 +124,7 @@ fn run(ops: Vec<Op>) {
                 store.resize_volume("v", GROWN).unwrap();
                 model.resize(usize::try_from(GROWN).unwrap(), 0);
                 let shrink = store.resize_volume("v", SIZE);
-                assert!(matches!(
-                    shrink,
-                    Err(VolumeError::ShrinkRefused { current: GROWN, .. })
-                ));
+                assert!(matches!(shrink, Err(VolumeError::ShrinkRefused { current: GROWN, .. })));
             }
             Op::Sync => store.sync().unwrap(),
             Op::Close => {
