@@ -170,6 +170,13 @@ pub trait VolumeQueue: Send {
     /// through raw pointers or the kernel.
     unsafe fn submit(&mut self, tag: Tag, op: Op, data: &[libc::iovec]);
 
+    /// Sends what was submitted, and no more: for a caller that knows of
+    /// nothing that could have arrived. Saves the system call that would find
+    /// that out. Completes what the driver can answer at once.
+    fn send(&mut self, completions: &mut Vec<Completion>) {
+        self.poll(completions);
+    }
+
     /// Sends what was submitted, takes in what arrived, and appends finished
     /// requests to `completions`. Never blocks, never fails: trouble with the
     /// storage is the driver's to overcome.
