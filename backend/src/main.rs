@@ -1,1 +1,168 @@
-fn main() {}
+//! `baton-backend`: see the library's documentation.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use baton_backend::config::{Args, Config, DiskConfig, LogFormat, SocketSource};
+use baton_backend::disk::{DiskServer, Shutdown};
+use baton_backend::socket::FrontEnds;
+use baton_remote_client::OpenOptions;
+use clap::Parser;
+use nix::sys::signal::{SigSet, Signal};
+
+/// Wrong flags or configuration.
+const EXIT_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    // Conventions of vhost-user programs: this flag makes the others void.
+    if std::env::args_os().any(|arg| arg == "--print-capabilities") {
+        #[allow(clippy::print_stdout, reason = "the contract of --print-capabilities")]
+        {
+            println!(
+                "{}",
+                serde_json::json!({"type": "block", "features": ["read-only", "blk-file"]})
+            );
+        }
+        return ExitCode::SUCCESS;
+    }
+    let args = Args::parse();
+    init_log(&args);
+    let activated = std::env::var_os("LISTEN_FDS").is_some();
+    let config = match Config::from_args(&args, activated) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("baton-backend: {error}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    match run(&config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("baton-backend: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn init_log(args: &Args) {
+    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(args.log_level);
+    match args.log_format {
+        LogFormat::Text => log.with_target(false).init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+fn run(config: &Config) -> anyhow::Result<()> {
+    // Blocked before any thread exists, so that all threads have them blocked
+    // and only the wait below takes them.
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    signals.thread_block().context("cannot block signals")?;
+    raise_descriptor_limit();
+
+    let mut activated = Activated::take();
+    let mut ready = Vec::new();
+    for disk in &config.disks {
+        let name = &disk.options.name;
+        // The socket first: a mistake there must not claim the volume.
+        let front_ends = front_ends(disk, &mut activated)?;
+        let options = OpenOptions {
+            read_only: disk.options.read_only,
+            ..OpenOptions::new(config.owner.clone())
+        };
+        let volume = baton_remote_client::open(&disk.volume, &options)
+            .with_context(|| format!("disk {name}: volume {}", disk.volume))?;
+        let server =
+            DiskServer::new(volume, &disk.options).with_context(|| format!("disk {name}"))?;
+        ready.push((server, front_ends, describe(&disk.socket)));
+    }
+
+    let shutdown = Arc::new(Shutdown::new()?);
+    let mut threads = Vec::new();
+    for ((server, front_ends, socket), disk) in ready.into_iter().zip(&config.disks) {
+        let shutdown = Arc::clone(&shutdown);
+        let served = std::thread::Builder::new()
+            .name(disk.options.name.clone())
+            .stack_size(256 << 10)
+            .spawn(move || server.run(front_ends, &shutdown))?;
+        threads.push(served);
+        eprintln!("listening socket={socket}");
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+
+    // Disks on a connected descriptor end by themselves; the signal wait must
+    // notice, so a thread turns the end of all disks into the same signal.
+    let waiter = std::thread::Builder::new().stack_size(64 << 10).spawn(move || {
+        let failed = threads.into_iter().filter_map(|thread| thread.join().err()).count();
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), Signal::SIGTERM);
+        failed
+    })?;
+    let signal = signals.wait().context("cannot wait for signals")?;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::debug!(%signal, "ending");
+    shutdown.set();
+    match waiter.join() {
+        Ok(0) => Ok(()),
+        _ => anyhow::bail!("a disk's thread panicked; please report the lines above"),
+    }
+}
+
+/// Every queue needs a few descriptors, every memory region one for a moment.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+fn describe(socket: &SocketSource) -> String {
+    match socket {
+        SocketSource::Path(path) => path.display().to_string(),
+        SocketSource::Fd(fd) => format!("fd:{fd}"),
+        SocketSource::Systemd => "systemd".to_owned(),
+    }
+}
+
+fn front_ends(disk: &DiskConfig, activated: &mut Activated) -> anyhow::Result<FrontEnds> {
+    let front_ends = match &disk.socket {
+        SocketSource::Path(path) => FrontEnds::bind(path, &disk.permissions)?,
+        SocketSource::Fd(fd) => FrontEnds::from_fd(*fd)?,
+        SocketSource::Systemd => FrontEnds::from_fd(activated.claim(&disk.options.name)?)?,
+    };
+    Ok(front_ends)
+}
+
+/// Sockets from systemd (`LISTEN_FDS`), found by name or, where the unit gives
+/// none, in order.
+struct Activated(Vec<(String, i32)>);
+
+impl Activated {
+    /// First passed descriptor (sd_listen_fds(3)).
+    const FIRST: i32 = 3;
+
+    fn take() -> Self {
+        let var = |name| std::env::var(name).unwrap_or_default();
+        if var("LISTEN_PID").parse() != Ok(std::process::id()) {
+            return Self(Vec::new());
+        }
+        let count: i32 = var("LISTEN_FDS").parse().unwrap_or(0);
+        let names = var("LISTEN_FDNAMES");
+        let mut names = names.split(':');
+        Self(
+            (0..count)
+                .map(|at| (names.next().unwrap_or("").to_owned(), Self::FIRST + at))
+                .collect(),
+        )
+    }
+
+    fn claim(&mut self, disk: &str) -> anyhow::Result<i32> {
+        let named = self.0.iter().position(|(name, _)| name == disk);
+        let unnamed = || (!self.0.is_empty()).then_some(0);
+        let at = named.or_else(unnamed).with_context(|| {
+            format!("disk {disk}: systemd passed no socket for it; add FileDescriptorName={disk} to a socket unit")
+        })?;
+        Ok(self.0.remove(at).1)
+    }
+}

@@ -1,0 +1,304 @@
+//! The table of requests in flight, in memory shared with the front-end, from
+//! which a restarted back-end learns what it has to do again (vhost-user.rst,
+//! "Inflight I/O tracking"; layout of split rings).
+//!
+//! ```text
+//!  per ring, 64-byte aligned:
+//!  0  u64 features   8 u16 version   10 u16 desc_num   12 u16 last_batch_head
+//!  14 u16 used_idx   16 + 16 * head: { u8 inflight, 5 padding, u16 next, u64 counter }
+//! ```
+//!
+//! Completing a batch takes several stores that a kill can separate, so their
+//! order is the contract: link the batch, publish the used index, clear the
+//! marks, record the used index. A used index that differs from the recorded
+//! one on restart means the kill fell between, and the linked batch is cleared.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+
+use crate::memory::Mapping;
+use crate::vhost_user::message::InflightDescription;
+
+const HEADER_BYTES: usize = 16;
+const ENTRY_BYTES: usize = 16;
+/// First version of the layout; zero says "never used".
+const VERSION: u16 = 1;
+
+/// Bytes of one ring's part.
+fn ring_bytes(queue_size: u16) -> usize {
+    (HEADER_BYTES + ENTRY_BYTES * usize::from(queue_size)).next_multiple_of(64)
+}
+
+/// The whole region, for all rings of a device.
+#[derive(Debug)]
+pub struct InflightRegion {
+    mapping: Mapping,
+    offset: usize,
+    num_queues: u16,
+    queue_size: u16,
+}
+
+impl InflightRegion {
+    /// Makes an empty region and its descriptor.
+    ///
+    /// # Errors
+    /// When the kernel refuses a memfd of that size.
+    pub fn create(
+        num_queues: u16,
+        queue_size: u16,
+    ) -> io::Result<(Self, OwnedFd, InflightDescription)> {
+        let len = ring_bytes(queue_size) * usize::from(num_queues);
+        // SAFETY: a constant C string.
+        let fd = unsafe { libc::memfd_create(c"baton-inflight".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: just made, owned by nobody else.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        nix::unistd::ftruncate(&fd, i64::try_from(len).map_err(io::Error::other)?)?;
+        let description =
+            InflightDescription { mmap_size: len as u64, mmap_offset: 0, num_queues, queue_size };
+        Ok((Self::map(&fd, description)?, fd, description))
+    }
+
+    /// Maps a region the front-end kept for us.
+    ///
+    /// # Errors
+    /// When it is too small for what it claims to hold.
+    pub fn map(fd: &OwnedFd, description: InflightDescription) -> io::Result<Self> {
+        let InflightDescription { mmap_size, mmap_offset, num_queues, queue_size } = description;
+        let invalid = |text| io::Error::new(io::ErrorKind::InvalidInput, text);
+        let needed = ring_bytes(queue_size) as u64 * u64::from(num_queues);
+        if mmap_size < needed {
+            return Err(invalid("the in-flight region is too small for its rings"));
+        }
+        let end = mmap_offset
+            .checked_add(mmap_size)
+            .ok_or_else(|| invalid("the region's size overflows"))?;
+        let offset = usize::try_from(mmap_offset).map_err(io::Error::other)?;
+        if offset % 8 != 0 {
+            return Err(invalid("the in-flight region is not aligned"));
+        }
+        Ok(Self { mapping: Mapping::new(fd, end)?, offset, num_queues, queue_size })
+    }
+
+    /// The part of ring `index`, if the region has it and it can track
+    /// `queue_size` entries.
+    #[must_use]
+    pub fn ring(self: &Arc<Self>, index: u16, queue_size: u16) -> Option<InflightRing> {
+        if index >= self.num_queues || queue_size > self.queue_size {
+            return None;
+        }
+        let base = self.offset + ring_bytes(self.queue_size) * usize::from(index);
+        Some(InflightRing { region: Arc::clone(self), base, size: queue_size, counter: 0 })
+    }
+}
+
+/// The part of one ring.
+#[derive(Debug)]
+pub struct InflightRing {
+    region: Arc<InflightRegion>,
+    base: usize,
+    size: u16,
+    /// Rises with every request taken; requests are done again in this order.
+    counter: u64,
+}
+
+impl InflightRing {
+    fn at(&self, offset: usize) -> *mut u8 {
+        // SAFETY: `ring` and `map` checked that the ring's part is mapped, and
+        // offsets are below its size.
+        unsafe { self.region.mapping.as_ptr().add(self.base + offset) }
+    }
+
+    fn u16_at(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: mapped, aligned (base is a multiple of 8, offset of 2), and
+        // only ever used with atomics by us.
+        unsafe { AtomicU16::from_ptr(self.at(offset).cast()) }
+    }
+
+    fn version(&self) -> &AtomicU16 {
+        self.u16_at(8)
+    }
+
+    fn last_batch_head(&self) -> &AtomicU16 {
+        self.u16_at(12)
+    }
+
+    fn used_idx(&self) -> &AtomicU16 {
+        self.u16_at(14)
+    }
+
+    fn entry(&self, head: u16) -> usize {
+        debug_assert!(head < self.size);
+        HEADER_BYTES + ENTRY_BYTES * usize::from(head)
+    }
+
+    fn inflight(&self, head: u16) -> &AtomicU8 {
+        // SAFETY: as in `u16_at`; a byte needs no alignment.
+        unsafe { AtomicU8::from_ptr(self.at(self.entry(head))) }
+    }
+
+    fn next(&self, head: u16) -> &AtomicU16 {
+        self.u16_at(self.entry(head) + 6)
+    }
+
+    fn counter_of(&self, head: u16) -> &AtomicU64 {
+        // SAFETY: as in `u16_at`; entries are 16 bytes, the counter at 8.
+        unsafe { AtomicU64::from_ptr(self.at(self.entry(head) + 8).cast()) }
+    }
+
+    /// Takes over the table when the ring starts, with the used index that is
+    /// in guest memory. Returns the heads that were in flight, oldest first:
+    /// they have to be done again.
+    ///
+    /// A fresh table takes its used index from the ring, never zero: after a
+    /// migration the ring is somewhere else, and a zero would be read as a batch
+    /// cut off by a kill.
+    pub fn resume(&mut self, ring_used_idx: u16) -> Vec<u16> {
+        if self.version().load(Ordering::Acquire) != VERSION {
+            for head in 0..self.size {
+                self.inflight(head).store(0, Ordering::Relaxed);
+            }
+            self.u16_at(10).store(self.size, Ordering::Relaxed);
+            self.used_idx().store(ring_used_idx, Ordering::Relaxed);
+            self.version().store(VERSION, Ordering::Release);
+            return Vec::new();
+        }
+        self.clear_cut_off_batch(ring_used_idx);
+        let mut heads: Vec<u16> = (0..self.size)
+            .filter(|head| self.inflight(*head).load(Ordering::Acquire) == 1)
+            .collect();
+        heads.sort_by_key(|head| self.counter_of(*head).load(Ordering::Relaxed));
+        self.counter =
+            heads.last().map_or(0, |head| self.counter_of(*head).load(Ordering::Relaxed));
+        heads
+    }
+
+    /// The used index was published and the kill came before the marks of that
+    /// batch were cleared: clear them.
+    fn clear_cut_off_batch(&self, ring_used_idx: u16) {
+        let batch = ring_used_idx.wrapping_sub(self.used_idx().load(Ordering::Acquire));
+        // The table is in the front-end's hands: bound every step.
+        let mut head = self.last_batch_head().load(Ordering::Relaxed);
+        for _ in 0..batch.min(self.size) {
+            if head >= self.size {
+                break;
+            }
+            self.inflight(head).store(0, Ordering::Relaxed);
+            head = self.next(head).load(Ordering::Relaxed);
+        }
+        self.used_idx().store(ring_used_idx, Ordering::Release);
+    }
+
+    /// A request was taken from the available ring.
+    pub fn take(&mut self, head: u16) {
+        self.counter += 1;
+        self.counter_of(head).store(self.counter, Ordering::Relaxed);
+        self.inflight(head).store(1, Ordering::Release);
+    }
+
+    /// A completion was put into the used ring and is not yet published.
+    pub fn link(&mut self, head: u16) {
+        self.next(head).store(self.last_batch_head().load(Ordering::Relaxed), Ordering::Relaxed);
+        self.last_batch_head().store(head, Ordering::Release);
+    }
+
+    /// The used index that covers `batch` (all linked since the last call) was
+    /// published.
+    pub fn published(&mut self, batch: impl Iterator<Item = u16>, ring_used_idx: u16) {
+        for head in batch {
+            self.inflight(head).store(0, Ordering::Release);
+        }
+        self.used_idx().store(ring_used_idx, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region() -> (Arc<InflightRegion>, OwnedFd, InflightDescription) {
+        let (region, fd, description) = InflightRegion::create(2, 8).expect("region");
+        (Arc::new(region), fd, description)
+    }
+
+    /// What a restarted process sees.
+    fn restarted(fd: &OwnedFd, description: InflightDescription, used_idx: u16) -> Vec<u16> {
+        let region = Arc::new(InflightRegion::map(fd, description).expect("map"));
+        region.ring(1, 8).expect("ring").resume(used_idx)
+    }
+
+    #[test]
+    fn a_fresh_table_starts_at_the_rings_own_index() {
+        let (region, fd, description) = region();
+        let mut ring = region.ring(1, 8).expect("ring");
+        assert_eq!(ring.resume(500), [0u16; 0]);
+        ring.take(0);
+        drop(ring);
+        assert_eq!(restarted(&fd, description, 500), [0], "request 0 must not be taken for done");
+    }
+
+    #[test]
+    fn requests_come_back_in_the_order_they_were_taken() {
+        let (region, fd, description) = region();
+        let mut ring = region.ring(1, 8).expect("ring");
+        ring.resume(0);
+        for head in [5, 2, 7, 0] {
+            ring.take(head);
+        }
+        ring.link(2);
+        ring.published([2].into_iter(), 1);
+        assert_eq!(restarted(&fd, description, 1), [5, 7, 0]);
+        // The counter goes on from the highest one seen.
+        let mut ring = region.ring(1, 8).expect("ring");
+        ring.resume(1);
+        ring.take(2);
+        assert_eq!(restarted(&fd, description, 1), [5, 7, 0, 2]);
+    }
+
+    /// A kill after each single store of a batch of two.
+    #[test]
+    fn a_batch_cut_off_by_a_kill_is_settled() {
+        for cut in 0..5 {
+            let (region, fd, description) = region();
+            let mut ring = region.ring(1, 8).expect("ring");
+            ring.resume(10);
+            for head in [1, 3, 4] {
+                ring.take(head);
+            }
+            let mut used_idx = 10;
+            let steps: [&mut dyn FnMut(&mut InflightRing); 5] = [
+                &mut |ring| ring.link(3),
+                &mut |ring| ring.link(1),
+                &mut |_| used_idx = 12,
+                &mut |ring| ring.inflight(3).store(0, Ordering::Relaxed),
+                &mut |ring| ring.inflight(1).store(0, Ordering::Relaxed),
+            ];
+            for step in steps.into_iter().take(cut + 1) {
+                step(&mut ring);
+            }
+            let expected: &[u16] = if cut < 2 { &[1, 3, 4] } else { &[4] };
+            assert_eq!(restarted(&fd, description, used_idx), expected, "kill after step {cut}");
+        }
+    }
+
+    #[test]
+    fn a_hostile_table_is_bounded() {
+        let (region, fd, description) = region();
+        let mut ring = region.ring(1, 8).expect("ring");
+        ring.resume(0);
+        ring.take(1);
+        ring.last_batch_head().store(60000, Ordering::Relaxed);
+        assert_eq!(restarted(&fd, description, 9), [1]);
+        ring.last_batch_head().store(1, Ordering::Relaxed);
+        ring.next(1).store(1, Ordering::Relaxed);
+        assert_eq!(restarted(&fd, description, 40000), [0u16; 0], "a loop ends");
+        assert!(region.ring(2, 8).is_none(), "no such ring");
+        assert!(region.ring(0, 9).is_none(), "more entries than the table has");
+        let lying = InflightDescription { num_queues: 9, ..description };
+        assert!(InflightRegion::map(&fd, lying).is_err());
+    }
+}

@@ -1,0 +1,29 @@
+//! `baton-backend`: serves the disks of one VM over vhost-user-blk and forwards
+//! the I/O to storage. Knows nothing of how storage stores.
+//!
+//! | module | noun |
+//! |---|---|
+//! | [`config`] | flags and TOML, checked once |
+//! | [`socket`] | where front-ends connect: path, passed descriptor, systemd |
+//! | [`disk`] | one disk: its volume, its queues, its front-ends one after another |
+//! | [`vhost_user`] | the protocol with the front-end |
+//! | [`queue`] | one thread per queue: ring, storage and back |
+//! | [`virtqueue`] | the ring in guest memory |
+//! | [`virtio_blk`] | what requests mean |
+//! | [`memory`], [`iovecs`] | guest memory and buffers in it |
+//! | [`inflight`] | requests in flight, kept over a kill |
+//! | [`dirty_log`] | pages written during a migration |
+//! | [`log_limit`] | bounds what a guest can make us log |
+
+pub mod config;
+pub mod dirty_log;
+pub mod disk;
+pub mod inflight;
+pub mod iovecs;
+pub mod log_limit;
+pub mod memory;
+pub mod queue;
+pub mod socket;
+pub mod vhost_user;
+pub mod virtio_blk;
+pub mod virtqueue;

@@ -1,0 +1,526 @@
+//! One front-end: what it negotiated and what its rings look like.
+//!
+//! ```text
+//!   ring:  described (NUM, ADDR, BASE) --KICK and ENABLE(1)--> running
+//!             ^                                                  |
+//!             +--- ENABLE(0), GET_VRING_BASE, RESET, gone -------+  drains first
+//! ```
+//!
+//! A ring never starts on KICK alone: a front-end that restarts a ring during a
+//! migration sends the dirty log between KICK and ENABLE. A changed memory
+//! table, log, feature or address goes to running rings whole, and is answered
+//! when every ring has taken it over.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use baton_remote_client::VolumeState;
+
+use super::connection::BackendChannel;
+use super::features::{self, protocol, virtio};
+use super::message::{
+    InflightDescription, MEM_SLOTS_MAX, Region, Request, StateDirection, VringAddr,
+};
+use crate::dirty_log::DirtyLog;
+use crate::inflight::InflightRegion;
+use crate::memory::{GuestMemory, MemoryRegion};
+use crate::queue::{Disk, DrainState, QueueHandle, RingSetup, RingStart};
+use crate::virtio_blk::config_space;
+use crate::virtqueue::{QUEUE_SIZE_MAX, RingAddresses};
+
+/// Bit 0 of the flags of SET_VRING_ADDR: log writes to the used ring.
+const VRING_LOG: u32 = 1;
+/// In the reply to SET_DEVICE_STATE_FD: no descriptor comes with it.
+const STATE_NO_FD: u64 = 1 << 8;
+/// How often a waiting drain looks at whether it still should wait.
+const DRAIN_TICK: Duration = Duration::from_millis(50);
+
+/// What is sent back.
+#[derive(Debug)]
+pub enum Reply {
+    /// Nothing, unless the front-end asked for an acknowledgement.
+    Ack,
+    /// A number.
+    Number(u64),
+    /// Bytes.
+    Bytes(Vec<u8>),
+    /// Bytes and a descriptor.
+    WithFd(Vec<u8>, OwnedFd),
+}
+
+/// Why a request was refused. The connection goes on: the front-end is told if
+/// it asked to be.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// A ring this disk does not have.
+    #[error("the front-end named ring {index}; this disk has {queues} queues (raise num-queues)")]
+    NoSuchRing {
+        /// Its index.
+        index: u32,
+        /// How many there are.
+        queues: u16,
+    },
+    /// Feature bits that were not offered.
+    #[error("the front-end asked for feature bits {0:#x}, which were not offered")]
+    Features(u64),
+    /// A ring size that is not a power of two up to 32768.
+    #[error("the front-end asked for a ring of {0} entries")]
+    RingSize(u32),
+    /// A region, log or table that cannot be mapped.
+    #[error("cannot map {what} of the front-end")]
+    Map {
+        /// What it is.
+        what: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Regions that overlap, or more than there are slots.
+    #[error("the front-end's memory table is not usable")]
+    MemoryTable,
+    /// A region that is not there.
+    #[error("the front-end removed a memory region that it had not added")]
+    NoSuchRegion,
+    /// A configuration field that a driver may not write.
+    #[error("the front-end wrote configuration bytes {0}.., which a driver may not change")]
+    ConfigWrite(u32),
+    /// A ring that should run cannot.
+    #[error("ring {index} cannot start")]
+    Start {
+        /// Its index.
+        index: usize,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A descriptor that is missing.
+    #[error("ring {0} came without a kick event, and this back-end does not poll")]
+    NoKick(u32),
+    /// Device state that is not empty.
+    #[error("the front-end loads device state, of which this device has none")]
+    DeviceState,
+    /// A request this back-end does not have.
+    #[error("vhost-user request {0} is not supported")]
+    Unknown(u32),
+}
+
+/// What the front-end said of a ring.
+#[derive(Debug, Default)]
+struct Ring {
+    num: u32,
+    base: u16,
+    addr: Option<VringAddr>,
+    kick: Option<Arc<OwnedFd>>,
+    call: Option<Arc<OwnedFd>>,
+    err: Option<Arc<OwnedFd>>,
+    enabled: bool,
+    running: bool,
+}
+
+/// How the wait for a drain ends early.
+#[derive(Clone, Copy)]
+#[allow(missing_debug_implementations, reason = "a closure has nothing to show")]
+pub struct DrainLimit<'a> {
+    /// The front-end is gone or the process is ending: wait no longer than
+    /// `grace` from then on.
+    pub hurry: &'a dyn Fn() -> bool,
+    /// What a drain may take when in a hurry, and when storage does not answer
+    /// and the in-flight table keeps the requests.
+    pub grace: Duration,
+}
+
+/// One connected front-end.
+#[derive(Debug)]
+pub struct Session<'a> {
+    disk: &'a Arc<Disk>,
+    queues: &'a [QueueHandle],
+    queue_size: u16,
+    features: u64,
+    protocol_features: u64,
+    writeback: bool,
+    memory: Arc<GuestMemory>,
+    rings: Vec<Ring>,
+    inflight: Option<Arc<InflightRegion>>,
+    log: Option<Arc<DirtyLog>>,
+    channel: Option<BackendChannel>,
+}
+
+impl<'a> Session<'a> {
+    /// A front-end that has said nothing yet.
+    #[must_use]
+    pub fn new(disk: &'a Arc<Disk>, queues: &'a [QueueHandle], queue_size: u16) -> Self {
+        Self {
+            disk,
+            queues,
+            queue_size,
+            features: 0,
+            protocol_features: 0,
+            writeback: true,
+            memory: Arc::default(),
+            rings: queues.iter().map(|_| Ring::default()).collect(),
+            inflight: None,
+            log: None,
+            channel: None,
+        }
+    }
+
+    /// Whether a guest is at the disk: a ring runs.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.rings.iter().any(|ring| ring.running)
+    }
+
+    /// Does what the front-end asks.
+    ///
+    /// # Errors
+    /// [`Refused`]; nothing was changed then, except that a ring whose
+    /// description became unusable has stopped.
+    pub fn handle(&mut self, request: Request, limit: DrainLimit<'_>) -> Result<Reply, Refused> {
+        match request {
+            Request::GetFeatures => {
+                return Ok(Reply::Number(features::offered(
+                    self.disk.read_only,
+                    self.queue_count(),
+                )));
+            }
+            Request::SetFeatures(bits) => self.set_features(bits)?,
+            Request::GetProtocolFeatures => return Ok(Reply::Number(protocol::OFFERED)),
+            Request::SetProtocolFeatures(bits) => {
+                if bits & !protocol::OFFERED != 0 {
+                    return Err(Refused::Features(bits & !protocol::OFFERED));
+                }
+                self.protocol_features = bits;
+            }
+            Request::GetQueueNum => return Ok(Reply::Number(u64::from(self.queue_count()))),
+            Request::SetOwner => {}
+            Request::ResetOwner | Request::ResetDevice => self.reset(limit),
+            Request::SetMemTable(regions) => {
+                let regions: Result<Vec<_>, Refused> =
+                    regions.into_iter().map(|(region, fd)| map_region(region, &fd)).collect();
+                self.set_memory(regions?, limit)?;
+            }
+            Request::GetMaxMemSlots => return Ok(Reply::Number(MEM_SLOTS_MAX)),
+            Request::AddMemRegion(region, fd) => {
+                let mut regions = self.memory.regions().to_vec();
+                regions.push(map_region(region, &fd)?);
+                self.set_memory(regions, limit)?;
+            }
+            Request::RemoveMemRegion(region) => self.remove_region(region, limit)?,
+            Request::SetLogBase { mmap_size, mmap_offset, fd } => {
+                let log = DirtyLog::map(&fd, mmap_size, mmap_offset)
+                    .map_err(|source| Refused::Map { what: "the dirty log", source })?;
+                self.log = Some(Arc::new(log));
+                self.apply_all();
+                let body = [mmap_size.to_le_bytes(), mmap_offset.to_le_bytes()].concat();
+                return Ok(Reply::Bytes(body));
+            }
+            Request::SetVringNum { index, num } => {
+                if !num.is_power_of_two() || num > QUEUE_SIZE_MAX {
+                    return Err(Refused::RingSize(num));
+                }
+                self.ring(index)?.num = num;
+            }
+            Request::SetVringAddr(addr) => {
+                self.ring(addr.index)?.addr = Some(addr);
+                self.apply(addr.index as usize);
+            }
+            Request::SetVringBase { index, base } => {
+                // The upper bits belong to packed rings.
+                self.ring(index)?.base = u16::try_from(base & 0xffff).expect("masked");
+            }
+            Request::GetVringBase { index } => {
+                self.ring(index)?;
+                self.stop(index as usize, limit);
+                let ring = self.ring(index)?;
+                ring.kick = None;
+                let base = u32::from(ring.base);
+                return Ok(Reply::Bytes([index.to_le_bytes(), base.to_le_bytes()].concat()));
+            }
+            Request::SetVringKick { index, fd } => {
+                let Some(fd) = fd else { return Err(Refused::NoKick(index)) };
+                self.ring(index)?;
+                // A kick for a running ring means it is started anew.
+                self.stop(index as usize, limit);
+                self.ring(index)?.kick = Some(Arc::new(fd));
+                if self.features & virtio::PROTOCOL_FEATURES == 0 {
+                    self.ring(index)?.enabled = true;
+                }
+                self.start_if_ready(index as usize)?;
+            }
+            Request::SetVringCall { index, fd } => {
+                self.ring(index)?.call = fd.map(Arc::new);
+                self.apply(index as usize);
+            }
+            Request::SetVringErr { index, fd } => {
+                self.ring(index)?.err = fd.map(Arc::new);
+                self.apply(index as usize);
+            }
+            Request::SetVringEnable { index, enable } => {
+                self.ring(index)?.enabled = enable;
+                if enable {
+                    self.start_if_ready(index as usize)?;
+                } else {
+                    self.stop(index as usize, limit);
+                }
+            }
+            Request::SetBackendReqFd(fd) => self.channel = Some(BackendChannel::new(fd)),
+            Request::GetConfig { offset, size, flags } => {
+                let mut body =
+                    [offset.to_le_bytes(), size.to_le_bytes(), flags.to_le_bytes()].concat();
+                body.extend(config_space::read(&self.config(), offset, size));
+                return Ok(Reply::Bytes(body));
+            }
+            Request::SetConfig { offset, payload } => self.set_config(offset, &payload)?,
+            Request::GetInflightFd(wanted) => return self.make_inflight(wanted),
+            Request::SetInflightFd(description, fd) => {
+                let region = InflightRegion::map(&fd, description)
+                    .map_err(|source| Refused::Map { what: "the in-flight region", source })?;
+                self.inflight = Some(Arc::new(region));
+            }
+            Request::SetDeviceStateFd(direction, fd) => return transfer_state(direction, fd),
+            Request::CheckDeviceState => return Ok(Reply::Number(0)),
+            Request::Unknown(number) => return Err(Refused::Unknown(number)),
+        }
+        Ok(Reply::Ack)
+    }
+
+    /// Tells the front-end that the configuration space changed, if it listens.
+    pub fn config_changed(&mut self) {
+        if self.protocol_features & protocol::BACKEND_REQ == 0 {
+            return;
+        }
+        if let Some(channel) = &mut self.channel
+            && let Err(error) = channel.config_changed()
+        {
+            tracing::warn!(disk = self.disk.name, %error, "cannot tell the front-end of the new size");
+        }
+    }
+
+    /// Stops all rings: the front-end is gone or the process ends.
+    pub fn end(&mut self, limit: DrainLimit<'_>) {
+        for index in 0..self.rings.len() {
+            self.stop(index, limit);
+        }
+    }
+
+    fn queue_count(&self) -> u16 {
+        u16::try_from(self.queues.len()).expect("configured as u16")
+    }
+
+    fn config(&self) -> [u8; config_space::CONFIG_BYTES] {
+        let mut geometry = self.disk.volume.geometry();
+        geometry.size_bytes = self.disk.size_bytes.load(Ordering::Relaxed);
+        geometry.read_only = self.disk.read_only;
+        config_space::encode(&geometry, self.queue_count(), self.queue_size, self.writeback)
+    }
+
+    fn ring(&mut self, index: u32) -> Result<&mut Ring, Refused> {
+        let queues = self.queue_count();
+        self.rings.get_mut(index as usize).ok_or(Refused::NoSuchRing { index, queues })
+    }
+
+    fn set_features(&mut self, bits: u64) -> Result<(), Refused> {
+        let unknown = bits & !features::offered(self.disk.read_only, self.queue_count());
+        if unknown != 0 {
+            return Err(Refused::Features(unknown));
+        }
+        self.features = bits;
+        if bits & virtio::LOG_ALL == 0 {
+            self.log = None;
+        }
+        self.apply_all();
+        Ok(())
+    }
+
+    fn set_memory(
+        &mut self,
+        regions: Vec<Arc<MemoryRegion>>,
+        limit: DrainLimit<'_>,
+    ) -> Result<(), Refused> {
+        if regions.len() as u64 > MEM_SLOTS_MAX {
+            return Err(Refused::MemoryTable);
+        }
+        let memory = GuestMemory::new(regions).map_err(|_| Refused::MemoryTable)?;
+        self.memory = Arc::new(memory);
+        for index in 0..self.rings.len() {
+            if self.rings[index].running && self.setup(index).is_none() {
+                tracing::warn!(
+                    disk = self.disk.name,
+                    queue = index,
+                    "the front-end took away the memory of a running ring; it stops"
+                );
+                self.stop(index, limit);
+            }
+        }
+        self.apply_all();
+        Ok(())
+    }
+
+    fn remove_region(&mut self, gone: Region, limit: DrainLimit<'_>) -> Result<(), Refused> {
+        let mut regions = self.memory.regions().to_vec();
+        let is_gone = |region: &Arc<MemoryRegion>| {
+            let have = region.description();
+            (have.guest_addr, have.size, have.user_addr)
+                == (gone.guest_addr, gone.size, gone.user_addr)
+        };
+        let at = regions.iter().position(is_gone).ok_or(Refused::NoSuchRegion)?;
+        regions.remove(at);
+        self.set_memory(regions, limit)
+    }
+
+    fn set_config(&mut self, offset: u32, payload: &[u8]) -> Result<(), Refused> {
+        if offset as usize != config_space::WRITEBACK_OFFSET || payload.len() != 1 {
+            return Err(Refused::ConfigWrite(offset));
+        }
+        self.writeback = payload[0] != 0;
+        self.apply_all();
+        Ok(())
+    }
+
+    fn make_inflight(&mut self, wanted: InflightDescription) -> Result<Reply, Refused> {
+        let InflightDescription { num_queues, queue_size, .. } = wanted;
+        if num_queues > self.queue_count() {
+            return Err(Refused::NoSuchRing {
+                index: u32::from(num_queues),
+                queues: self.queue_count(),
+            });
+        }
+        if queue_size == 0 || u32::from(queue_size) > QUEUE_SIZE_MAX {
+            return Err(Refused::RingSize(u32::from(queue_size)));
+        }
+        let (region, fd, made) = InflightRegion::create(num_queues, queue_size)
+            .map_err(|source| Refused::Map { what: "an in-flight region", source })?;
+        self.inflight = Some(Arc::new(region));
+        let mut body = [made.mmap_size.to_le_bytes(), made.mmap_offset.to_le_bytes()].concat();
+        body.extend(num_queues.to_le_bytes());
+        body.extend(queue_size.to_le_bytes());
+        // repr(C) padding, which the vhost crate expects and QEMU ignores.
+        body.extend([0; 4]);
+        Ok(Reply::WithFd(body, fd))
+    }
+
+    fn reset(&mut self, limit: DrainLimit<'_>) {
+        self.end(limit);
+        self.rings = self.queues.iter().map(|_| Ring::default()).collect();
+        self.inflight = None;
+        self.log = None;
+        self.features = 0;
+        self.writeback = true;
+    }
+
+    /// The ring as it should run, or `None` when it cannot.
+    fn setup(&self, index: usize) -> Option<RingSetup> {
+        let ring = &self.rings[index];
+        let addr = ring.addr?;
+        let addresses =
+            RingAddresses::find(&self.memory, ring.num, addr.desc, addr.avail, addr.used)?;
+        let logging = self.features & virtio::LOG_ALL != 0;
+        let log = self.log.clone().filter(|_| logging);
+        // virtio 1.2 5.2.5.2: without CONFIG_WCE the cache is write-back exactly
+        // if the driver can flush.
+        let write_through = if self.features & virtio::CONFIG_WCE != 0 {
+            !self.writeback
+        } else {
+            self.features & virtio::FLUSH == 0
+        };
+        Some(RingSetup {
+            addresses,
+            event_idx: self.features & virtio::EVENT_IDX != 0,
+            write_through,
+            call: ring.call.clone(),
+            err: ring.err.clone(),
+            log_used_at: (log.is_some() && addr.flags & VRING_LOG != 0)
+                .then_some(addr.log_guest_addr),
+            log,
+        })
+    }
+
+    fn apply_all(&mut self) {
+        for index in 0..self.rings.len() {
+            self.apply(index);
+        }
+    }
+
+    /// Brings a running ring up to date.
+    fn apply(&mut self, index: usize) {
+        if self.rings[index].running
+            && let Some(setup) = self.setup(index)
+        {
+            self.queues[index].apply(setup);
+        }
+    }
+
+    fn start_if_ready(&mut self, index: usize) -> Result<(), Refused> {
+        let ring = &self.rings[index];
+        if ring.running || !ring.enabled {
+            return Ok(());
+        }
+        let Some(kick) = ring.kick.clone() else { return Ok(()) };
+        let unusable = || std::io::Error::other("its addresses are not in the guest's memory");
+        let setup =
+            self.setup(index).ok_or_else(|| Refused::Start { index, source: unusable() })?;
+        let number = u16::try_from(index).expect("queues are counted in u16");
+        let inflight =
+            self.inflight.as_ref().and_then(|region| region.ring(number, setup.addresses.size()));
+        let start = RingStart { setup, kick, base: self.rings[index].base, inflight };
+        self.queues[index].start(start).map_err(|source| Refused::Start { index, source })?;
+        self.rings[index].running = true;
+        tracing::debug!(disk = self.disk.name, queue = index, "ring started");
+        Ok(())
+    }
+
+    /// Stops a ring when everything in flight has been answered. While storage
+    /// does not answer, requests that the in-flight table keeps are given up
+    /// after a while, to be done again when the ring starts; during a migration
+    /// they are waited for, because the table does not move with the guest.
+    fn stop(&mut self, index: usize, limit: DrainLimit<'_>) {
+        if !std::mem::take(&mut self.rings[index].running) {
+            return;
+        }
+        let queue = &self.queues[index];
+        let draining = queue.drain();
+        let begun = Instant::now();
+        let next_avail = loop {
+            if let DrainState::Stopped(next_avail) = draining.wait(DRAIN_TICK) {
+                break next_avail;
+            }
+            let never = matches!(self.disk.volume.state(), VolumeState::Fenced | VolumeState::Lost);
+            let migrating = self.log.is_some();
+            let may_give_up = (self.inflight.is_some() && !migrating) || (limit.hurry)();
+            if never || (may_give_up && begun.elapsed() > limit.grace) {
+                tracing::warn!(
+                    disk = self.disk.name,
+                    queue = index,
+                    "stopping a ring whose requests the storage has not answered"
+                );
+                break queue.abandon();
+            }
+        };
+        if let Some(next_avail) = next_avail {
+            self.rings[index].base = next_avail;
+        }
+        tracing::debug!(disk = self.disk.name, queue = index, "ring stopped");
+    }
+}
+
+fn map_region(region: Region, fd: &OwnedFd) -> Result<Arc<MemoryRegion>, Refused> {
+    MemoryRegion::map(region, fd)
+        .map(Arc::new)
+        .map_err(|source| Refused::Map { what: "a memory region", source })
+}
+
+/// The device has no state beyond its rings. Saving writes nothing: closing the
+/// descriptor is the end of the stream. Loading reads nothing but its end.
+fn transfer_state(direction: StateDirection, fd: OwnedFd) -> Result<Reply, Refused> {
+    if direction == StateDirection::Load {
+        let mut byte = [0];
+        // The front-end may write the (empty) stream after our answer, so only
+        // what is there already can be judged.
+        let flags = nix::fcntl::OFlag::O_NONBLOCK;
+        let _ = nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFL(flags));
+        if matches!(nix::unistd::read(&fd, &mut byte), Ok(1)) {
+            return Err(Refused::DeviceState);
+        }
+    }
+    Ok(Reply::Number(STATE_NO_FD))
+}
