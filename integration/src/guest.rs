@@ -49,10 +49,23 @@ pub fn missing() -> Option<String> {
 /// When something is missing and `BATON_REQUIRE_QEMU=1` says that it must be there.
 #[must_use]
 pub fn skip_without_qemu(test: &str) -> bool {
-    let Some(why) = missing() else { return false };
+    skip_if(test, missing())
+}
+
+/// [`skip_without_qemu`] for a test that needs only the system's program `name`, such as qemu-storage-daemon.
+///
+/// # Panics
+/// When it is missing and `BATON_REQUIRE_QEMU=1` says that it must be there.
+#[must_use]
+pub fn skip_without_program(test: &str, name: &str) -> bool {
+    skip_if(test, system_program(name).err().map(|e| format!("{e:#}")))
+}
+
+fn skip_if(test: &str, why: Option<String>) -> bool {
+    let Some(why) = why else { return false };
     assert!(
         std::env::var_os("BATON_REQUIRE_QEMU").is_none_or(|v| v != "1"),
-        "{test} needs a guest, and BATON_REQUIRE_QEMU=1 forbids to skip it: {why}"
+        "BATON_REQUIRE_QEMU=1 forbids to skip {test}: {why}"
     );
     // Written past the test runner's capture, which hides what a passing test prints.
     let _ = writeln!(std::io::stderr(), "\n**** SKIPPED: {test}: {why} ****\n");

@@ -4,6 +4,7 @@
 //! socket without a guest (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
 
+pub mod bench;
 pub mod blk;
 pub mod daemon;
 pub mod guest;

@@ -11,7 +11,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU8, AtomicU16};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32};
 
 /// Where the guest's memory begins. Not 0, so that a front-end address, a guest address and an offset that are mixed
 /// up do not agree by luck.
@@ -164,6 +164,13 @@ impl GuestMemory {
         bytes
     }
 
+    /// One byte as it is now.
+    #[must_use]
+    pub fn read_byte(&self, gpa: u64) -> u8 {
+        // SAFETY: checked by ptr; any address is aligned for a byte.
+        unsafe { AtomicU8::from_ptr(self.ptr(gpa, 1)) }.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
     /// A word that the other side may change.
     #[must_use]
     pub fn u16(&self, gpa: u64) -> &AtomicU16 {
@@ -171,5 +178,14 @@ impl GuestMemory {
         assert!(at.is_aligned(), "{gpa:#x} is odd");
         // SAFETY: inside the mapping, which lives as long as self, and aligned.
         unsafe { AtomicU16::from_ptr(at) }
+    }
+
+    /// A double word that the other side may change.
+    #[must_use]
+    pub fn u32(&self, gpa: u64) -> &AtomicU32 {
+        let at = self.ptr(gpa, 4).cast::<u32>();
+        assert!(at.is_aligned(), "{gpa:#x} is not aligned");
+        // SAFETY: inside the mapping, which lives as long as self, and aligned.
+        unsafe { AtomicU32::from_ptr(at) }
     }
 }

@@ -181,6 +181,18 @@ impl Ring {
         Ok(head)
     }
 
+    /// Turns the second descriptor of a chain of three, the data, to be written or read by the device.
+    ///
+    /// # Panics
+    /// When `head` is not the head of a linked chain of three.
+    pub fn set_direction(&self, head: u16, device_writes: bool) {
+        let owned = &self.owned[usize::from(head)];
+        assert_eq!(owned.len(), 3, "header, data, status");
+        let flags = NEXT | if device_writes { WRITE } else { 0 };
+        let at = self.descriptors + DESCRIPTOR_BYTES as u64 * u64::from(owned[1]);
+        self.memory.u16(at + 12).store(flags, Relaxed);
+    }
+
     /// Makes any head available at once.
     pub fn publish(&mut self, head: u16) {
         self.stage(head);
@@ -226,10 +238,10 @@ impl Ring {
             return None;
         }
         let slot = u64::from(self.last_used & (self.size - 1));
-        let bytes = self.memory.read(self.used + 4 + 8 * slot, 8);
+        let word = |at: u64| self.memory.u32(self.used + 4 + 8 * slot + at).load(Relaxed);
+        let used = Used { head: word(0), len: word(4) };
         self.last_used = self.last_used.wrapping_add(1);
-        let word = |i: usize| u32::from_le_bytes(bytes[i..i + 4].try_into().expect("four bytes"));
-        Some(Used { head: word(0), len: word(4) })
+        Some(used)
     }
 
     /// Gives the descriptors of a chain back to be used again. For a chain of [`Self::link`] after [`Self::pop_used`].

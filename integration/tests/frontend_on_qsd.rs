@@ -4,22 +4,14 @@ use baton_integration::blk::{IOERR, OK, Request};
 use baton_integration::raw_frontend::{LOG_PAGE, Options, RawFrontend};
 use baton_integration::ring::Descriptor;
 use baton_integration::vhost_user::{feature, protocol};
-use baton_integration::workspace::{TestDir, system_program};
+use baton_integration::workspace::TestDir;
 use baton_probe::stamp::{Expect, Stamp, Verdict, Version, check_block, encode_block};
-use std::io::Write;
 use std::time::Duration;
-use support::{DISK_BYTES, storage_daemon};
+use support::{DISK_BYTES, skip_without_storage_daemon, storage_daemon};
 
 mod support;
 
 const SOON: Duration = Duration::from_secs(10);
-
-fn skip(test: &str) -> bool {
-    let Err(why) = system_program("qemu-storage-daemon") else { return false };
-    assert!(std::env::var_os("BATON_REQUIRE_QEMU").is_none_or(|v| v != "1"), "{test}: {why}");
-    let _ = writeln!(std::io::stderr(), "\n**** SKIPPED: {test}: {why} ****\n");
-    true
-}
 
 fn stamped(sector: u64, sequence: u64) -> Vec<u8> {
     let mut block = vec![0; 4096];
@@ -32,7 +24,7 @@ fn stamped(sector: u64, sequence: u64) -> Vec<u8> {
 
 #[test]
 fn reads_writes_and_queues() {
-    if skip("reads_writes_and_queues") {
+    if skip_without_storage_daemon("reads_writes_and_queues") {
         return;
     }
     let dir = TestDir::new("fe").unwrap();
@@ -73,7 +65,7 @@ fn reads_writes_and_queues() {
 
 #[test]
 fn works_without_the_optional_features() {
-    if skip("works_without_the_optional_features") {
+    if skip_without_storage_daemon("works_without_the_optional_features") {
         return;
     }
     let dir = TestDir::new("fe").unwrap();
@@ -94,7 +86,7 @@ fn works_without_the_optional_features() {
 
 #[test]
 fn the_dirty_log_has_the_pages_that_the_device_wrote() {
-    if skip("the_dirty_log_has_the_pages_that_the_device_wrote") {
+    if skip_without_storage_daemon("the_dirty_log_has_the_pages_that_the_device_wrote") {
         return;
     }
     let dir = TestDir::new("fe").unwrap();
@@ -132,7 +124,7 @@ fn the_dirty_log_has_the_pages_that_the_device_wrote() {
 
 #[test]
 fn rings_go_on_where_they_stopped() {
-    if skip("rings_go_on_where_they_stopped") {
+    if skip_without_storage_daemon("rings_go_on_where_they_stopped") {
         return;
     }
     let dir = TestDir::new("fe").unwrap();

@@ -1,0 +1,338 @@
+//! Two stacks side by side.
+//!
+//! In each round both are started anew, in changing order, and each row is run A B B A (then B A A B). A ratio is taken
+//! of two runs next to each other, and the pair is run again when somebody else used the CPUs meanwhile. The report has
+//! the median over all pairs, and the lowest and highest median of a round.
+
+use crate::bench::cpu::{Usage, hold_cpus_awake, pin_this_thread};
+use crate::bench::load::{Job, Outcome, Pattern, run};
+use crate::bench::stack::{Kind, Stack, StackConfig};
+use anyhow::{Result, bail};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+/// How often a noisy pair is run again before it is taken as it is.
+const REPEATS_MAX: u32 = 3;
+
+/// What to compare, and how long.
+#[derive(Clone, Debug, Serialize)]
+pub struct CompareConfig {
+    /// The one on top of a ratio.
+    pub a: Kind,
+    /// The one it is measured against.
+    pub b: Kind,
+    /// Restarts of both.
+    pub rounds: u32,
+    /// Time measured of each run.
+    pub duration: Duration,
+    /// Size of each disk.
+    pub bytes: u64,
+    /// Only rows whose name contains this.
+    pub only: Option<String>,
+}
+
+/// One line of the report.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Row {
+    /// Short name: pattern, block size, depth, queues.
+    pub name: &'static str,
+    /// What is done.
+    pub pattern: Pattern,
+    /// Bytes in a request.
+    pub block_bytes: usize,
+    /// Requests in flight on each queue.
+    pub depth: u16,
+    /// Queues.
+    pub queues: u16,
+}
+
+const fn row(name: &'static str, pattern: Pattern, kib: usize, depth: u16, queues: u16) -> Row {
+    Row { name, pattern, block_bytes: kib << 10, depth, queues }
+}
+
+/// All rows.
+pub const ROWS: [Row; 12] = [
+    row("r4k-d1-q1", Pattern::RandRead, 4, 1, 1),
+    row("w4k-d1-q1", Pattern::RandWrite, 4, 1, 1),
+    row("r4k-d32-q1", Pattern::RandRead, 4, 32, 1),
+    row("w4k-d32-q1", Pattern::RandWrite, 4, 32, 1),
+    row("r128k-d8-q1", Pattern::Read, 128, 8, 1),
+    row("w128k-d8-q1", Pattern::Write, 128, 8, 1),
+    row("r4k-d1-q4", Pattern::RandRead, 4, 1, 4),
+    row("w4k-d1-q4", Pattern::RandWrite, 4, 1, 4),
+    row("r4k-d32-q4", Pattern::RandRead, 4, 32, 4),
+    row("w4k-d32-q4", Pattern::RandWrite, 4, 32, 4),
+    row("r128k-d8-q4", Pattern::Read, 128, 8, 4),
+    row("w128k-d8-q4", Pattern::Write, 128, 8, 4),
+];
+
+/// Two runs next to each other.
+#[derive(Clone, Debug, Serialize)]
+pub struct Pair {
+    /// Which restart.
+    pub round: u32,
+    /// Runs thrown away because of noise.
+    pub repeats: u32,
+    /// Still noisy after the last repeat.
+    pub noisy: bool,
+    /// A's run.
+    pub a: Outcome,
+    /// B's run.
+    pub b: Outcome,
+}
+
+/// A row with its pairs.
+#[derive(Clone, Debug, Serialize)]
+pub struct RowResult {
+    /// Which.
+    pub row: Row,
+    /// All pairs in the order they were run.
+    pub pairs: Vec<Pair>,
+}
+
+/// Everything that was measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// What was asked for.
+    pub config: CompareConfig,
+    /// Whether front-end and stacks had a CPU each.
+    pub pinned: bool,
+    /// Whether idle CPUs were kept awake.
+    pub awake: bool,
+    /// By row.
+    pub rows: Vec<RowResult>,
+}
+
+/// Runs the comparison; `progress` is told what is being done.
+pub fn compare(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Result<Report> {
+    let rows: Vec<Row> = ROWS
+        .into_iter()
+        .filter(|r| config.only.as_ref().is_none_or(|only| r.name.contains(only.as_str())))
+        .collect();
+    if rows.is_empty() {
+        let names: Vec<&str> = ROWS.iter().map(|r| r.name).collect();
+        bail!("no row is called like that; there are {}", names.join(", "));
+    }
+    let awake = hold_cpus_awake();
+    // From here on only this thread and those of the load are on CPU 0; a machine with one CPU shares it.
+    let pinned = std::thread::available_parallelism().is_ok_and(|n| n.get() > 1);
+    if pinned {
+        pin_this_thread(0)?;
+    }
+    let mut results: Vec<RowResult> =
+        rows.iter().map(|&row| RowResult { row, pairs: Vec::new() }).collect();
+    for round in 0..config.rounds {
+        progress(&format!("round {} of {}: starting both stacks", round + 1, config.rounds));
+        let stack = |kind| {
+            Stack::start(&StackConfig {
+                kind,
+                queues: 4,
+                bytes: config.bytes,
+                cpu: pinned.then_some(1),
+            })
+        };
+        // Whoever starts second may get other memory; so each does in turn.
+        let (a, b) = if round % 2 == 0 {
+            let a = stack(config.a)?;
+            (a, stack(config.b)?)
+        } else {
+            let b = stack(config.b)?;
+            (stack(config.a)?, b)
+        };
+        for result in &mut results {
+            for half in 0..2 {
+                let a_first = (round + half) % 2 == 0;
+                result.pairs.push(quiet_pair(config, result.row, round, &a, &b, a_first)?);
+            }
+            progress(&line(result));
+        }
+    }
+    Ok(Report { config: config.clone(), pinned, awake: awake.is_some(), rows: results })
+}
+
+fn quiet_pair(
+    config: &CompareConfig,
+    row: Row,
+    round: u32,
+    a: &Stack,
+    b: &Stack,
+    a_first: bool,
+) -> Result<Pair> {
+    let mut repeats = 0;
+    loop {
+        let (run_a, run_b) = if a_first {
+            let run_a = one(config, row, a)?;
+            (run_a, one(config, row, b)?)
+        } else {
+            let run_b = one(config, row, b)?;
+            (one(config, row, a)?, run_b)
+        };
+        let noisy = run_a.usage.is_noisy() || run_b.usage.is_noisy();
+        if !noisy || repeats == REPEATS_MAX {
+            return Ok(Pair { round, repeats, noisy, a: run_a, b: run_b });
+        }
+        repeats += 1;
+    }
+}
+
+fn one(config: &CompareConfig, row: Row, stack: &Stack) -> Result<Outcome> {
+    let outcome = run(&Job {
+        socket: stack.socket().to_path_buf(),
+        pattern: row.pattern,
+        block_bytes: row.block_bytes,
+        depth: row.depth,
+        queues: row.queues,
+        thread_per_queue: false,
+        warmup: config.duration / 5,
+        duration: config.duration,
+        verify: false,
+        span_bytes: None,
+        seed: 1,
+        pids: stack.pids(),
+    })?;
+    if outcome.errors > 0 {
+        bail!(
+            "{} requests failed in {}: {}",
+            outcome.errors,
+            row.name,
+            outcome.findings.join("; ")
+        );
+    }
+    if outcome.ios == 0 {
+        bail!("nothing completed in {}", row.name);
+    }
+    Ok(outcome)
+}
+
+/// A ratio over all pairs of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Ratio {
+    /// Median over all pairs.
+    pub median: f64,
+    /// Lowest median of a round.
+    pub low: f64,
+    /// Highest median of a round.
+    pub high: f64,
+}
+
+/// The ratio A to B of some figure.
+#[must_use]
+pub fn ratio(pairs: &[Pair], figure: impl Fn(&Outcome) -> f64) -> Ratio {
+    let ratios: Vec<(u32, f64)> =
+        pairs.iter().map(|p| (p.round, figure(&p.a) / figure(&p.b))).collect();
+    let rounds: std::collections::BTreeSet<u32> = pairs.iter().map(|p| p.round).collect();
+    let of_round = |round: u32| median(ratios.iter().filter(|r| r.0 == round).map(|r| r.1));
+    Ratio {
+        median: median(ratios.iter().map(|r| r.1)),
+        low: rounds.iter().map(|&r| of_round(r)).fold(f64::INFINITY, f64::min),
+        high: rounds.iter().map(|&r| of_round(r)).fold(f64::NEG_INFINITY, f64::max),
+    }
+}
+
+/// The middle value, or the mean of the two in the middle; NaN of nothing.
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => values[n / 2],
+        n => f64::midpoint(values[n / 2 - 1], values[n / 2]),
+    }
+}
+
+/// The report as a table.
+#[must_use]
+pub fn table(report: &Report) -> String {
+    let CompareConfig { a, b, rounds, duration, bytes, .. } = &report.config;
+    let mut text = format!(
+        "A={a} B={b}: {rounds} rounds x 2 pairs x {:.1} s on {} MiB in memory; {}, idle CPUs {}.\n\
+         A/B: median of all pairs [lowest and highest median of a round]. IOPS: more is better; the others: less.\n\
+         {:<12} {:>8} {:>8}  {:^20} {:^20} {:^20} {:^20} {:^20} {:>7}\n",
+        duration.as_secs_f64(),
+        bytes >> 20,
+        if report.pinned { "front-end on CPU 0, stacks on CPU 1" } else { "unpinned" },
+        if report.awake { "kept awake" } else { "may sleep (cannot open /dev/cpu_dma_latency)" },
+        "row",
+        "A IOPS",
+        "B IOPS",
+        "IOPS",
+        "p50",
+        "p99",
+        "backend CPU/IO",
+        "server CPU/IO",
+        "noisy"
+    );
+    for result in &report.rows {
+        text.push_str(&line(result));
+        text.push('\n');
+    }
+    if report.rows.iter().any(|r| r.pairs.iter().any(|p| p.noisy)) {
+        let _ = writeln!(
+            text,
+            "noisy: pairs in which others or the hypervisor used more than {} % of the CPUs in every try, of all pairs.",
+            Usage::NOISE_MAX_PCT
+        );
+    }
+    text
+}
+
+fn line(result: &RowResult) -> String {
+    let pairs = &result.pairs;
+    let cell = |figure: &dyn Fn(&Outcome) -> f64| {
+        let Ratio { median, low, high } = ratio(pairs, figure);
+        format!("{median:>5.2} [{low:>5.2} {high:>5.2}] ")
+    };
+    format!(
+        "{:<12} {:>8.0} {:>8.0}  {:^20} {:^20} {:^20} {:^20} {:^20} {:>3}/{}",
+        result.row.name,
+        median(pairs.iter().map(|p| p.a.iops)),
+        median(pairs.iter().map(|p| p.b.iops)),
+        cell(&|o| o.iops),
+        cell(&|o| o.p50_us),
+        cell(&|o| o.p99_us),
+        cell(&|o| o.cpu_us_per_io(0)),
+        cell(&|o| o.cpu_us_per_io(1)),
+        pairs.iter().filter(|p| p.noisy).count(),
+        pairs.len()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(iops: f64) -> Outcome {
+        Outcome {
+            ios: 1,
+            errors: 0,
+            bad_reads: 0,
+            checked: 0,
+            findings: Vec::new(),
+            iops,
+            p50_us: 1.0,
+            p99_us: 1.0,
+            p999_us: 1.0,
+            max_us: 1.0,
+            usage: Usage::default(),
+        }
+    }
+
+    fn pair(round: u32, a: f64, b: f64) -> Pair {
+        Pair { round, repeats: 0, noisy: false, a: outcome(a), b: outcome(b) }
+    }
+
+    #[test]
+    fn a_ratio_is_of_neighbours_and_its_spread_of_rounds() {
+        let pairs =
+            [pair(0, 10.0, 10.0), pair(0, 30.0, 10.0), pair(1, 40.0, 10.0), pair(1, 5.0, 1.0)];
+        assert_eq!(ratio(&pairs, |o| o.iops), Ratio { median: 3.5, low: 2.0, high: 4.5 });
+    }
+
+    #[test]
+    fn medians_of_odd_even_and_no_values() {
+        assert!((median([3.0, 1.0, 2.0].into_iter()) - 2.0).abs() < 1e-9);
+        assert!((median([4.0, 1.0].into_iter()) - 2.5).abs() < 1e-9);
+        assert!(median([].into_iter()).is_nan());
+    }
+}

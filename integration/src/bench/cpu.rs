@@ -1,0 +1,180 @@
+//! Who used the CPUs between two moments, and what keeps a measurement quiet.
+
+use anyhow::{Context, Result};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::time::{ClockId, clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
+use serde::Serialize;
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// CPU time of some processes and of the machine at one moment.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    at: Instant,
+    own: Duration,
+    processes: Vec<Duration>,
+    busy_ticks: u64,
+    steal_ticks: u64,
+}
+
+/// What happened between two snapshots.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Usage {
+    /// Wall time, in s.
+    pub seconds: f64,
+    /// CPU time of this process, in s.
+    pub frontend_s: f64,
+    /// CPU time of each process asked for, in s and in that order.
+    pub processes_s: Vec<f64>,
+    /// CPU time of everybody else, in percent of all CPUs.
+    pub others_pct: f64,
+    /// Time taken by the hypervisor, in percent of all CPUs.
+    pub steal_pct: f64,
+}
+
+impl Usage {
+    /// Noise above which a measurement is repeated, in percent.
+    pub const NOISE_MAX_PCT: f64 = 8.0;
+
+    /// Whether somebody else disturbed the measurement.
+    #[must_use]
+    pub fn is_noisy(&self) -> bool {
+        self.others_pct > Self::NOISE_MAX_PCT || self.steal_pct > Self::NOISE_MAX_PCT
+    }
+}
+
+impl Snapshot {
+    /// The state now, for these process ids.
+    pub fn take(pids: &[u32]) -> Result<Self> {
+        let processes = pids.iter().map(|&pid| cpu_time_of(pid)).collect::<Result<_>>()?;
+        let own = Duration::from(clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID)?);
+        let (busy_ticks, steal_ticks) = machine_ticks(&fs::read_to_string("/proc/stat")?)?;
+        Ok(Self { at: Instant::now(), own, processes, busy_ticks, steal_ticks })
+    }
+
+    /// What happened since `earlier`, which was taken for the same processes.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Usage {
+        let seconds = self.at.duration_since(earlier.at).as_secs_f64();
+        let frontend_s = self.own.saturating_sub(earlier.own).as_secs_f64();
+        let processes_s: Vec<f64> = self
+            .processes
+            .iter()
+            .zip(&earlier.processes)
+            .map(|(b, a)| b.saturating_sub(*a).as_secs_f64())
+            .collect();
+        let known = frontend_s + processes_s.iter().sum::<f64>();
+        let share = |s: f64| 100.0 * s / (seconds * cpus());
+        Usage {
+            others_pct: share((ticks_to_s(self.busy_ticks - earlier.busy_ticks) - known).max(0.0)),
+            steal_pct: share(ticks_to_s(self.steal_ticks - earlier.steal_ticks)),
+            seconds,
+            frontend_s,
+            processes_s,
+        }
+    }
+}
+
+#[allow(clippy::cast_precision_loss, reason = "counts of a short measurement")]
+fn ticks_to_s(ticks: u64) -> f64 {
+    // USER_HZ, which is 100 on every Linux that this runs on.
+    ticks as f64 / 100.0
+}
+
+/// CPUs of the machine, whatever this process is bound to.
+#[allow(clippy::cast_precision_loss, reason = "a small number")]
+fn cpus() -> f64 {
+    let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+    stat.lines().filter(|l| l.starts_with("cpu") && !l.starts_with("cpu ")).count().max(1) as f64
+}
+
+/// CPU time of a process with all its threads, also those that have ended.
+fn cpu_time_of(pid: u32) -> Result<Duration> {
+    let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?))
+        .with_context(|| format!("there is no process {pid} to measure"))?;
+    Ok(Duration::from(clock_gettime(clock)?))
+}
+
+/// Busy and stolen time of all CPUs, from the first line of /proc/stat.
+fn machine_ticks(stat: &str) -> Result<(u64, u64)> {
+    // user nice system idle iowait irq softirq steal guest guest_nice
+    let fields: Vec<u64> = stat
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .skip(1)
+        .flat_map(str::parse)
+        .collect();
+    let field = |i: usize| fields.get(i).copied().context("/proc/stat is not as expected");
+    Ok((field(0)? + field(1)? + field(2)? + field(5)? + field(6)?, field(7)?))
+}
+
+/// Keeps idle CPUs from sleeping deeply while it lives: a wake-up of a halted virtual CPU costs more than the request
+/// that it waits for. `None` where that is not allowed.
+#[must_use]
+pub fn hold_cpus_awake() -> Option<File> {
+    let mut file = OpenOptions::new().write(true).open("/dev/cpu_dma_latency").ok()?;
+    file.write_all(&0_i32.to_ne_bytes()).ok()?;
+    Some(file)
+}
+
+/// Binds the calling thread, and those it starts, to one CPU.
+pub fn pin_this_thread(cpu: usize) -> Result<()> {
+    sched_setaffinity(Pid::from_raw(0), &only(cpu)?)
+        .with_context(|| format!("cannot run on CPU {cpu}"))
+}
+
+/// Lets a command run on one CPU only.
+pub fn pin_command(command: &mut Command, cpu: usize) -> Result<()> {
+    let set = only(cpu)?;
+    // SAFETY: a system call on the child's own thread, with a set that was made before the fork.
+    unsafe {
+        command.pre_exec(move || sched_setaffinity(Pid::from_raw(0), &set).map_err(Into::into));
+    }
+    Ok(())
+}
+
+fn only(cpu: usize) -> Result<CpuSet> {
+    let mut set = CpuSet::new();
+    set.set(cpu).with_context(|| format!("there is no CPU {cpu}"))?;
+    Ok(set)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_line_of_proc_stat_is_read() {
+        let stat = "cpu  10 1 20 500 7 2 3 4 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n";
+        assert_eq!(machine_ticks(stat).unwrap(), (10 + 1 + 20 + 2 + 3, 4));
+        assert!(machine_ticks("").is_err());
+    }
+
+    #[test]
+    fn own_work_is_own_and_others_are_noise() {
+        let before = Snapshot::take(&[]).unwrap();
+        let until = Instant::now() + Duration::from_millis(300);
+        while Instant::now() < until {
+            std::hint::spin_loop();
+        }
+        let usage = Snapshot::take(&[]).unwrap().since(&before);
+        // Other tests run in this process; at least this thread's work must be there.
+        assert!(usage.frontend_s > 0.05 && usage.seconds >= 0.3, "{usage:?}");
+        let mut child = Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        assert!(Snapshot::take(&[child.id()]).is_err(), "a process that is gone");
+    }
+
+    #[test]
+    fn noise_has_a_threshold() {
+        assert!(!Usage { others_pct: 7.9, ..Usage::default() }.is_noisy());
+        assert!(Usage { others_pct: 8.1, ..Usage::default() }.is_noisy());
+        assert!(Usage { steal_pct: 8.1, ..Usage::default() }.is_noisy());
+    }
+}

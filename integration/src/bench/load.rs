@@ -1,0 +1,510 @@
+//! Load on one vhost-user disk.
+//!
+//! Each slot of a queue is one request that is always in flight: its chain is linked once and published again and
+//! again. A thread serves its queues in turn and sleeps in epoll when nothing is complete, as a guest does; it never
+//! polls the rings. Calls are waited for edge-triggered and never read: QEMU sets O_NONBLOCK on the shared eventfd, so
+//! a blocking read would spin.
+//!
+//! With `verify`, every block belongs to one slot, which knows what it may hold and checks each read.
+
+use crate::bench::cpu::{Snapshot, Usage};
+use crate::blk::{OK, UNTOUCHED, header};
+use crate::memory::GuestMemory;
+use crate::raw_frontend::{Options, Queue, RawFrontend};
+use crate::ring::Descriptor;
+use anyhow::{Context, Result, bail};
+use baton_probe::stamp::{Expect, SECTOR, Stamp, Version, check_block, encode_block};
+use clap::ValueEnum;
+use hdrhistogram::Histogram;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use serde::Serialize;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+/// A latency beyond this counts as this.
+const LATENCY_MAX_NS: u64 = 60_000_000_000;
+
+/// What to do with the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[value(rename_all = "lower")]
+#[serde(rename_all = "lowercase")]
+pub enum Pattern {
+    /// Reads at random places.
+    RandRead,
+    /// Writes at random places.
+    RandWrite,
+    /// Half of each, at random places.
+    RandRw,
+    /// Reads from start to end, each queue in its own part.
+    Read,
+    /// Writes from start to end, each queue in its own part.
+    Write,
+}
+
+impl Pattern {
+    fn is_sequential(self) -> bool {
+        matches!(self, Self::Read | Self::Write)
+    }
+}
+
+/// One measurement.
+#[derive(Clone, Debug, Serialize)]
+pub struct Job {
+    /// The back-end's socket.
+    pub socket: PathBuf,
+    /// What to do.
+    pub pattern: Pattern,
+    /// Bytes in a request.
+    pub block_bytes: usize,
+    /// Requests in flight on each queue.
+    pub depth: u16,
+    /// Queues used.
+    pub queues: u16,
+    /// A thread for each queue, or one for all.
+    pub thread_per_queue: bool,
+    /// Time before the measurement.
+    pub warmup: Duration,
+    /// Time measured.
+    pub duration: Duration,
+    /// Stamp what is written and check what is read.
+    pub verify: bool,
+    /// Part of the disk used, from its start; `None` for all.
+    pub span_bytes: Option<u64>,
+    /// Seed of the random places.
+    pub seed: u64,
+    /// Processes whose CPU time is measured with it.
+    pub pids: Vec<u32>,
+}
+
+/// What was measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outcome {
+    /// Requests completed in the time measured.
+    pub ios: u64,
+    /// Requests that the device failed.
+    pub errors: u64,
+    /// Reads whose data was not what it had to be; the first few are in `findings`.
+    pub bad_reads: u64,
+    /// Reads whose data was checked.
+    pub checked: u64,
+    /// What was wrong, in words.
+    pub findings: Vec<String>,
+    /// Requests per second.
+    pub iops: f64,
+    /// From submission to completion, in us.
+    pub p50_us: f64,
+    /// From submission to completion, in us.
+    pub p99_us: f64,
+    /// From submission to completion, in us.
+    pub p999_us: f64,
+    /// The longest request, in us.
+    pub max_us: f64,
+    /// CPU time and noise meanwhile.
+    pub usage: Usage,
+}
+
+impl Outcome {
+    /// CPU time per request of the process number `index` of [`Job::pids`], in us.
+    #[must_use]
+    #[allow(clippy::cast_precision_loss, reason = "a count of requests of a short measurement")]
+    pub fn cpu_us_per_io(&self, index: usize) -> f64 {
+        self.usage.processes_s.get(index).map_or(0.0, |s| 1e6 * s / self.ios.max(1) as f64)
+    }
+}
+
+const WARM_UP: u8 = 0;
+const MEASURE: u8 = 1;
+const STOP: u8 = 2;
+
+/// Runs one job from connecting to disconnecting.
+pub fn run(job: &Job) -> Result<Outcome> {
+    check(job)?;
+    let slots = usize::from(job.depth) * usize::from(job.queues);
+    let options = Options {
+        queues: job.queues,
+        // Three descriptors each; at least what a Linux guest has.
+        queue_size: (3 * job.depth).next_power_of_two().max(128),
+        memory_bytes: slots * (job.block_bytes.next_multiple_of(4096) + 64)
+            + (usize::from(job.queues) << 18)
+            + (1 << 20),
+        start: false,
+        ..Options::default()
+    };
+    let mut frontend = RawFrontend::connect(&job.socket, options)?;
+    if u64::from(job.queues) > frontend.max_queues() {
+        bail!(
+            "the back-end has {} queues, fewer than --queues {}",
+            frontend.max_queues(),
+            job.queues
+        );
+    }
+    frontend.start()?;
+    let disk_bytes = frontend.capacity()? * SECTOR as u64;
+    let span = job.span_bytes.unwrap_or(disk_bytes).min(disk_bytes);
+    let blocks = span / job.block_bytes as u64;
+    if blocks < slots as u64 {
+        bail!("{span} bytes are too few for {slots} requests of {} bytes", job.block_bytes);
+    }
+    let memory = Arc::clone(frontend.memory());
+    let workers = (0..job.queues)
+        .map(|index| Worker::new(job, frontend.take_queue(index), &memory, index, blocks))
+        .collect::<Result<Vec<_>>>()?;
+    let threads: Vec<Vec<Worker>> = if job.thread_per_queue {
+        workers.into_iter().map(|w| vec![w]).collect()
+    } else {
+        vec![workers]
+    };
+
+    let phase = AtomicU8::new(WARM_UP);
+    let (tallies, usage) = std::thread::scope(|scope| {
+        let handles: Vec<_> =
+            threads.into_iter().map(|workers| scope.spawn(|| serve(workers, &phase))).collect();
+        let usage = timed(job, &phase);
+        // Set again in case the measurement failed, or the threads would never end.
+        phase.store(STOP, Ordering::Relaxed);
+        let tallies = handles
+            .into_iter()
+            .map(|h| h.join().expect("no panic in a load thread"))
+            .collect::<Result<Vec<_>>>();
+        (tallies, usage)
+    });
+    let (tallies, usage) = (tallies?, usage?);
+    Ok(summary(tallies, usage))
+}
+
+fn timed(job: &Job, phase: &AtomicU8) -> Result<Usage> {
+    std::thread::sleep(job.warmup);
+    let before = Snapshot::take(&job.pids)?;
+    phase.store(MEASURE, Ordering::Relaxed);
+    std::thread::sleep(job.duration);
+    phase.store(STOP, Ordering::Relaxed);
+    Ok(Snapshot::take(&job.pids)?.since(&before))
+}
+
+fn check(job: &Job) -> Result<()> {
+    if job.block_bytes == 0 || !job.block_bytes.is_multiple_of(SECTOR) {
+        bail!("--bs must be a positive multiple of {SECTOR}");
+    }
+    if job.depth == 0 || job.depth > 256 || job.queues == 0 || job.queues > 64 {
+        bail!("--depth must be from 1 to 256 and --queues from 1 to 64");
+    }
+    Ok(())
+}
+
+#[allow(clippy::cast_precision_loss, reason = "counts and nanoseconds of a short measurement")]
+fn summary(tallies: Vec<Tally>, usage: Usage) -> Outcome {
+    let mut all = Tally::new();
+    for tally in tallies {
+        all.latency.add(&tally.latency).expect("equal histograms add");
+        all.errors += tally.errors;
+        all.bad_reads += tally.bad_reads;
+        all.checked += tally.checked;
+        all.findings.extend(tally.findings);
+    }
+    let us = |quantile: f64| all.latency.value_at_quantile(quantile) as f64 / 1000.0;
+    Outcome {
+        ios: all.latency.len(),
+        errors: all.errors,
+        bad_reads: all.bad_reads,
+        checked: all.checked,
+        iops: all.latency.len() as f64 / usage.seconds,
+        p50_us: us(0.5),
+        p99_us: us(0.99),
+        p999_us: us(0.999),
+        max_us: all.latency.max() as f64 / 1000.0,
+        findings: all.findings,
+        usage,
+    }
+}
+
+/// Counters of one thread.
+struct Tally {
+    latency: Histogram<u64>,
+    errors: u64,
+    bad_reads: u64,
+    checked: u64,
+    findings: Vec<String>,
+}
+
+impl Tally {
+    fn new() -> Self {
+        let latency = Histogram::new_with_bounds(1, LATENCY_MAX_NS, 3)
+            .expect("bounds and digits are in range");
+        Self { latency, errors: 0, bad_reads: 0, checked: 0, findings: Vec::new() }
+    }
+
+    fn find(&mut self, text: impl FnOnce() -> String) {
+        if self.findings.len() < 10 {
+            self.findings.push(text());
+        }
+    }
+}
+
+struct Slot {
+    head: u16,
+    /// Header and status share a line of memory.
+    header: u64,
+    data: u64,
+    block: u64,
+    is_read: bool,
+    submitted: Instant,
+    /// With verify: the last write of each of the slot's blocks, as a sequence.
+    written: HashMap<u64, u64>,
+}
+
+const STATUS_OFFSET: u64 = 16;
+
+/// One queue with its requests.
+struct Worker {
+    queue: Queue,
+    memory: Arc<GuestMemory>,
+    slots: Vec<Slot>,
+    /// Slot number by head.
+    slot_of: Vec<usize>,
+    pattern: Pattern,
+    block_bytes: usize,
+    verify: bool,
+    /// First block and number of blocks of this queue, for sequential patterns.
+    part: (u64, u64),
+    /// Blocks of the disk used.
+    blocks: u64,
+    /// Slots of all queues, and the number of this queue's first.
+    all_slots: u64,
+    first_slot: u64,
+    cursor: u64,
+    sequence: u64,
+    epoch: u64,
+    random: u64,
+}
+
+impl Worker {
+    fn new(
+        job: &Job,
+        mut queue: Queue,
+        memory: &Arc<GuestMemory>,
+        index: u16,
+        blocks: u64,
+    ) -> Result<Self> {
+        let mut slots = Vec::new();
+        let mut slot_of = vec![usize::MAX; usize::from(queue.ring.size())];
+        let len = u32::try_from(job.block_bytes)?;
+        for number in 0..usize::from(job.depth) {
+            let header = memory.alloc(64, 64)?;
+            let data = memory.alloc(job.block_bytes, 4096)?;
+            // The direction of the data is set when the request is; a chain has the same shape for both.
+            let chain = [
+                Descriptor::readable(header, 16),
+                Descriptor::readable(data, len),
+                Descriptor::writable(header + STATUS_OFFSET, 1),
+            ];
+            let head = queue.ring.link(&chain)?;
+            slot_of[usize::from(head)] = number;
+            let submitted = Instant::now();
+            slots.push(Slot {
+                head,
+                header,
+                data,
+                block: 0,
+                is_read: false,
+                submitted,
+                written: HashMap::new(),
+            });
+        }
+        let share = blocks / u64::from(job.queues);
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .context("the clock is set")?;
+        Ok(Self {
+            queue,
+            memory: Arc::clone(memory),
+            slots,
+            slot_of,
+            pattern: job.pattern,
+            block_bytes: job.block_bytes,
+            verify: job.verify,
+            part: (share * u64::from(index), share),
+            blocks,
+            all_slots: u64::from(job.depth) * u64::from(job.queues),
+            first_slot: u64::from(job.depth) * u64::from(index),
+            cursor: 0,
+            sequence: 0,
+            // Tells what an earlier run left from what this one wrote.
+            epoch: now.as_secs(),
+            random: (job.seed ^ (u64::from(index) + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)) | 1,
+        })
+    }
+
+    fn next_random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+
+    fn next_block(&mut self, slot: usize) -> u64 {
+        if self.verify {
+            // Blocks are dealt out to the slots in turn, so that nobody else writes what a slot checks.
+            let own = self.blocks / self.all_slots;
+            let pick =
+                if self.pattern.is_sequential() { self.advance() } else { self.next_random() };
+            return (pick % own) * self.all_slots + self.first_slot + slot as u64;
+        }
+        if self.pattern.is_sequential() {
+            self.part.0 + self.advance() % self.part.1
+        } else {
+            self.next_random() % self.blocks
+        }
+    }
+
+    fn advance(&mut self) -> u64 {
+        self.cursor += 1;
+        self.cursor - 1
+    }
+
+    fn sector_of(&self, block: u64) -> u64 {
+        block * (self.block_bytes / SECTOR) as u64
+    }
+
+    /// Publishes the slot's next request; the caller commits and kicks.
+    fn submit(&mut self, number: usize) {
+        let block = self.next_block(number);
+        let is_read = match self.pattern {
+            Pattern::RandRead | Pattern::Read => true,
+            Pattern::RandWrite | Pattern::Write => false,
+            Pattern::RandRw => self.next_random() & 1 == 0,
+        };
+        let sector = self.sector_of(block);
+        if self.verify && !is_read {
+            self.sequence += 1;
+            self.stamp(number, block, sector);
+        }
+        let slot = &mut self.slots[number];
+        if slot.is_read != is_read {
+            slot.is_read = is_read;
+            self.queue.ring.set_direction(slot.head, is_read);
+        }
+        slot.block = block;
+        self.memory.write(slot.header, &header(u32::from(!is_read), sector));
+        self.memory.write(slot.header + STATUS_OFFSET, &[UNTOUCHED]);
+        slot.submitted = Instant::now();
+        self.queue.ring.stage(slot.head);
+    }
+
+    fn stamp(&mut self, number: usize, block: u64, sector: u64) {
+        let mut bytes = vec![0; self.block_bytes];
+        let version = Version { epoch: self.epoch, sequence: self.sequence };
+        encode_block(Stamp { volume: 1, sector, writer: 1, version }, &mut bytes);
+        self.memory.write(self.slots[number].data, &bytes);
+        self.slots[number].written.insert(block, self.sequence);
+    }
+
+    /// Takes all completions and, unless it is time to stop, submits the next requests. Returns how many there were.
+    fn reap(&mut self, phase: u8, tally: &mut Tally) -> Result<u32> {
+        let mut count = 0;
+        while let Some(used) = self.queue.ring.pop_used() {
+            let number = usize::try_from(used.head).ok().and_then(|h| self.slot_of.get(h)).copied();
+            let number = number.filter(|&n| n != usize::MAX);
+            let number = number.with_context(|| {
+                format!("the device returned head {}, which it did not have", used.head)
+            })?;
+            let latency = self.slots[number].submitted.elapsed();
+            if phase == MEASURE {
+                let ns = u64::try_from(latency.as_nanos()).unwrap_or(LATENCY_MAX_NS);
+                tally.latency.saturating_record(ns.max(1));
+            }
+            self.judge(number, tally);
+            if phase != STOP {
+                self.submit(number);
+            }
+            count += 1;
+        }
+        if count > 0 && phase != STOP {
+            self.queue.ring.commit();
+            self.queue.kick()?;
+        }
+        Ok(count)
+    }
+
+    fn judge(&self, number: usize, tally: &mut Tally) {
+        let slot = &self.slots[number];
+        let status = self.memory.read_byte(slot.header + STATUS_OFFSET);
+        if status != OK {
+            tally.errors += 1;
+            let what = if slot.is_read { "read" } else { "write" };
+            tally.find(|| format!("{what} of block {} ended with status {status:#x}", slot.block));
+            return;
+        }
+        if !self.verify || !slot.is_read {
+            return;
+        }
+        let Some(&sequence) = slot.written.get(&slot.block) else { return };
+        let version = Version { epoch: self.epoch, sequence };
+        let expect = Expect {
+            volume: 1,
+            sector: self.sector_of(slot.block),
+            acked: version,
+            issued: version,
+        };
+        let verdict = check_block(&self.memory.read(slot.data, self.block_bytes), &expect);
+        tally.checked += 1;
+        if !verdict.is_good() {
+            tally.bad_reads += 1;
+            tally.find(|| format!("block {}: {verdict:?}, expected {version}", slot.block));
+        }
+    }
+
+    fn in_flight(&self) -> u16 {
+        self.queue.ring.outstanding()
+    }
+}
+
+/// One thread: serves its queues until the phase says stop and everything has come back.
+fn serve(mut workers: Vec<Worker>, phase: &AtomicU8) -> Result<Tally> {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    for (i, worker) in workers.iter().enumerate() {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, i as u64);
+        epoll.add(&worker.queue.call, event)?;
+    }
+    let mut tally = Tally::new();
+    for worker in &mut workers {
+        for number in 0..worker.slots.len() {
+            worker.submit(number);
+        }
+        worker.queue.ring.commit();
+        worker.queue.kick()?;
+    }
+    let mut events = vec![EpollEvent::empty(); workers.len()];
+    loop {
+        let now = phase.load(Ordering::Relaxed);
+        let mut done = 0;
+        for worker in &mut workers {
+            worker.queue.ring.refuse_calls();
+            done += worker.reap(now, &mut tally)?;
+        }
+        if done > 0 {
+            continue;
+        }
+        if now == STOP && workers.iter().all(|w| w.in_flight() == 0) {
+            return Ok(tally);
+        }
+        // Before the sleep each queue must have its call requested; the first that has news makes it unnecessary.
+        let quiet = workers.iter().all(|w| w.queue.ring.request_call());
+        if quiet {
+            let slept = epoll.wait(&mut events, EpollTimeout::try_from(STALL)?);
+            match slept {
+                Ok(0) => bail!(
+                    "{} requests did not complete in {STALL:?}",
+                    workers.iter().map(|w| w.in_flight()).sum::<u16>()
+                ),
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+/// A device that completes nothing for so long has stopped.
+const STALL: Duration = Duration::from_secs(60);

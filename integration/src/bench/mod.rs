@@ -1,0 +1,10 @@
+//! The load generator and the side-by-side benchmark.
+//!
+//! `load` drives one vhost-user disk and measures it, `cpu` tells who used the CPUs meanwhile, `stack` starts a
+//! backend with its storage server, `compare` alternates two stacks and reports ratios. Absolute figures drift by a
+//! quarter within minutes on a shared machine; only ratios of runs next to each other count.
+
+pub mod compare;
+pub mod cpu;
+pub mod load;
+pub mod stack;

@@ -1,0 +1,217 @@
+//! A backend with its storage server, started the same way for every kind: on one CPU, on data in memory.
+
+use crate::bench::cpu::pin_command;
+use crate::blk::Request;
+use crate::daemon::Daemon;
+use crate::raw_frontend::{Options, RawFrontend};
+use crate::workspace::{TestDir, program, system_program};
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use serde::Serialize;
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What serves the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// baton-backend and baton-storage.
+    Baton,
+    /// qemu-storage-daemon's vhost-user-blk export over its NBD client to qemu-nbd.
+    Qsd,
+    /// The same over nbdkit's file plugin, which is faster than qemu-nbd.
+    QsdNbdkit,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Baton => "baton",
+            Self::Qsd => "qsd",
+            Self::QsdNbdkit => "qsd-nbdkit",
+        })
+    }
+}
+
+/// How to start one.
+#[derive(Clone, Copy, Debug)]
+pub struct StackConfig {
+    /// What.
+    pub kind: Kind,
+    /// Queues of the disk.
+    pub queues: u16,
+    /// Size of the disk.
+    pub bytes: u64,
+    /// The CPU for both processes; `None` for all.
+    pub cpu: Option<usize>,
+}
+
+/// A running pair.
+#[derive(Debug)]
+pub struct Stack {
+    backend: Daemon,
+    server: Daemon,
+    socket: PathBuf,
+    /// Data and logs; goes last.
+    _dir: TestDir,
+}
+
+impl Stack {
+    /// Starts both processes on fresh data and fills the disk.
+    pub fn start(config: &StackConfig) -> Result<Self> {
+        let dir = TestDir::in_memory("bench")?;
+        let socket = dir.join("disk.sock");
+        let (server, backend) = match config.kind {
+            Kind::Baton => baton(config, dir.path(), &socket)?,
+            Kind::Qsd | Kind::QsdNbdkit => qsd(config, dir.path(), &socket)?,
+        };
+        fill(&socket, config.bytes)?;
+        Ok(Self { backend, server, socket, _dir: dir })
+    }
+
+    /// The vhost-user socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Backend and storage server.
+    #[must_use]
+    pub fn pids(&self) -> Vec<u32> {
+        vec![self.backend.pid(), self.server.pid()]
+    }
+
+    /// Resident memory of the backend, in bytes.
+    pub fn backend_resident_bytes(&self) -> Result<u64> {
+        self.backend.resident_bytes()
+    }
+}
+
+fn start(
+    config: &StackConfig,
+    dir: &Path,
+    name: &str,
+    program: &Path,
+    args: &[String],
+) -> Result<Daemon> {
+    let mut command = Command::new(program);
+    command.args(args);
+    if let Some(cpu) = config.cpu {
+        pin_command(&mut command, cpu)?;
+    }
+    Daemon::start_command(dir, name, command)
+}
+
+fn words(text: &str) -> Vec<String> {
+    text.split_whitespace().map(str::to_owned).collect()
+}
+
+fn baton(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Daemon, Daemon)> {
+    let data = dir.join("data");
+    let listen = "--listen 127.0.0.1:0 --admin-listen 127.0.0.1:0 --data-dir";
+    let args = [words(listen), vec![data.display().to_string()]].concat();
+    let mut server = start(config, dir, "baton-storage", &program("baton-storage")?, &args)?;
+    let line = server.wait_line("listening", START_TIMEOUT)?;
+    let address = |name: &str| {
+        let found = line.split_whitespace().find_map(|w| w.strip_prefix(name)?.strip_prefix('='));
+        found
+            .map(str::to_owned)
+            .with_context(|| format!("baton-storage did not say {name}=ADDRESS: {line}"))
+    };
+    let (data, admin) = (address("data")?, address("admin")?);
+    let create = format!("volume create bench --size {} --server {admin}", config.bytes);
+    let created = Command::new(program("baton")?)
+        .args(words(&create))
+        .output()
+        .context("cannot run baton")?;
+    if !created.status.success() {
+        bail!("baton {create} failed: {}", String::from_utf8_lossy(&created.stderr));
+    }
+    let volume =
+        format!("--volume baton://{data}/bench --num-queues {} --socket-path", config.queues);
+    let args = [words(&volume), vec![socket.display().to_string()]].concat();
+    let mut backend = start(config, dir, "baton-backend", &program("baton-backend")?, &args)?;
+    backend.wait_line("listening", START_TIMEOUT)?;
+    Ok((server, backend))
+}
+
+fn qsd(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Daemon, Daemon)> {
+    let file = dir.join("disk.img");
+    File::create(&file)?.set_len(config.bytes)?;
+    // Free a moment ago; somebody else taking it meanwhile shows as a server that does not start.
+    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let (name, args) = match config.kind {
+        Kind::QsdNbdkit => (
+            "nbdkit",
+            format!(
+                "--foreground --exit-with-parent -i 127.0.0.1 -p {port} file {}",
+                file.display()
+            ),
+        ),
+        _ => (
+            "qemu-nbd",
+            format!(
+                "--format=raw --persistent --shared=16 --bind=127.0.0.1 --port={port} {}",
+                file.display()
+            ),
+        ),
+    };
+    let mut server = start(config, dir, name, &system_program(name)?, &words(&args))?;
+    wait_port(&mut server, port)?;
+    let blockdev = format!(
+        "driver=nbd,node-name=disk,server.type=inet,server.host=127.0.0.1,server.port={port}"
+    );
+    let export = format!(
+        "vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues={}",
+        socket.display(),
+        config.queues
+    );
+    let args = ["--blockdev".to_owned(), blockdev, "--export".to_owned(), export];
+    let mut backend =
+        start(config, dir, "qemu-storage-daemon", &system_program("qemu-storage-daemon")?, &args)?;
+    backend.wait_socket(socket, START_TIMEOUT)?;
+    Ok((server, backend))
+}
+
+/// Waits for a TCP server without talking to it.
+fn wait_port(server: &mut Daemon, port: u16) -> Result<()> {
+    let deadline = std::time::Instant::now() + START_TIMEOUT;
+    // local address, remote address, state; 0A is LISTEN.
+    let wanted = format!("0100007F:{port:04X} 00000000:0000 0A");
+    loop {
+        if std::fs::read_to_string("/proc/net/tcp")?.contains(&wanted) {
+            return Ok(());
+        }
+        if !server.is_running()? || std::time::Instant::now() > deadline {
+            bail!("the NBD server does not listen on port {port}:\n{}", server.log());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Writes every block once, so that no run measures the first write of one.
+fn fill(socket: &Path, bytes: u64) -> Result<()> {
+    const CHUNK: usize = 1 << 20;
+    let mut frontend =
+        RawFrontend::connect(socket, Options { memory_bytes: 32 << 20, ..Options::default() })?;
+    let data: Vec<u8> = (0..=250).cycle().take(CHUNK).collect();
+    let queue = frontend.queue(0);
+    let mut next = 0;
+    while next < bytes || queue.ring.outstanding() > 0 {
+        while next < bytes && queue.ring.outstanding() < 16 {
+            let len = usize::try_from(bytes - next).unwrap_or(CHUNK).min(CHUNK);
+            queue.submit(&Request::Write { sector: next / 512, data: &data[..len] })?;
+            next += len as u64;
+        }
+        queue.kick()?;
+        let done =
+            queue.wait_completion(START_TIMEOUT)?.context("the disk does not take its data")?;
+        done.ok().context("filling the disk")?;
+    }
+    queue.flush()
+}

@@ -1,0 +1,235 @@
+//! `baton-bench`: load on one vhost-user disk, or two stacks side by side (`make bench`).
+
+use anyhow::{Context, Result, bail};
+use baton_integration::bench::compare::{CompareConfig, compare, table};
+use baton_integration::bench::cpu::hold_cpus_awake;
+use baton_integration::bench::load::{Job, Outcome, Pattern, run};
+use baton_integration::bench::stack::Kind;
+use clap::{Args, Parser, Subcommand};
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Load generator for vhost-user-blk.
+#[derive(Debug, Parser)]
+#[command(
+    name = "baton-bench",
+    args_conflicts_with_subcommands = true,
+    arg_required_else_help = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    load: Option<LoadArgs>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Measure Baton and a peer in turn, and print ratios
+    Compare(CompareArgs),
+}
+
+#[derive(Debug, Args)]
+struct LoadArgs {
+    /// The back-end's vhost-user socket
+    #[arg(long)]
+    socket: PathBuf,
+    /// What to do with the disk
+    #[arg(long, value_enum, default_value = "randread")]
+    rw: Pattern,
+    /// Bytes in a request, such as 4k
+    #[arg(long, value_parser = size, default_value = "4k")]
+    bs: u64,
+    /// Requests in flight on each queue
+    #[arg(long, default_value_t = 1)]
+    depth: u16,
+    /// Queues used
+    #[arg(long, default_value_t = 1)]
+    queues: u16,
+    /// Seconds measured, after a fifth of that to warm up
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
+    /// Part of the disk used, from its start
+    #[arg(long, value_parser = size)]
+    span: Option<u64>,
+    /// One thread for each queue, instead of one for all
+    #[arg(long)]
+    threads: bool,
+    /// Stamp what is written and check what is read back; best with --rw randrw
+    #[arg(long)]
+    verify: bool,
+    /// Seed of the random places
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Processes whose CPU time is measured, such as 12,34
+    #[arg(long, value_delimiter = ',')]
+    pids: Vec<u32>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct CompareArgs {
+    /// The stack on top of the ratios
+    #[arg(long, value_enum, default_value = "baton")]
+    a: Kind,
+    /// The stack it is measured against; the same as --a shows how well this machine can tell
+    #[arg(long, value_enum, default_value = "qsd")]
+    b: Kind,
+    /// Restarts of both stacks
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// Seconds of each run
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Size of each disk, such as 1G
+    #[arg(long, value_parser = size)]
+    size: Option<u64>,
+    /// Only rows whose name contains this, such as r4k or q4
+    #[arg(long)]
+    only: Option<String>,
+    /// A short run, to see whether it works: 2 rounds of 0.3 s on 256M
+    #[arg(long)]
+    quick: bool,
+    /// Where every run is written as JSON, with the table beside it
+    #[arg(long)]
+    output: Option<PathBuf>,
+}
+
+/// "128k", "1G", "4096": powers of 1024.
+fn size(text: &str) -> Result<u64, String> {
+    let lower = text.to_ascii_lowercase();
+    let (digits, shift) = match lower.char_indices().last() {
+        Some((at, 'k')) => (&lower[..at], 10),
+        Some((at, 'm')) => (&lower[..at], 20),
+        Some((at, 'g')) => (&lower[..at], 30),
+        _ => (&lower[..], 0),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| format!("'{text}' is not a size; write 4k, 128k, 1G or bytes"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("'{text}' is too large"))
+}
+
+fn seconds(value: f64) -> Result<Duration> {
+    if !(0.05..=600.0).contains(&value) {
+        bail!("--seconds must be from 0.05 to 600");
+    }
+    Ok(Duration::from_secs_f64(value))
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match (cli.command, cli.load) {
+        (Some(Command::Compare(args)), _) => run_compare(args),
+        (None, Some(args)) => run_load(args),
+        (None, None) => Err(anyhow::anyhow!("give --socket, or the command compare; see --help")),
+    };
+    match done {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("baton-bench: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_load(args: LoadArgs) -> Result<ExitCode> {
+    let duration = seconds(args.seconds)?;
+    let _awake = hold_cpus_awake();
+    let outcome = run(&Job {
+        socket: args.socket,
+        pattern: args.rw,
+        block_bytes: usize::try_from(args.bs)?,
+        depth: args.depth,
+        queues: args.queues,
+        thread_per_queue: args.threads,
+        warmup: duration / 5,
+        duration,
+        verify: args.verify,
+        span_bytes: args.span,
+        seed: args.seed,
+        pids: args.pids,
+    })?;
+    let text = if args.json {
+        serde_json::to_string_pretty(&outcome)?
+    } else {
+        in_words(&outcome, args.bs)
+    };
+    writeln!(std::io::stdout(), "{text}")?;
+    for finding in &outcome.findings {
+        eprintln!("baton-bench: {finding}");
+    }
+    Ok(if outcome.errors + outcome.bad_reads > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+#[allow(clippy::cast_precision_loss, reason = "for people")]
+fn in_words(outcome: &Outcome, block_bytes: u64) -> String {
+    let Outcome {
+        iops, p50_us, p99_us, p999_us, max_us, errors, bad_reads, checked, usage, ..
+    } = outcome;
+    let mut text = format!(
+        "{iops:.0} IOPS, {:.0} MB/s; p50 {p50_us:.1} us, p99 {p99_us:.1} us, p99.9 {p999_us:.1} us, max {max_us:.0} us\n\
+         errors {errors}; checked {checked}, bad {bad_reads}; others {:.1} %, steal {:.1} % of the CPUs",
+        iops * block_bytes as f64 / 1e6,
+        usage.others_pct,
+        usage.steal_pct
+    );
+    for index in 0..usage.processes_s.len() {
+        text.push_str(&format!(
+            "\nprocess {}: {:.2} us of CPU per request",
+            index + 1,
+            outcome.cpu_us_per_io(index)
+        ));
+    }
+    text
+}
+
+fn run_compare(args: CompareArgs) -> Result<ExitCode> {
+    let (rounds, run_seconds, bytes) =
+        if args.quick { (2, 0.3, 256 << 20) } else { (5, 1.0, 1 << 30) };
+    let config = CompareConfig {
+        a: args.a,
+        b: args.b,
+        rounds: args.rounds.unwrap_or(rounds),
+        duration: seconds(args.seconds.unwrap_or(run_seconds))?,
+        bytes: args.size.unwrap_or(bytes),
+        only: args.only,
+    };
+    if config.rounds == 0 || config.bytes < 64 << 20 {
+        bail!("--rounds must be at least 1 and --size at least 64M");
+    }
+    let report = compare(&config, |text| eprintln!("{text}"))?;
+    let table = table(&report);
+    let output = match args.output {
+        Some(path) => path,
+        None => baton_integration::workspace::target_dir()?
+            .join("bench")
+            .join(format!("{}-{}.json", config.a, config.b)),
+    };
+    if let Some(dir) = output.parent() {
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    }
+    fs::write(&output, serde_json::to_string_pretty(&report)?)
+        .with_context(|| format!("cannot write {}", output.display()))?;
+    fs::write(output.with_extension("txt"), &table)?;
+    writeln!(std::io::stdout(), "{table}\nevery run: {}", output.display())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size;
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(size("4k"), Ok(4096));
+        assert_eq!(size("1G"), Ok(1 << 30));
+        assert_eq!(size("512"), Ok(512));
+        assert!(size("").is_err() && size("4kb").is_err() && size("99999999999999G").is_err());
+    }
+}
