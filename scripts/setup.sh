@@ -58,8 +58,15 @@ guest_ok() {
 
 # ---- what is missing -------------------------------------------------------------------------------------
 
+# True for a QEMU that was made by hand, or is new enough.
+new_enough() {
+    local v
+    v=$(installed_version "$1")
+    [[ -z $v ]] || dpkg --compare-versions "$(upstream "$v")" ge "$qemu_min"
+}
+
 missing=()
-((want_guest)) && ! have qemu-system-x86_64 && missing+=(qemu-system-x86)
+((want_guest)) && { ! have qemu-system-x86_64 || ! new_enough qemu-system-x86; } && missing+=(qemu-system-x86)
 ((want_bench)) && { ! have qemu-storage-daemon || ! have qemu-nbd; } && missing+=(qemu-utils)
 need_guest=0
 ((want_guest)) && ! guest_ok && need_guest=1
@@ -129,7 +136,8 @@ pick_qemu() {
     local pkg=$1 sibling v
     for sibling in qemu-utils qemu-system-common qemu-system-x86; do
         v=$(installed_version "$sibling")
-        [[ -n $v ]] || continue
+        # One that is too old is replaced with the rest.
+        [[ -n $v ]] && new_enough "$sibling" || continue
         versions_of "$pkg" | awk -v want="$(upstream "$v")" '{ u = $0; sub(/^[0-9]+:/, "", u); sub(/[-+~].*$/, "", u); if (u == want) { print; exit } }'
         return
     done
@@ -171,12 +179,12 @@ if ((${#missing[@]})); then
         v=$(pick_qemu "$p")
         if [[ -n $v ]]; then
             words+=("$p=$v")
-            if [[ $p == qemu-system-x86 ]]; then
-                # Its dependencies must come from the same build, which apt's default pinning would not choose.
-                for dep in qemu-system-common qemu-system-data; do
-                    [[ -n $(installed_version $dep) ]] || words+=("$dep=$v")
-                done
-            fi
+            # What it depends on must come from the same build, which apt's default pinning would not choose, and what
+            # is installed of an older build gives way.
+            [[ $p != qemu-system-x86 ]] || words+=("qemu-system-common=$v" "qemu-system-data=$v")
+            for other in qemu-utils qemu-block-extra qemu-system-gui; do
+                [[ $other == "$p" || -z $(installed_version $other) ]] || new_enough $other || words+=("$other=$v")
+            done
         else
             words+=("$p")
         fi
@@ -187,7 +195,7 @@ if ((${#missing[@]})); then
     cmd=(apt-get install "${opts[@]}" "${words[@]}")
     if ((!root)); then
         say "root is needed. Run:"
-        echo "    sudo ${cmd[*]}" >&2
+        echo "    sudo apt-get update && sudo ${cmd[*]}" >&2
         exit 2
     fi
     say "installing: ${words[*]}"

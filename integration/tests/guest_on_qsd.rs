@@ -71,3 +71,24 @@ fn wipe(disk: &Path) {
     let file = File::options().write(true).open(disk).unwrap();
     file.write_all_at(&vec![0; 1 << 20], 0).unwrap();
 }
+
+#[test]
+fn a_killed_and_restarted_backend_is_survived() {
+    if skip_without_qemu("a_killed_and_restarted_backend_is_survived") {
+        return;
+    }
+    let dir = TestDir::new("qsd").unwrap();
+    let (mut daemon, socket) = storage_daemon(&dir, 1);
+    let mut guest = Guest::boot(dir.path(), &GuestConfig::new(&socket)).unwrap();
+    guest.ask("load threads=2 depth=2").unwrap();
+    for _ in 0..3 {
+        guest.wait_progress(200, Duration::from_secs(60)).unwrap();
+        daemon.kill().unwrap();
+        daemon = storage_daemon(&dir, 1).0;
+    }
+    guest.wait_progress(200, Duration::from_secs(60)).unwrap();
+    let totals = guest.stop_load().unwrap();
+    assert!(totals.ops >= 800, "{totals}");
+    guest.power_off().unwrap();
+    daemon.terminate(Duration::from_secs(10)).unwrap();
+}
