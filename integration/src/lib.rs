@@ -1,14 +1,17 @@
 //! What the end-to-end tests, the demo and the benchmark are made of.
 //!
-//! Starts real processes (`daemon`), real guests (`guest`, `qemu`, `qmp`) and plays the other side of a vhost-user
-//! socket without a guest (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`). Knows the command lines of Baton's programs;
+//! Starts real processes (`daemon`, `baton`), real guests (`guest`, `qemu`, `qmp`) and plays the other side of a vhost-user
+//! socket without a guest (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`) or of a bad
+//! network (`proxy`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
 
+pub mod baton;
 pub mod bench;
 pub mod blk;
 pub mod daemon;
 pub mod guest;
 pub mod memory;
+pub mod proxy;
 pub mod qemu;
 pub mod qmp;
 pub mod raw_frontend;

@@ -1,0 +1,237 @@
+//! A hostile network between a client and a storage server: replies late and out of order, silence, cut connections.
+//!
+//! Requests pass as they come. Replies are taken apart into frames, each is held for a random time, and they leave in
+//! the order in which their times end: the server is free to answer in any order, so this is a network and a server
+//! at their worst, not a broken one. Deterministic for a seed as far as threads allow.
+
+use anyhow::{Context, Result};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Of a reply (docs/wire.md): its header, and where in it the length of the payload is.
+const REPLY_HEADER_BYTES: usize = 32;
+const REPLY_MAGIC: &[u8] = b"BTNr";
+const PAYLOAD_LEN_AT: usize = 24;
+
+/// What the network does now.
+#[derive(Debug)]
+struct Weather {
+    reply_delay_us_max: AtomicU64,
+    /// Nothing passes in either direction, and nobody is told.
+    silent: AtomicBool,
+    /// Requests are kept here and not passed on.
+    holding: AtomicBool,
+    request_bytes: AtomicU64,
+    seed: AtomicU64,
+    cut: Mutex<Vec<TcpStream>>,
+}
+
+impl Weather {
+    /// xorshift: good enough to shuffle replies.
+    fn random(&self, below: u64) -> u64 {
+        let step = |mut x: u64| {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^ (x << 17)
+        };
+        let before =
+            self.seed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |x| Some(step(x)));
+        before.unwrap_or_else(|x| x) % below.max(1)
+    }
+}
+
+/// A running proxy. Its threads end with the process.
+#[derive(Debug)]
+pub struct Proxy {
+    address: SocketAddr,
+    weather: Arc<Weather>,
+}
+
+impl Proxy {
+    /// Listens on a port of its own and passes to `server`.
+    pub fn start(server: SocketAddr, seed: u64) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").context("cannot bind the proxy")?;
+        let address = listener.local_addr()?;
+        let weather = Arc::new(Weather {
+            reply_delay_us_max: AtomicU64::new(0),
+            silent: AtomicBool::new(false),
+            holding: AtomicBool::new(false),
+            request_bytes: AtomicU64::new(0),
+            seed: AtomicU64::new(seed | 1),
+            cut: Mutex::default(),
+        });
+        let theirs = Arc::clone(&weather);
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                // A server that is down looks to the client like one that hangs up at once.
+                if let Ok(server) = TcpStream::connect(server) {
+                    let _ = join(client, server, &theirs);
+                }
+            }
+        });
+        Ok(Self { address, weather })
+    }
+
+    /// Where clients connect.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Holds each reply for up to this long from now on.
+    pub fn delay_replies(&self, max: Duration) {
+        let micros = u64::try_from(max.as_micros()).unwrap_or(u64::MAX);
+        self.weather.reply_delay_us_max.store(micros, Ordering::Relaxed);
+    }
+
+    /// Keeps requests on their way from now on: sent by the client, not seen by the server.
+    pub fn hold_requests(&self) {
+        self.weather.holding.store(true, Ordering::SeqCst);
+    }
+
+    /// Bytes of requests that have reached the proxy, passed on or kept.
+    #[must_use]
+    pub fn request_bytes(&self) -> u64 {
+        self.weather.request_bytes.load(Ordering::SeqCst)
+    }
+
+    /// Delivers the requests kept.
+    pub fn release_requests(&self) {
+        self.weather.holding.store(false, Ordering::SeqCst);
+    }
+
+    /// Passes nothing any more, on old and new connections, without closing them: a host that vanished.
+    pub fn fall_silent(&self) {
+        self.weather.silent.store(true, Ordering::SeqCst);
+    }
+
+    /// Passes data again, for connections made from now on. What was swallowed stays swallowed.
+    pub fn speak(&self) {
+        self.weather.silent.store(false, Ordering::SeqCst);
+    }
+
+    /// Cuts every connection.
+    pub fn cut(&self) {
+        for stream in self.weather.cut.lock().expect("nobody panics here").drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+fn join(client: TcpStream, server: TcpStream, weather: &Arc<Weather>) -> std::io::Result<()> {
+    client.set_nodelay(true)?;
+    server.set_nodelay(true)?;
+    let mut cut = weather.cut.lock().expect("nobody panics here");
+    cut.push(client.try_clone()?);
+    cut.push(server.try_clone()?);
+    drop(cut);
+    let (client_in, server_out) = (client.try_clone()?, server.try_clone()?);
+    let up = Arc::clone(weather);
+    thread::spawn(move || pass_requests(client_in, server_out, &up));
+    let down = Arc::clone(weather);
+    thread::spawn(move || pass_replies(server, client, &down));
+    Ok(())
+}
+
+fn pass_requests(mut from: TcpStream, mut to: TcpStream, weather: &Weather) {
+    // So that requests kept are delivered although no new one comes.
+    let _ = from.set_read_timeout(Some(Duration::from_millis(20)));
+    let mut buffer = vec![0; 256 << 10];
+    let mut kept = Vec::new();
+    // A connection that lost data to silence stays dead: TCP has no gaps.
+    let mut lost = false;
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => break,
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(_) => break,
+            Ok(_) if lost || weather.silent.load(Ordering::SeqCst) => lost = true,
+            Ok(n) => {
+                weather.request_bytes.fetch_add(n as u64, Ordering::SeqCst);
+                kept.extend_from_slice(&buffer[..n]);
+            }
+        }
+        if !weather.holding.load(Ordering::SeqCst)
+            && to.write_all(&std::mem::take(&mut kept)).is_err()
+        {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Both);
+    let _ = from.shutdown(Shutdown::Both);
+}
+
+/// A reply that waits for its time: (when, order of arrival, bytes).
+type Held = Reverse<(Instant, u64, Vec<u8>)>;
+
+#[derive(Default)]
+struct Holding {
+    replies: BinaryHeap<Held>,
+    ended: bool,
+}
+
+fn pass_replies(mut from: TcpStream, to: TcpStream, weather: &Arc<Weather>) {
+    let shared = Arc::new((Mutex::new(Holding::default()), Condvar::new()));
+    let theirs = Arc::clone(&shared);
+    let sender = thread::spawn(move || release(&theirs, to));
+    let (holding, changed) = &*shared;
+    let mut arrival = 0;
+    let mut lost = false;
+    while let Ok(frame) = read_frame(&mut from) {
+        if lost || weather.silent.load(Ordering::SeqCst) {
+            lost = true;
+            continue;
+        }
+        let delay = weather.random(weather.reply_delay_us_max.load(Ordering::Relaxed) + 1);
+        // The answer to HELLO is the first frame; nothing may overtake it, and nothing can.
+        let due = Instant::now() + Duration::from_micros(delay);
+        arrival += 1;
+        holding.lock().expect("nobody panics here").replies.push(Reverse((due, arrival, frame)));
+        changed.notify_one();
+    }
+    holding.lock().expect("nobody panics here").ended = true;
+    changed.notify_one();
+    let _ = sender.join();
+}
+
+fn release((holding, changed): &(Mutex<Holding>, Condvar), mut to: TcpStream) {
+    let mut held = holding.lock().expect("nobody panics here");
+    loop {
+        let now = Instant::now();
+        let next = held.replies.peek().map(|Reverse((due, ..))| *due);
+        held = match next {
+            Some(due) if due <= now => {
+                let Some(Reverse((.., frame))) = held.replies.pop() else { continue };
+                drop(held);
+                if to.write_all(&frame).is_err() {
+                    break;
+                }
+                holding.lock().expect("nobody panics here")
+            }
+            Some(due) => changed.wait_timeout(held, due - now).expect("nobody panics here").0,
+            None if held.ended => break,
+            None => changed.wait(held).expect("nobody panics here"),
+        };
+    }
+    let _ = to.shutdown(Shutdown::Both);
+}
+
+fn read_frame(from: &mut TcpStream) -> std::io::Result<Vec<u8>> {
+    let mut header = [0; REPLY_HEADER_BYTES];
+    from.read_exact(&mut header)?;
+    if !header.starts_with(REPLY_MAGIC) {
+        return Err(ErrorKind::InvalidData.into());
+    }
+    let (_, from_len) = header.split_at(PAYLOAD_LEN_AT);
+    let payload = u32::from_le_bytes([from_len[0], from_len[1], from_len[2], from_len[3]]);
+    let mut frame = header.to_vec();
+    frame.resize(REPLY_HEADER_BYTES + payload as usize, 0);
+    from.read_exact(&mut frame[REPLY_HEADER_BYTES..])?;
+    Ok(frame)
+}
