@@ -1,0 +1,158 @@
+//! Answers of the server as tables for people.
+//!
+//! Fields this version does not know are left out, fields it misses are shown as `-`.
+
+use baton_protocol::ByteSize;
+use serde_json::Value;
+
+/// The volumes of a server, one a line.
+pub(crate) fn list(answer: &Value) -> String {
+    let volumes = answer.get("volumes").unwrap_or(answer).as_array().map_or(&[][..], Vec::as_slice);
+    let header = ["NAME", "SIZE", "ALLOCATED", "EPOCH", "OWNER"].map(str::to_owned);
+    let rows = volumes.iter().map(|volume| {
+        let access = &volume["access"];
+        [
+            text(&volume["name"]),
+            size(&volume["size_bytes"]),
+            size(&volume["allocated_bytes"]),
+            text(&access["epoch"]),
+            text(&access["owner"]["name"]),
+        ]
+    });
+    table(std::iter::once(header).chain(rows), [Left, Right, Right, Right, Left])
+}
+
+/// One volume, one fact a line.
+pub(crate) fn show(volume: &Value) -> String {
+    let access = &volume["access"];
+    let mut rows = vec![
+        ["name".to_owned(), text(&volume["name"])],
+        ["id".to_owned(), text(&volume["id"])],
+        ["size".to_owned(), with_bytes(&volume["size_bytes"])],
+        ["allocated".to_owned(), with_bytes(&volume["allocated_bytes"])],
+        ["phase".to_owned(), text(&access["phase"])],
+        ["epoch".to_owned(), text(&access["epoch"])],
+        ["owner".to_owned(), text(&access["owner"]["name"])],
+    ];
+    if !access["barred"].is_null() {
+        rows.push([
+            "barred".to_owned(),
+            format!("{} (fenced; another must claim first)", text(&access["barred"])),
+        ]);
+    }
+    if let Some(sessions) = volume["sessions"].as_array() {
+        rows.push(["sessions".to_owned(), sessions.len().to_string()]);
+        rows.extend(sessions.iter().map(|session| {
+            let words = ["owner", "mode", "queues", "connections", "peer"]
+                .iter()
+                .filter(|name| !session[**name].is_null())
+                .map(|name| format!("{name}={}", text(&session[*name])));
+            [String::new(), words.collect::<Vec<_>>().join(" ")]
+        }));
+    }
+    table(rows, [Left, Left])
+}
+
+/// A size in bytes as people write it.
+pub(crate) fn size(bytes: &Value) -> String {
+    bytes.as_u64().map_or_else(|| text(bytes), human)
+}
+
+/// Exact where one unit says it, else with one decimal of the largest unit: `10G`, `1.5G`.
+fn human(bytes: u64) -> String {
+    let exact = ByteSize(bytes).to_string();
+    if exact.len() <= 5 {
+        return exact;
+    }
+    let (shift, unit) = [(40, "T"), (30, "G"), (20, "M"), (10, "K")]
+        .into_iter()
+        .find(|(shift, _)| bytes >> shift > 0)
+        .unwrap_or((0, ""));
+    // Tenths, rounded down: a volume never looks larger than it is.
+    let tenths = (u128::from(bytes) * 10) >> shift;
+    format!("{}.{}{unit}", tenths / 10, tenths % 10)
+}
+
+fn with_bytes(bytes: &Value) -> String {
+    match bytes.as_u64() {
+        Some(number) => format!("{} ({number} bytes)", human(number)),
+        None => text(bytes),
+    }
+}
+
+/// A field, with what a terminal would take as a command replaced: owner names come from the network.
+pub(crate) fn text(value: &Value) -> String {
+    let raw = match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    raw.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+#[derive(Clone, Copy)]
+enum Align {
+    Left,
+    Right,
+}
+use Align::{Left, Right};
+
+fn table<const N: usize>(rows: impl IntoIterator<Item = [String; N]>, align: [Align; N]) -> String {
+    let rows: Vec<_> = rows.into_iter().collect();
+    let width =
+        |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: [usize; N] = std::array::from_fn(width);
+    let mut lines = String::new();
+    for row in &rows {
+        let cells = row.iter().zip(align).zip(widths).map(|((cell, align), width)| match align {
+            Left => format!("{cell:<width$}"),
+            Right => format!("{cell:>width$}"),
+        });
+        let line = cells.collect::<Vec<_>>().join("  ");
+        lines.push_str(line.trim_end());
+        lines.push('\n');
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn sizes_are_short_and_never_too_large() {
+        for (bytes, text) in [
+            (0, "0"),
+            (512, "512"),
+            (1 << 20, "1M"),
+            (10 << 30, "10G"),
+            (1536 << 20, "1536M"),
+            ((10 << 30) + 512, "10.0G"),
+            ((1 << 40) - 512, "1023.9G"),
+            (u64::MAX, "16777215.9T"),
+        ] {
+            assert_eq!(human(bytes), text);
+        }
+    }
+
+    #[test]
+    fn a_list_is_aligned() {
+        let answer = json!([
+            {"name": "a", "size_bytes": 10_u64 << 30, "allocated_bytes": 0, "access": {"epoch": 12, "owner": {"name": "host:vm"}}},
+            {"name": "longer", "size_bytes": 1 << 20, "allocated_bytes": 1 << 20, "access": {"epoch": 0, "owner": null}},
+        ]);
+        assert_eq!(
+            list(&answer),
+            "NAME    SIZE  ALLOCATED  EPOCH  OWNER\n\
+             a        10G          0     12  host:vm\n\
+             longer    1M         1M      0  -\n"
+        );
+        assert_eq!(list(&json!({"volumes": answer})), list(&answer));
+    }
+
+    #[test]
+    fn a_name_from_the_network_cannot_steer_the_terminal() {
+        assert_eq!(text(&json!("a\u{1b}[2Jb\n")), "a?[2Jb?");
+    }
+}
