@@ -93,6 +93,8 @@ impl DiskServer {
                 on_event(&disk, &waker, event);
             }
         }));
+        // It may have grown before the listener was there.
+        disk.size_bytes.fetch_max(disk.volume.geometry().size_bytes, Ordering::Relaxed);
         let queues = (0..options.num_queues)
             .map(|index| QueueHandle::spawn(index, Arc::clone(&disk)))
             .collect::<io::Result<Vec<_>>>()?;

@@ -391,6 +391,11 @@ impl Worker {
                 "doing requests again that an earlier process left in flight"
             );
         }
+        // An earlier process may have been killed between publishing completions
+        // and telling the guest of them; one call too many does no harm.
+        if let Some(call) = &setup.call {
+            signal(call);
+        }
         let memory = Rc::new(Held(Arc::clone(setup.addresses.memory())));
         let queue = Virtqueue::new(setup.addresses.clone(), setup.event_idx, next_avail);
         self.ring =
@@ -406,6 +411,12 @@ impl Worker {
         ring.queue.relocate(setup.addresses.clone(), setup.event_idx);
         if !Arc::ptr_eq(&ring.memory.0, setup.addresses.memory()) {
             ring.memory = Rc::new(Held(Arc::clone(setup.addresses.memory())));
+        }
+        // What the old event was told, nobody may have heard.
+        if let Some(call) = &setup.call
+            && ring.setup.call.as_ref().is_none_or(|old| !Arc::ptr_eq(old, call))
+        {
+            signal(call);
         }
         ring.setup = setup;
     }

@@ -143,6 +143,9 @@ pub struct Session<'a> {
     inflight: Option<Arc<InflightRegion>>,
     log: Option<Arc<DirtyLog>>,
     channel: Option<BackendChannel>,
+    /// When the first ring of those that stop now began to: a front-end stops
+    /// them one by one, and the wait for dead storage is not to add up.
+    stopping_since: Option<Instant>,
 }
 
 impl<'a> Session<'a> {
@@ -161,6 +164,7 @@ impl<'a> Session<'a> {
             inflight: None,
             log: None,
             channel: None,
+            stopping_since: None,
         }
     }
 
@@ -464,6 +468,7 @@ impl<'a> Session<'a> {
             self.inflight.as_ref().and_then(|region| region.ring(number, setup.addresses.size()));
         let start = RingStart { setup, kick, base: self.rings[index].base, inflight };
         self.queues[index].start(start).map_err(|source| Refused::Start { index, source })?;
+        self.stopping_since = None;
         self.rings[index].running = true;
         tracing::debug!(disk = self.disk.name, queue = index, "ring started");
         Ok(())
@@ -479,7 +484,7 @@ impl<'a> Session<'a> {
         }
         let queue = &self.queues[index];
         let draining = queue.drain();
-        let begun = Instant::now();
+        let begun = *self.stopping_since.get_or_insert_with(Instant::now);
         let next_avail = loop {
             if let DrainState::Stopped(next_avail) = draining.wait(DRAIN_TICK) {
                 break next_avail;
