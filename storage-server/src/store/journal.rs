@@ -175,13 +175,13 @@ mod tests {
             assert_eq!(there, chain(applied, &[b, a]), "which file is which does not matter");
             there.iter().map(|r| r.seq).collect()
         };
-        assert_eq!(seqs(0, run([]), run([])), []);
+        assert_eq!(seqs(0, run([]), run([])), [0u64; 0]);
         assert_eq!(seqs(0, run(1..4), run([])), [1, 2, 3]);
         assert_eq!(seqs(3, run(1..4), run(4..6)), [4, 5], "the first file is applied");
         assert_eq!(seqs(0, run(1..4), run(4..6)), [1, 2, 3, 4, 5]);
         assert_eq!(seqs(0, run(1..3), run(4..6)), [1, 2], "3 is lost, so is all after it");
-        assert_eq!(seqs(0, run(2..4), run([])), [], "1 is lost");
+        assert_eq!(seqs(0, run(2..4), run([])), [0u64; 0], "1 is lost");
         assert_eq!(seqs(2, run(1..6), run([])), [3, 4, 5]);
-        assert_eq!(seqs(9, run(1..6), run(6..8)), []);
+        assert_eq!(seqs(9, run(1..6), run(6..8)), [0u64; 0]);
     }
 }

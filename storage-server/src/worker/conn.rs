@@ -1,0 +1,309 @@
+//! One connection as its worker holds it.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use baton_protocol::frame::REPLY_HEADER_BYTES;
+use baton_protocol::window::Window;
+use baton_protocol::{AccessMode, Event, Opcode, ReplyHeader, Seq, Status};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
+use tokio::sync::OwnedSemaphorePermit;
+
+use crate::gate::Principal;
+use crate::metrics::WorkerMetrics;
+use crate::session::Identity;
+use crate::volumes::{Lease, RunningVolume};
+
+use super::buffers::{InBuf, OutBuf};
+
+/// Where the window of a connection lives.
+#[derive(Debug)]
+pub(crate) enum Place {
+    /// The owner's: outlives the connection.
+    Owner(Lease),
+    /// A reader's or standby's: of this connection only.
+    Other(Box<Window>),
+}
+
+impl Place {
+    pub(super) fn window(&mut self) -> &mut Window {
+        match self {
+            Self::Owner(lease) => lease.window(),
+            Self::Other(window) => window,
+        }
+    }
+}
+
+/// Shows the connection in the volume's list while it lives.
+#[derive(Debug)]
+pub(crate) struct Presence {
+    pub(crate) id: u64,
+    pub(crate) volume: Arc<RunningVolume>,
+    /// Load of the worker that serves it, in `weight`s.
+    pub(crate) load: Arc<AtomicUsize>,
+    pub(crate) weight: usize,
+    /// One of the connections the server may have.
+    pub(crate) _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.load.fetch_sub(self.weight, Ordering::Relaxed);
+        self.volume.disconnected(self.id);
+    }
+}
+
+/// A connection that said HELLO and may be welcomed.
+#[derive(Debug)]
+pub(crate) struct Newcomer {
+    pub(crate) socket: OwnedFd,
+    pub(crate) identity: Identity,
+    pub(crate) place: Place,
+    pub(crate) presence: Presence,
+    /// The WELCOME to send.
+    pub(crate) welcome: Vec<u8>,
+}
+
+/// How a connection stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    /// Served.
+    Open,
+    /// Nothing is read any more; goes when its answers are sent.
+    Closing,
+    /// The peer broke the protocol and was told; what it sends is dropped until
+    /// it closes, so that the reply is not lost to a reset.
+    Lingering,
+    /// The socket is useless; goes when its work elsewhere has ended.
+    Dead,
+}
+
+#[derive(Debug)]
+pub(super) struct Conn {
+    // Dropped first to last: the socket is closed before the place is free.
+    pub(super) socket: OwnedFd,
+    pub(super) identity: Identity,
+    pub(super) input: InBuf,
+    pub(super) output: OutBuf,
+    /// Bytes that make the request at the front whole.
+    pub(super) need: usize,
+    pub(super) life: Life,
+    /// Requests at other threads or the kernel.
+    pub(super) inflight: usize,
+    /// Bytes of read answers that are being read or wait in `late`.
+    pub(super) held_bytes: usize,
+    /// Whole answers that found no room in `output`.
+    pub(super) late: VecDeque<Vec<u8>>,
+    /// A parked EVENT and the last event its sender knows.
+    pub(super) parked: Option<(Seq, u64)>,
+    /// The socket takes no more for now.
+    pub(super) blocked: bool,
+    /// In the worker's list of connections to look at.
+    pub(super) queued: bool,
+    /// Something happened since the last sweep.
+    pub(super) active: bool,
+    /// Sweeps spent lingering or closing.
+    pub(super) sweeps: u32,
+    /// The last recv filled the receive buffer.
+    pub(super) filled: bool,
+    /// Our direction of a lingering connection is closed.
+    said_last: bool,
+    /// What epoll watches.
+    pub(super) watching: (bool, bool),
+    pub(super) place: Place,
+    pub(super) presence: Presence,
+}
+
+/// Requests of one connection that may be elsewhere at once.
+const INFLIGHT_MAX: usize = 256;
+/// Bytes of read answers that one connection may hold outside its buffers.
+const HELD_BYTES_MAX: usize = 2 << 20;
+
+impl Conn {
+    pub(super) fn new(newcomer: Newcomer) -> Self {
+        let Newcomer { socket, identity, place, presence, welcome } = newcomer;
+        let mut output = OutBuf::default();
+        output.push(&welcome);
+        Self {
+            socket,
+            identity,
+            input: InBuf::default(),
+            output,
+            need: 0,
+            life: Life::Open,
+            inflight: 0,
+            held_bytes: 0,
+            late: VecDeque::new(),
+            parked: None,
+            blocked: false,
+            queued: false,
+            active: true,
+            sweeps: 0,
+            filled: false,
+            said_last: false,
+            watching: (true, false),
+            place,
+            presence,
+        }
+    }
+
+    pub(super) fn volume(&self) -> &Arc<RunningVolume> {
+        &self.presence.volume
+    }
+
+    pub(super) fn principal(&self) -> Principal {
+        if self.identity.mode == AccessMode::Owner { Principal::Owner } else { Principal::Reader }
+    }
+
+    /// Whether it must wait for its own earlier requests.
+    pub(super) fn is_throttled(&self) -> bool {
+        self.inflight >= INFLIGHT_MAX || self.held_bytes >= HELD_BYTES_MAX || !self.late.is_empty()
+    }
+
+    /// One recv. Says whether there is something new to look at.
+    pub(super) fn receive(&mut self) -> bool {
+        let room = self.input.room(self.need);
+        if room.is_empty() {
+            return false;
+        }
+        match recv(self.socket.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => {
+                self.life = Life::Closing;
+                self.parked = None;
+                true
+            }
+            Ok(n) => {
+                self.active = true;
+                self.filled = self.input.received(n);
+                true
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => false,
+            Err(_) => {
+                self.life = Life::Dead;
+                false
+            }
+        }
+    }
+
+    /// Reads and forgets; for a peer that lingers.
+    pub(super) fn discard_input(&mut self) {
+        let mut scrap = [0; 4096];
+        match recv(self.socket.as_raw_fd(), &mut scrap, MsgFlags::MSG_DONTWAIT) {
+            Ok(1..) | Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Ok(0) | Err(_) => self.life = Life::Dead,
+        }
+    }
+
+    /// Sends what there is until the socket takes no more.
+    pub(super) fn send(&mut self) {
+        loop {
+            while self.late.front().is_some_and(|answer| self.output.has_room(answer.len()))
+                && let Some(answer) = self.late.pop_front()
+            {
+                self.output.push(&answer);
+                self.held_bytes = self.held_bytes.saturating_sub(answer.len());
+            }
+            if self.output.is_empty() || self.life == Life::Dead {
+                self.blocked = false;
+                self.finish_lingering();
+                return;
+            }
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            match send(self.socket.as_raw_fd(), self.output.unsent(), flags) {
+                Ok(n) => {
+                    self.active = true;
+                    self.output.sent(n);
+                }
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => {
+                    self.blocked = true;
+                    return;
+                }
+                Err(_) => self.life = Life::Dead,
+            }
+        }
+    }
+
+    /// Adds an answer without payload.
+    pub(super) fn answer(&mut self, opcode: Opcode, seq: Seq, status: Status) {
+        let header = self.header(opcode, seq, status, 0);
+        self.output.push(&header);
+    }
+
+    /// Adds an answer with a sentence.
+    pub(super) fn answer_with(&mut self, opcode: Opcode, seq: Seq, status: Status, text: &str) {
+        let text = text.as_bytes();
+        let header = self.header(opcode, seq, status, text.len());
+        self.output.push(&header);
+        self.output.push(text);
+    }
+
+    pub(super) fn answer_event(&mut self, seq: Seq, event: &Event) {
+        let body = event.encode();
+        let header = self.header(Opcode::Event, seq, Status::Ok, body.len());
+        self.output.push(&header);
+        self.output.push(&body);
+    }
+
+    pub(super) fn header(
+        &self,
+        opcode: Opcode,
+        seq: Seq,
+        status: Status,
+        payload: usize,
+    ) -> [u8; REPLY_HEADER_BYTES] {
+        reply_header(self.volume(), opcode, seq, status, payload)
+    }
+
+    /// After the reply to a violation: no more requests, and the peer's bytes are
+    /// dropped until it has read the reply and closes.
+    pub(super) fn linger(&mut self, metrics: &WorkerMetrics) {
+        crate::metrics::add(&metrics.violations, 1);
+        self.life = Life::Lingering;
+        self.parked = None;
+        self.send();
+    }
+
+    /// The reply to a violation is the last thing we say.
+    fn finish_lingering(&mut self) {
+        if self.life != Life::Lingering || self.said_last {
+            return;
+        }
+        self.said_last = true;
+        if shutdown(self.socket.as_raw_fd(), Shutdown::Write).is_err() {
+            self.life = Life::Dead;
+        }
+    }
+
+    /// Whether nothing holds it any more.
+    pub(super) fn is_over(&self) -> bool {
+        match self.life {
+            Life::Open | Life::Lingering => false,
+            Life::Closing => self.inflight == 0 && self.late.is_empty() && self.output.is_empty(),
+            Life::Dead => self.inflight == 0,
+        }
+    }
+}
+
+/// The bytes of a reply's header.
+pub(super) fn reply_header(
+    volume: &RunningVolume,
+    opcode: Opcode,
+    seq: Seq,
+    status: Status,
+    payload: usize,
+) -> [u8; REPLY_HEADER_BYTES] {
+    ReplyHeader {
+        opcode,
+        flags: 0,
+        status,
+        seq,
+        epoch: volume.epoch(),
+        payload_len: u32::try_from(payload).expect("no reply is longer than a frame may be"),
+        payload_crc32c: 0,
+    }
+    .encode()
+}

@@ -1,0 +1,460 @@
+//! Runs the requests of one connection's turn.
+
+use std::sync::Arc;
+
+use baton_protocol::frame::{FLAG_UNMAP, REPLY_HEADER_BYTES, REQUEST_HEADER_BYTES};
+use baton_protocol::{Epoch, Opcode, RequestHeader, Status};
+
+use crate::gate::{Gate, Pass, Principal};
+use crate::metrics::{self, WorkerMetrics};
+use crate::session::{self, Front, Verdict, Violation};
+use crate::store::{IoError, Volume};
+use crate::volumes::{ChangeError, Request, RunningVolume};
+
+use super::Context;
+use super::buffers::SEND_AT;
+use super::conn::{Conn, Life, reply_header};
+use super::flusher::FlushJob;
+use super::mailbox::{Done, Message};
+use super::pool::{Job, Work};
+use super::ring::ColdRead;
+
+/// Requests of one turn, so that one connection cannot keep a worker.
+const TURN_REQUESTS: usize = 256;
+/// Payload bytes of one turn.
+const TURN_BYTES: u64 = 2 << 20;
+/// DISCARD and WRITE_ZEROES up to this many bytes are run on the spot.
+const INLINE_ZERO_BYTES: u64 = 8 << 20;
+/// The largest answer besides READ's: a header and a sentence.
+const SMALL_ANSWER: usize = 512;
+
+/// One admission for the requests of a turn.
+struct Turn<'a> {
+    gate: &'a Gate,
+    slot: usize,
+    principal: Principal,
+    admitted: Option<(Epoch, Pass<&'a Gate>)>,
+}
+
+impl Turn<'_> {
+    fn admits(&mut self, epoch: Epoch) -> bool {
+        if self.admitted.as_ref().is_some_and(|(inside, _)| *inside == epoch) {
+            return true;
+        }
+        match Gate::admit(self.gate, self.slot, self.principal, epoch) {
+            Some(pass) => {
+                self.admitted = Some((epoch, pass));
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// A pass for work that outlives the turn.
+    fn share(&self, volume: &RunningVolume) -> Pass<Arc<Gate>> {
+        let (_, pass) = self.admitted.as_ref().expect("judged as admitted");
+        pass.share(Arc::clone(&volume.gate))
+    }
+}
+
+impl Context {
+    /// Receives if `readable`, runs whole requests until something stops it, and
+    /// sends the answers.
+    pub(super) fn serve(&mut self, index: usize, conn: &mut Conn, readable: bool) {
+        // Answers that came from elsewhere first: they may make room.
+        conn.send();
+        conn.answer_parked(&self.setup.metrics);
+        if readable && !conn.blocked && !conn.is_throttled() {
+            conn.receive();
+        }
+        let volume = Arc::clone(conn.volume());
+        let mut turn = Turn {
+            gate: &volume.gate,
+            slot: self.setup.number,
+            principal: conn.principal(),
+            admitted: None,
+        };
+        let mut bytes_left = TURN_BYTES;
+        let mut requests_left = TURN_REQUESTS;
+        while conn.life != Life::Dead && !conn.blocked && !conn.is_throttled() {
+            if requests_left == 0 || bytes_left == 0 {
+                self.queue(index, conn);
+                break;
+            }
+            match session::front(conn.input.unread()) {
+                Front::Partial { need } => {
+                    conn.need = need;
+                    if conn.filled {
+                        conn.input.read_further_ahead();
+                    }
+                    break;
+                }
+                Front::Broken { why, answer } => {
+                    if let Some((opcode, seq)) = answer {
+                        self.setup.metrics.answered(opcode, Status::Protocol);
+                        conn.answer_with(opcode, seq, Status::Protocol, &why.to_string());
+                    }
+                    self.end(conn, &why);
+                    break;
+                }
+                Front::Whole { header, bytes } => {
+                    let answer = answer_bytes(&header);
+                    if !conn.output.has_room(answer) || conn.output.unsent().len() >= SEND_AT {
+                        conn.send();
+                        if !conn.output.has_room(answer) {
+                            break;
+                        }
+                    }
+                    requests_left -= 1;
+                    bytes_left = bytes_left.saturating_sub((bytes + answer) as u64);
+                    if let Err(why) = self.request(index, conn, &volume, &mut turn, &header, bytes)
+                    {
+                        self.setup.metrics.answered(header.opcode, Status::Protocol);
+                        let text = why.to_string();
+                        conn.answer_with(header.opcode, header.seq, Status::Protocol, &text);
+                        self.end(conn, &why);
+                        break;
+                    }
+                    conn.input.consume(bytes);
+                }
+            }
+        }
+        drop(turn);
+        conn.send();
+        let stopped_by_room = !conn.blocked && !conn.is_throttled() && conn.life == Life::Open;
+        if stopped_by_room && !matches!(session::front(conn.input.unread()), Front::Partial { .. })
+        {
+            self.queue(index, conn);
+        }
+    }
+
+    /// Puts a connection on the list of those to look at before waiting.
+    pub(super) fn queue(&mut self, index: usize, conn: &mut Conn) {
+        if !conn.queued {
+            conn.queued = true;
+            self.ready.push(index);
+        }
+    }
+
+    fn end(&self, conn: &mut Conn, why: &Violation) {
+        let presence = &conn.presence;
+        tracing::warn!(
+            volume = presence.volume.data.name(), session = %conn.identity.session,
+            queue = %conn.identity.queue, %why, "connection closed: the peer broke the protocol"
+        );
+        conn.linger(&self.setup.metrics);
+    }
+
+    /// Runs or answers one whole request; `bytes` of input are its own.
+    fn request(
+        &mut self,
+        index: usize,
+        conn: &mut Conn,
+        volume: &Arc<RunningVolume>,
+        turn: &mut Turn<'_>,
+        header: &RequestHeader,
+        bytes: usize,
+    ) -> Result<(), Violation> {
+        let size = volume.data.size_bytes();
+        let verdict = session::judge(&conn.identity, conn.place.window(), header, size, |epoch| {
+            turn.admits(epoch)
+        });
+        let status = match verdict {
+            Verdict::Break(why) => return Err(why),
+            Verdict::Answer(Status::StaleEpoch) if volume.is_deleted() => Some(Status::Gone),
+            Verdict::Answer(status) => Some(status),
+            Verdict::Run => match header.opcode {
+                Opcode::Read => self.read(index, conn, volume, turn, header),
+                Opcode::Write => {
+                    let data = &conn.input.unread()[REQUEST_HEADER_BYTES..bytes];
+                    metrics::add(&self.setup.metrics.written_bytes, data.len() as u64);
+                    Some(outcome(&volume.data, header, volume.data.write(header.offset, data)))
+                }
+                Opcode::Discard | Opcode::WriteZeroes => {
+                    self.zero(index, conn, volume, turn, header)
+                }
+                Opcode::Flush => {
+                    self.lend(conn);
+                    self.setup.flusher.push(FlushJob {
+                        answer_to: Arc::clone(&self.setup.mailbox),
+                        done: Done::new(index, header, Status::Ok),
+                        pass: turn.share(volume),
+                    });
+                    None
+                }
+                Opcode::Ping => Some(Status::Ok),
+                Opcode::Event => {
+                    if conn.parked.is_some() {
+                        return Err(Violation::SecondEvent);
+                    }
+                    conn.parked = Some((header.seq, header.offset));
+                    conn.answer_parked(&self.setup.metrics);
+                    None
+                }
+                Opcode::Release => {
+                    self.release(index, conn, volume, header);
+                    None
+                }
+                Opcode::Hello => return Err(Violation::SecondHello),
+            },
+        };
+        if let Some(status) = status {
+            if status == Status::Ok && header.opcode.is_mutation() {
+                conn.place.window().complete(header.seq);
+            }
+            self.setup.metrics.answered(header.opcode, status);
+            conn.answer(header.opcode, header.seq, status);
+        }
+        Ok(())
+    }
+
+    /// Straight into the reply when the data is in memory.
+    fn read(
+        &mut self,
+        index: usize,
+        conn: &mut Conn,
+        volume: &Arc<RunningVolume>,
+        turn: &Turn<'_>,
+        header: &RequestHeader,
+    ) -> Option<Status> {
+        let len = usize::try_from(header.len).expect("judged to fit a frame");
+        let whole = REPLY_HEADER_BYTES + len;
+        let room = conn.output.room(whole);
+        let now = if self.setup.cold_reads {
+            Ok(false)
+        } else {
+            volume.data.try_read(header.offset, &mut room[REPLY_HEADER_BYTES..])
+        };
+        match now {
+            Ok(true) => {
+                let head = reply_header(volume, Opcode::Read, header.seq, Status::Ok, len);
+                room[..REPLY_HEADER_BYTES].copy_from_slice(&head);
+                conn.output.keep(whole);
+                metrics::add(&self.setup.metrics.read_bytes, len as u64);
+                self.setup.metrics.answered(Opcode::Read, Status::Ok);
+                None
+            }
+            Ok(false) => {
+                metrics::add(&self.setup.metrics.cold_reads, 1);
+                self.read_cold(index, conn, volume, turn, header, len)
+            }
+            Err(error) => Some(outcome(&volume.data, header, Err(error))),
+        }
+    }
+
+    fn read_cold(
+        &mut self,
+        index: usize,
+        conn: &mut Conn,
+        volume: &Arc<RunningVolume>,
+        turn: &Turn<'_>,
+        header: &RequestHeader,
+        len: usize,
+    ) -> Option<Status> {
+        let pass = turn.share(volume);
+        if let Some(ring) = self.ring.as_mut().filter(|ring| ring.has_room()) {
+            match volume.data.plan_read(header.offset, len) {
+                Ok(plan) => ring.read(index, *header, plan, len, pass),
+                Err(error) => return Some(outcome(&volume.data, header, Err(error))),
+            }
+        } else {
+            let buffer = vec![0; REPLY_HEADER_BYTES + len];
+            self.push_read(volume, index, *header, buffer, pass);
+        }
+        conn.held_bytes += REPLY_HEADER_BYTES + len;
+        self.lend(conn);
+        None
+    }
+
+    /// A read that io_uring could not do.
+    pub(super) fn read_in_pool(&self, conn: &Conn, read: ColdRead) {
+        let (index, header, buffer, pass) = read.into_parts();
+        self.push_read(conn.volume(), index, header, buffer, pass);
+    }
+
+    fn push_read(
+        &self,
+        volume: &RunningVolume,
+        index: usize,
+        header: RequestHeader,
+        mut buffer: Vec<u8>,
+        pass: Pass<Arc<Gate>>,
+    ) {
+        let data = Arc::clone(&volume.data);
+        let work = move |mut done: Done| {
+            let result = data.read(header.offset, &mut buffer[REPLY_HEADER_BYTES..]);
+            done.status = outcome(&data, &header, result);
+            done.reply = Some(buffer);
+            done
+        };
+        self.give(index, &header, pass, Box::new(work));
+    }
+
+    fn zero(
+        &mut self,
+        index: usize,
+        conn: &mut Conn,
+        volume: &Arc<RunningVolume>,
+        turn: &Turn<'_>,
+        header: &RequestHeader,
+    ) -> Option<Status> {
+        let header = *header;
+        let run = move |data: &Volume| {
+            let result = if header.opcode == Opcode::Discard {
+                data.discard(header.offset, header.len)
+            } else {
+                data.write_zeroes(header.offset, header.len, header.flags & FLAG_UNMAP != 0)
+            };
+            outcome(data, &header, result)
+        };
+        if header.len <= INLINE_ZERO_BYTES {
+            return Some(run(&volume.data));
+        }
+        let data = Arc::clone(&volume.data);
+        let work = move |mut done: Done| {
+            done.status = run(&data);
+            done
+        };
+        self.lend(conn);
+        self.give(index, &header, turn.share(volume), Box::new(work));
+        None
+    }
+
+    /// The owner gives the volume back: a change of the access record, which
+    /// waits for the disk and for everything admitted.
+    fn release(
+        &mut self,
+        index: usize,
+        conn: &mut Conn,
+        volume: &Arc<RunningVolume>,
+        header: &RequestHeader,
+    ) {
+        self.lend(conn);
+        let answer_to = Arc::clone(&self.setup.mailbox);
+        let mut done = Done::new(index, header, Status::Ok);
+        let request = Request::Release { session: header.session, epoch: header.epoch };
+        let volume = Arc::clone(volume);
+        self.setup.runtime.spawn(async move {
+            done.status = match volume.change(request).await {
+                Ok(record) => {
+                    let name = volume.data.name();
+                    tracing::info!(volume = name, epoch = %record.epoch, "given back by its owner");
+                    Status::Ok
+                }
+                Err(ChangeError::Refused(_)) => Status::StaleEpoch,
+                Err(ChangeError::Deleted) => Status::Gone,
+                Err(ChangeError::Stopped) => Status::Busy,
+                Err(error @ ChangeError::Store(_)) => {
+                    tracing::error!(
+                        volume = volume.data.name(),
+                        error = &error as &dyn std::error::Error,
+                        "release failed"
+                    );
+                    Status::Io
+                }
+            };
+            answer_to.send(Message::Done(done));
+        });
+    }
+
+    fn give(&self, index: usize, header: &RequestHeader, pass: Pass<Arc<Gate>>, work: Work) {
+        self.setup.pool.push(Job {
+            answer_to: Arc::clone(&self.setup.mailbox),
+            done: Done::new(index, header, Status::Ok),
+            work,
+            pass,
+        });
+    }
+
+    /// Counts a request that is handed away.
+    fn lend(&self, conn: &mut Conn) {
+        conn.inflight += 1;
+        metrics::add(&self.setup.metrics.inflight, 1);
+    }
+}
+
+impl Conn {
+    /// A request came back from another thread. Returns a buffer to use again.
+    pub(super) fn finish(&mut self, done: Done, metrics: &WorkerMetrics) -> Option<Vec<u8>> {
+        let Done { opcode, seq, status, reply, .. } = done;
+        self.inflight -= 1;
+        metrics::sub(&metrics.inflight, 1);
+        if status == Status::Ok && opcode.is_mutation() {
+            self.place.window().complete(seq);
+        }
+        metrics.answered(opcode, status);
+        let held = reply.as_ref().map_or(0, Vec::len);
+        let Some(mut answer) = reply.filter(|_| status == Status::Ok) else {
+            self.held_bytes = self.held_bytes.saturating_sub(held);
+            self.late_answer(self.header(opcode, seq, status, 0).to_vec(), 0);
+            return None;
+        };
+        let len = answer.len() - REPLY_HEADER_BYTES;
+        metrics::add(&metrics.read_bytes, len as u64);
+        answer[..REPLY_HEADER_BYTES].copy_from_slice(&self.header(opcode, seq, status, len));
+        self.late_answer(answer, held)
+    }
+
+    /// `held` bytes of it are counted in `held_bytes`.
+    fn late_answer(&mut self, answer: Vec<u8>, held: usize) -> Option<Vec<u8>> {
+        if self.life == Life::Dead {
+            self.held_bytes = self.held_bytes.saturating_sub(held);
+            return Some(answer);
+        }
+        if self.late.is_empty() && self.output.has_room(answer.len()) {
+            self.output.push(&answer);
+            self.held_bytes = self.held_bytes.saturating_sub(held);
+            return Some(answer);
+        }
+        // Counted until it goes to the output.
+        self.held_bytes += answer.len() - held;
+        self.late.push_back(answer);
+        None
+    }
+
+    /// Answers a parked EVENT if there is news.
+    pub(super) fn answer_parked(&mut self, metrics: &WorkerMetrics) {
+        let Some((seq, known)) = self.parked else { return };
+        let Some(event) = self.volume().events.after(known) else { return };
+        if !self.output.has_room(SMALL_ANSWER) {
+            // Looked at again when the socket takes bytes.
+            return;
+        }
+        self.parked = None;
+        metrics.answered(Opcode::Event, Status::Ok);
+        self.answer_event(seq, &event);
+    }
+}
+
+/// Bytes the answer may take in the output.
+fn answer_bytes(header: &RequestHeader) -> usize {
+    if header.opcode == Opcode::Read {
+        REPLY_HEADER_BYTES + usize::try_from(header.len).expect("judged to fit a frame")
+    } else {
+        SMALL_ANSWER
+    }
+}
+
+/// The one table from the store's errors to the wire.
+fn outcome(volume: &Volume, header: &RequestHeader, result: Result<(), IoError>) -> Status {
+    let Err(error) = result else { return Status::Ok };
+    match error {
+        IoError::OutOfRange { .. } => Status::OutOfRange,
+        IoError::Deleted => Status::Gone,
+        IoError::NoSpace => {
+            crate::log::sometimes(|missed| {
+                tracing::warn!(volume = volume.name(), offset = header.offset, %error, missed, "a request found no space");
+            });
+            Status::NoSpace
+        }
+        IoError::PoolFailed(_) | IoError::Io(_) => {
+            crate::log::sometimes(|missed| {
+                tracing::error!(
+                    volume = volume.name(), opcode = ?header.opcode, offset = header.offset,
+                    error = &error as &dyn std::error::Error, missed, "a request failed at the disk"
+                );
+            });
+            Status::Io
+        }
+    }
+}
