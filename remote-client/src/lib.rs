@@ -1,11 +1,13 @@
 //! The client side of remote storage: one trait pair for a volume, and its
 //! drivers. Knows nothing of virtio.
 
+pub mod baton;
 pub mod file;
 pub mod open;
 pub mod uri;
 pub mod volume;
 
+pub use baton::Timing;
 pub use open::{OpenError, OpenOptions, open};
 pub use uri::{UriError, VolumeUri};
 pub use volume::{

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_protocol::SessionId;
 use baton_protocol::message::OWNER_BYTES_MAX;
+use baton_protocol::{SessionId, Status};
 
+use crate::baton::Timing;
+use crate::baton::volume::{BatonVolume, Servers};
 use crate::file::FileVolume;
 use crate::uri::{UriError, VolumeUri};
 use crate::volume::Volume;
@@ -27,6 +29,9 @@ pub struct OpenOptions {
     pub standby: bool,
     /// How long to try before opening fails.
     pub connect_timeout: Duration,
+    /// How long an open volume waits for what; the defaults are right outside
+    /// of tests.
+    pub timing: Timing,
 }
 
 impl OpenOptions {
@@ -42,6 +47,7 @@ impl OpenOptions {
             read_only: false,
             standby: false,
             connect_timeout: Duration::from_secs(5),
+            timing: Timing::default(),
         }
     }
 }
@@ -74,6 +80,102 @@ pub enum OpenError {
     /// Read-only and standby at once.
     #[error("a volume cannot be opened read-only and standby at once; choose one")]
     Modes,
+    /// The URI names no server.
+    #[error("the URI names no server")]
+    NoServer,
+    /// The server's name means nothing.
+    #[error("cannot find the storage server `{host}`; check the name in the volume's URI")]
+    Resolve {
+        /// Name.
+        host: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Nothing listens there, or the way is blocked.
+    #[error(
+        "cannot reach a storage server at {server}; check the address and that baton-storage runs there"
+    )]
+    Unreachable {
+        /// Address.
+        server: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Something accepts connections and stays silent.
+    #[error(
+        "no answer from {server} within {after_ms} ms; check that it is a baton-storage data address and not overloaded"
+    )]
+    Timeout {
+        /// Address.
+        server: String,
+        /// How long was waited, milliseconds.
+        after_ms: u128,
+    },
+    /// The connection ended without an answer, or the server asked to come later.
+    #[error("the storage server at {server} does not serve us now; look at its log")]
+    NoAnswer {
+        /// Address.
+        server: String,
+        /// What happened.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Something else listens there.
+    #[error("what listens at {server} is not a Baton storage server; check the port")]
+    NotBaton {
+        /// Address.
+        server: String,
+        /// What it said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Too old or too new.
+    #[error(
+        "the storage server at {server} speaks no common protocol version; upgrade the older side ({text})"
+    )]
+    Version {
+        /// Address.
+        server: String,
+        /// The server's sentence.
+        text: String,
+    },
+    /// No such volume.
+    #[error(
+        "no volume `{volume}` at {server}; create it with `baton volume create {volume} --size 10G`, or check the name"
+    )]
+    NoSuchVolume {
+        /// Address.
+        server: String,
+        /// Name.
+        volume: String,
+    },
+    /// Somebody else has it.
+    #[error("volume `{volume}` at {server} is owned by another client: {text}")]
+    NotOwner {
+        /// Address.
+        server: String,
+        /// Name.
+        volume: String,
+        /// The server's sentence: who, and what to do.
+        text: String,
+    },
+    /// Another refusal.
+    #[error("the storage server at {server} refused volume `{volume}`: {status}: {text}")]
+    Refused {
+        /// Address.
+        server: String,
+        /// Name.
+        volume: String,
+        /// The server's reason.
+        status: Status,
+        /// The server's sentence.
+        text: String,
+    },
+    /// This process is out of descriptors, threads or memory.
+    #[error("cannot open the volume: the system is out of descriptors, threads or memory")]
+    System(#[source] io::Error),
     /// A local file cannot be opened.
     #[error("cannot open `{}`; check the path and its permissions", path.display())]
     File {
@@ -112,8 +214,11 @@ pub fn open(uri: &str, options: &OpenOptions) -> Result<Arc<dyn Volume>, OpenErr
     }
     match uri {
         VolumeUri::File { path } => Ok(Arc::new(FileVolume::open(&path, options.read_only)?)),
-        VolumeUri::Baton { .. } | VolumeUri::BatonUnix { .. } => {
-            Err(OpenError::Uri(UriError::Scheme("baton".to_owned())))
+        VolumeUri::Baton { servers, volume } => {
+            Ok(Arc::new(BatonVolume::open(&Servers::Tcp(servers), &volume, options)?))
+        }
+        VolumeUri::BatonUnix { socket, volume } => {
+            Ok(Arc::new(BatonVolume::open(&Servers::Unix(socket), &volume, options)?))
         }
     }
 }

@@ -1,0 +1,24 @@
+//! The driver for Baton's own protocol.
+//!
+//! ```text
+//!  BatonVolume --- control thread --- Link --- Session     claims, watches, gives back
+//!      | open_queue
+//!      +---------- BatonQueue ------- Link --- Session     one per virtqueue thread
+//!                                      |          |
+//!                         socket, timer, epoll    bytes and events in, bytes out:
+//!                                                 no socket, no clock
+//! ```
+//!
+//! | module | noun |
+//! |---|---|
+//! | [`session`] | one conversation over any number of connections, sans-IO |
+//! | [`link`] | what gives a session a socket, a clock and a descriptor to wait on |
+//! | [`queue`] | a virtqueue's link |
+//! | [`volume`] | the control link, and what all links of a volume share |
+
+pub(crate) mod link;
+pub(crate) mod queue;
+pub(crate) mod session;
+pub(crate) mod volume;
+
+pub use session::Timing;

@@ -1,0 +1,499 @@
+//! The requests of a session: what the guest asked, and the wire requests cut
+//! from it.
+//!
+//! ```text
+//!   guest requests (slab, `depth`)      wire requests (ring by seq)
+//!   [tag, buffers, cut so far] --cut--> [seq, opcode, range of the buffers]
+//!              ^                                    |
+//!              +------- last one answered ----------+
+//! ```
+//!
+//! Invariants:
+//! - every seq in `lowest..next` was given out, and `lowest` is unanswered;
+//! - `next - lowest` is at most [`RING`], so a seq has its slot for itself;
+//! - a guest request is freed when all of it is cut and all cuts are answered,
+//!   and only then is its memory no longer touched.
+//!
+//! Does not know connections: what was sent is the session's affair.
+
+use std::collections::VecDeque;
+
+use baton_protocol::frame::{FLAG_UNMAP, REQUEST_HEADER_BYTES, WINDOW_REQUESTS};
+use baton_protocol::{Epoch, Opcode, QueueId, RequestHeader, Seq, SessionId};
+
+use crate::volume::{Completion, IoError, Op, Tag};
+
+/// Slots for wire requests: the widest window a server may offer.
+pub(super) const RING: u64 = WINDOW_REQUESTS;
+#[allow(clippy::cast_possible_truncation, reason = "1024")]
+const SLOTS: usize = RING as usize;
+
+/// READs of at least this many bytes are worth a system call that puts them
+/// straight into guest memory. Below, a copy out of the batch is cheaper:
+/// a `recvmsg` costs as much as copying several pages.
+pub(super) const DIRECT_BYTES: u32 = 16 << 10;
+
+/// What every header of a session says about its sender.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stamp {
+    pub(super) session: SessionId,
+    pub(super) queue: QueueId,
+    pub(super) epoch: Epoch,
+}
+
+/// Why a wire request exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Part of the guest request in this slot of the slab.
+    Guest(u32),
+    /// Is anybody there?
+    Ping,
+    /// Parked at the server until there is news.
+    Event,
+    /// Gives the volume back.
+    Release,
+}
+
+/// A position in a guest request's buffers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Cursor {
+    iov: usize,
+    skip: usize,
+}
+
+impl Cursor {
+    /// Moves `n` bytes on.
+    pub(super) fn advance(&mut self, iov: &[libc::iovec], mut n: usize) {
+        while n > 0 {
+            let left = iov[self.iov].iov_len - self.skip;
+            if n < left {
+                self.skip += n;
+                return;
+            }
+            n -= left;
+            *self = Self { iov: self.iov + 1, skip: 0 };
+        }
+    }
+
+    /// The longest piece of at most `len` bytes that is in one buffer.
+    pub(super) fn part(&self, iov: &[libc::iovec], len: usize) -> libc::iovec {
+        let (mut at, mut skip) = (self.iov, self.skip);
+        while iov[at].iov_len == skip {
+            (at, skip) = (at + 1, 0);
+        }
+        libc::iovec {
+            iov_base: iov[at].iov_base.wrapping_byte_add(skip),
+            iov_len: (iov[at].iov_len - skip).min(len),
+        }
+    }
+
+    /// Appends the next `len` bytes to `out`, which may grow to `max` entries;
+    /// returns how many bytes fitted.
+    pub(super) fn push(
+        mut self,
+        iov: &[libc::iovec],
+        len: usize,
+        out: &mut Vec<libc::iovec>,
+        max: usize,
+    ) -> usize {
+        let mut pushed = 0;
+        while pushed < len && out.len() < max {
+            let v = &iov[self.iov];
+            let n = (v.iov_len - self.skip).min(len - pushed);
+            if n > 0 {
+                out.push(libc::iovec {
+                    iov_base: v.iov_base.wrapping_byte_add(self.skip),
+                    iov_len: n,
+                });
+            }
+            pushed += n;
+            self = Self { iov: self.iov + 1, skip: 0 };
+        }
+        pushed
+    }
+}
+
+/// A wire request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Child {
+    pub(super) purpose: Purpose,
+    pub(super) opcode: Opcode,
+    pub(super) unanswered: bool,
+    /// Payload of the request (WRITE) or of its reply (READ), bytes.
+    pub(super) len: u32,
+    /// Where that payload begins in the guest's buffers.
+    pub(super) at: Cursor,
+}
+
+const FREE: Child = Child {
+    purpose: Purpose::Ping,
+    opcode: Opcode::Ping,
+    unanswered: false,
+    len: 0,
+    at: Cursor { iov: 0, skip: 0 },
+};
+
+impl Child {
+    /// Bytes that follow the header in the request.
+    pub(super) fn payload_bytes(&self) -> usize {
+        if self.opcode == Opcode::Write { self.len as usize } else { 0 }
+    }
+
+    /// Bytes of the whole request.
+    pub(super) fn frame_bytes(&self) -> usize {
+        REQUEST_HEADER_BYTES + self.payload_bytes()
+    }
+
+    fn is_direct_read(&self) -> bool {
+        self.opcode == Opcode::Read && self.len >= DIRECT_BYTES
+    }
+}
+
+#[derive(Debug)]
+struct Guest {
+    tag: Tag,
+    op: Op,
+    /// The guest's memory. Keeps its capacity over uses of the slot.
+    iov: Vec<libc::iovec>,
+    /// Bytes not yet cut into wire requests; for requests without buffers, 1
+    /// until the one wire request was cut.
+    uncut: u64,
+    /// Bytes cut.
+    cut: u64,
+    cursor: Cursor,
+    /// Wire requests not yet answered.
+    open: u32,
+    result: Result<(), IoError>,
+}
+
+#[derive(Debug)]
+pub(super) struct Table {
+    guests: Vec<Guest>,
+    free: Vec<u32>,
+    /// Guest requests that are not cut to the end, oldest first.
+    waiting: VecDeque<u32>,
+    children: Box<[Child]>,
+    /// Apart from `children` so that neighbours on the wire are neighbours in
+    /// memory: a run of READs is one iovec.
+    headers: Box<[[u8; REQUEST_HEADER_BYTES]]>,
+    lowest: u64,
+    next: u64,
+    /// Unanswered wire requests that the server should answer soon: all but
+    /// EVENT.
+    live: usize,
+    direct_reads: usize,
+}
+
+// SAFETY: the raw pointers are addresses in guest memory that the submitter
+// vouches for until completion, whatever thread the queue is moved to.
+unsafe impl Send for Table {}
+
+impl Table {
+    pub(super) fn new(depth: usize, first: Seq) -> Self {
+        let first = first.0.max(1);
+        let mut table = Self {
+            guests: Vec::with_capacity(depth),
+            free: Vec::with_capacity(depth),
+            waiting: VecDeque::with_capacity(depth),
+            children: vec![FREE; SLOTS].into_boxed_slice(),
+            headers: vec![[0; REQUEST_HEADER_BYTES]; SLOTS].into_boxed_slice(),
+            lowest: first,
+            next: first,
+            live: 0,
+            direct_reads: 0,
+        };
+        for _ in 0..depth {
+            table.add_slot();
+        }
+        table
+    }
+
+    fn add_slot(&mut self) {
+        let index = u32::try_from(self.guests.len()).expect("far fewer requests than 2^32");
+        self.guests.push(Guest {
+            tag: Tag(0),
+            op: Op::Flush,
+            iov: Vec::new(),
+            uncut: 0,
+            cut: 0,
+            cursor: Cursor::default(),
+            open: 0,
+            result: Ok(()),
+        });
+        self.free.push(index);
+    }
+
+    /// The lowest seq that was not answered, or the next one to be given out.
+    pub(super) fn lowest(&self) -> Seq {
+        Seq(self.lowest)
+    }
+
+    /// The next seq to be given out.
+    pub(super) fn next(&self) -> Seq {
+        Seq(self.next)
+    }
+
+    /// Guest requests that are not completed.
+    pub(super) fn in_flight(&self) -> usize {
+        self.guests.len() - self.free.len()
+    }
+
+    /// Whether the server owes an answer soon, or would if it had the request.
+    pub(super) fn is_live(&self) -> bool {
+        self.live > 0 || !self.waiting.is_empty()
+    }
+
+    /// Whether guest requests wait to be cut.
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Whether a large READ is unanswered.
+    pub(super) fn has_direct_read(&self) -> bool {
+        self.direct_reads > 0
+    }
+
+    /// Takes a guest request whose buffers hold `bytes`.
+    pub(super) fn submit(&mut self, tag: Tag, op: Op, data: &[libc::iovec], bytes: u64) {
+        if self.free.is_empty() {
+            // The caller broke its promise; more memory is better than a panic.
+            self.add_slot();
+        }
+        let index = self.free.pop().expect("a slot was added when there was none");
+        let guest = &mut self.guests[index as usize];
+        guest.tag = tag;
+        guest.op = op;
+        guest.iov.clear();
+        guest.iov.extend_from_slice(data);
+        guest.uncut = if matches!(op, Op::Read { .. } | Op::Write { .. }) { bytes } else { 1 };
+        guest.cut = 0;
+        guest.cursor = Cursor::default();
+        guest.open = 0;
+        guest.result = Ok(());
+        self.waiting.push_back(index);
+    }
+
+    /// Cuts the next wire request from the oldest waiting guest request, if
+    /// there is one. The caller has checked the window.
+    pub(super) fn cut(&mut self, payload_max: u32, stamp: &Stamp) -> bool {
+        let Some(&index) = self.waiting.front() else {
+            return false;
+        };
+        let guest = &mut self.guests[index as usize];
+        let at = guest.cursor;
+        let mut len = 0;
+        let (opcode, offset, range, flags) = match guest.op {
+            Op::Read { offset } | Op::Write { offset } => {
+                len = u32::try_from(guest.uncut).unwrap_or(u32::MAX).min(payload_max);
+                let begin = offset + guest.cut;
+                guest.cursor.advance(&guest.iov, len as usize);
+                guest.cut += u64::from(len);
+                guest.uncut -= u64::from(len);
+                let read = matches!(guest.op, Op::Read { .. });
+                let opcode = if read { Opcode::Read } else { Opcode::Write };
+                (opcode, begin, u64::from(len), 0)
+            }
+            Op::Flush => (Opcode::Flush, 0, 0, 0),
+            Op::Discard { offset, len } => (Opcode::Discard, offset, len, 0),
+            Op::WriteZeroes { offset, len, unmap } => {
+                (Opcode::WriteZeroes, offset, len, if unmap { FLAG_UNMAP } else { 0 })
+            }
+        };
+        if !opcode_has_buffers(opcode) {
+            guest.uncut = 0;
+        }
+        guest.open += 1;
+        if guest.uncut == 0 {
+            self.waiting.pop_front();
+        }
+        let child = Child { purpose: Purpose::Guest(index), opcode, unanswered: true, len, at };
+        self.add(child, flags, offset, range, stamp);
+        true
+    }
+
+    /// Adds a request of the session's own. The caller has checked the window.
+    pub(super) fn add_own(&mut self, purpose: Purpose, offset: u64, stamp: &Stamp) {
+        let opcode = match purpose {
+            Purpose::Event => Opcode::Event,
+            Purpose::Release => Opcode::Release,
+            Purpose::Ping | Purpose::Guest(_) => Opcode::Ping,
+        };
+        self.add(Child { purpose, opcode, unanswered: true, ..FREE }, 0, offset, 0, stamp);
+    }
+
+    fn add(&mut self, child: Child, flags: u8, offset: u64, len: u64, stamp: &Stamp) {
+        debug_assert!(self.next - self.lowest < RING);
+        let header = RequestHeader {
+            opcode: child.opcode,
+            flags,
+            queue: stamp.queue,
+            seq: Seq(self.next),
+            epoch: stamp.epoch,
+            session: stamp.session,
+            offset,
+            len,
+            payload_len: u32::try_from(child.payload_bytes()).expect("len is a u32"),
+            payload_crc32c: 0,
+        };
+        let slot = slot(self.next);
+        self.headers[slot] = header.encode();
+        self.children[slot] = child;
+        self.live += usize::from(child.purpose != Purpose::Event);
+        self.direct_reads += usize::from(child.is_direct_read());
+        self.next += 1;
+    }
+
+    /// The unanswered wire request `seq`.
+    pub(super) fn unanswered(&self, seq: Seq) -> Option<Child> {
+        if !(self.lowest..self.next).contains(&seq.0) {
+            return None;
+        }
+        let child = self.children[slot(seq.0)];
+        child.unanswered.then_some(child)
+    }
+
+    /// Whether a request of this purpose is unanswered.
+    pub(super) fn has_own(&self, purpose: Purpose) -> bool {
+        (self.lowest..self.next)
+            .any(|seq| self.unanswered(Seq(seq)).is_some_and(|c| c.purpose == purpose))
+    }
+
+    /// The longest payload among unanswered wire requests, bytes.
+    pub(super) fn longest(&self) -> u32 {
+        (self.lowest..self.next)
+            .filter_map(|seq| self.unanswered(Seq(seq)))
+            .map(|child| child.len)
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Header bytes of `seq`, where they stay until it is answered.
+    pub(super) fn header(&self, seq: Seq) -> &[u8; REQUEST_HEADER_BYTES] {
+        &self.headers[slot(seq.0)]
+    }
+
+    /// The buffers of the guest request that `child` was cut from.
+    pub(super) fn buffers(&self, child: &Child) -> &[libc::iovec] {
+        match child.purpose {
+            Purpose::Guest(index) => &self.guests[index as usize].iov,
+            Purpose::Ping | Purpose::Event | Purpose::Release => &[],
+        }
+    }
+
+    /// Stamps all unanswered requests anew, for a connection with another epoch
+    /// or event count.
+    pub(super) fn restamp(&mut self, epoch: Epoch, event: u64) {
+        for seq in self.lowest..self.next {
+            let (child, bytes) = (&self.children[slot(seq)], &mut self.headers[slot(seq)]);
+            if !child.unanswered {
+                continue;
+            }
+            let mut header = RequestHeader::decode(bytes).expect("we encoded it");
+            header.epoch = epoch;
+            if child.purpose == Purpose::Event {
+                header.offset = event;
+            }
+            *bytes = header.encode();
+        }
+    }
+
+    /// Records the answer of an unanswered wire request; returns the completion
+    /// of its guest request when that was the last part.
+    pub(super) fn answer(&mut self, seq: Seq, result: Result<(), IoError>) -> Option<Completion> {
+        let child = self.unanswered(seq)?;
+        self.children[slot(seq.0)].unanswered = false;
+        self.live -= usize::from(child.purpose != Purpose::Event);
+        self.direct_reads -= usize::from(child.is_direct_read());
+        while self.lowest < self.next && !self.children[slot(self.lowest)].unanswered {
+            self.lowest += 1;
+        }
+        let Purpose::Guest(index) = child.purpose else {
+            return None;
+        };
+        let guest = &mut self.guests[index as usize];
+        guest.result = guest.result.and(result);
+        guest.open -= 1;
+        if guest.open > 0 || guest.uncut > 0 {
+            return None;
+        }
+        self.free.push(index);
+        Some(Completion { tag: guest.tag, result: guest.result })
+    }
+}
+
+fn opcode_has_buffers(opcode: Opcode) -> bool {
+    matches!(opcode, Opcode::Read | Opcode::Write)
+}
+
+fn slot(seq: u64) -> usize {
+    usize::try_from(seq % RING).expect("below RING")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STAMP: Stamp = Stamp { session: SessionId(5), queue: QueueId(1), epoch: Epoch(7) };
+
+    fn iov(base: usize, len: usize) -> libc::iovec {
+        libc::iovec { iov_base: std::ptr::without_provenance_mut(base), iov_len: len }
+    }
+
+    fn header(table: &Table, seq: u64) -> RequestHeader {
+        RequestHeader::decode(table.header(Seq(seq))).expect("valid")
+    }
+
+    #[test]
+    fn a_large_request_is_cut_and_completes_once_with_its_first_error() {
+        let mut table = Table::new(2, Seq(1));
+        let data = [iov(0x10000, 512), iov(0x20000, 0), iov(0x30000, 9728)];
+        table.submit(Tag(3), Op::Write { offset: 4096 }, &data, 10240);
+        while table.cut(4096, &STAMP) {}
+        assert_eq!(table.next(), Seq(4));
+        let ranges: Vec<_> =
+            (1..4).map(|s| (header(&table, s).offset, header(&table, s).len)).collect();
+        assert_eq!(ranges, [(4096, 4096), (8192, 4096), (12288, 2048)]);
+        let mut out = Vec::new();
+        let second = table.unanswered(Seq(2)).expect("unanswered");
+        assert_eq!(second.at.push(table.buffers(&second), 4096, &mut out, 9), 4096);
+        assert_eq!((out.len(), out[0].iov_base.addr(), out[0].iov_len), (1, 0x30000 + 3584, 4096));
+        assert_eq!(table.answer(Seq(2), Err(IoError::NoSpace)), None);
+        assert_eq!(table.lowest(), Seq(1));
+        assert_eq!(table.answer(Seq(2), Ok(())), None, "a second answer is nobody's");
+        assert_eq!(table.answer(Seq(1), Ok(())), None);
+        assert_eq!(table.lowest(), Seq(3));
+        assert_eq!(table.in_flight(), 1);
+        let done = table.answer(Seq(3), Err(IoError::Io));
+        assert_eq!(done, Some(Completion { tag: Tag(3), result: Err(IoError::NoSpace) }));
+        assert_eq!((table.in_flight(), table.is_live(), table.lowest()), (0, false, Seq(4)));
+    }
+
+    #[test]
+    fn restamping_reaches_only_what_is_unanswered() {
+        let mut table = Table::new(4, Seq(9));
+        for _ in 0..3 {
+            table.submit(Tag(0), Op::Flush, &[], 0);
+            table.cut(4096, &STAMP);
+        }
+        table.add_own(Purpose::Event, 4, &STAMP);
+        table.answer(Seq(10), Ok(()));
+        table.restamp(Epoch(8), 6);
+        let epochs: Vec<_> = (9..13).map(|s| header(&table, s).epoch.0).collect();
+        assert_eq!(epochs, [8, 7, 8, 8]);
+        assert_eq!((header(&table, 12).offset, header(&table, 9).offset), (6, 0));
+        assert!(table.has_own(Purpose::Event) && !table.has_own(Purpose::Ping));
+    }
+
+    #[test]
+    fn too_many_requests_cost_memory_and_nothing_else() {
+        let mut table = Table::new(1, Seq(1));
+        for tag in 0..3 {
+            table.submit(Tag(tag), Op::Flush, &[], 0);
+        }
+        assert_eq!(table.in_flight(), 3);
+        while table.cut(4096, &STAMP) {}
+        let tags: Vec<_> =
+            (1..4).filter_map(|s| table.answer(Seq(s), Ok(()))).map(|c| c.tag.0).collect();
+        assert_eq!(tags, [0, 1, 2]);
+    }
+}
