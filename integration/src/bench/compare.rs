@@ -281,6 +281,10 @@ fn line(result: &RowResult) -> String {
     let pairs = &result.pairs;
     let cell = |figure: &dyn Fn(&Outcome) -> f64| {
         let Ratio { median, low, high } = ratio(pairs, figure);
+        if !median.is_finite() {
+            // One of the two has no such process.
+            return "-".to_owned();
+        }
         format!("{median:>5.2} [{low:>5.2} {high:>5.2}] ")
     };
     format!(

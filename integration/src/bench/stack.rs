@@ -26,6 +26,10 @@ pub enum Kind {
     Qsd,
     /// The same over nbdkit's file plugin, which is faster than qemu-nbd.
     QsdNbdkit,
+    /// baton-backend on a local file, without a storage server: what the backend alone costs.
+    BatonFile,
+    /// qemu-storage-daemon on a local file.
+    QsdFile,
 }
 
 impl std::fmt::Display for Kind {
@@ -34,6 +38,8 @@ impl std::fmt::Display for Kind {
             Self::Baton => "baton",
             Self::Qsd => "qsd",
             Self::QsdNbdkit => "qsd-nbdkit",
+            Self::BatonFile => "baton-file",
+            Self::QsdFile => "qsd-file",
         })
     }
 }
@@ -55,7 +61,8 @@ pub struct StackConfig {
 #[derive(Debug)]
 pub struct Stack {
     backend: Daemon,
-    server: Daemon,
+    /// `None` for a local file.
+    server: Option<Daemon>,
     socket: PathBuf,
     /// Data and logs; goes last.
     _dir: TestDir,
@@ -68,7 +75,8 @@ impl Stack {
         let socket = dir.join("disk.sock");
         let (server, backend) = match config.kind {
             Kind::Baton => baton(config, dir.path(), &socket)?,
-            Kind::Qsd | Kind::QsdNbdkit => qsd(config, dir.path(), &socket)?,
+            Kind::BatonFile => (None, baton_file(config, dir.path(), &socket)?),
+            Kind::Qsd | Kind::QsdNbdkit | Kind::QsdFile => qsd(config, dir.path(), &socket)?,
         };
         fill(&socket, config.bytes)?;
         Ok(Self { backend, server, socket, _dir: dir })
@@ -80,10 +88,10 @@ impl Stack {
         &self.socket
     }
 
-    /// Backend and storage server.
+    /// The backend and, if there is one, the storage server.
     #[must_use]
     pub fn pids(&self) -> Vec<u32> {
-        vec![self.backend.pid(), self.server.pid()]
+        std::iter::once(&self.backend).chain(&self.server).map(Daemon::pid).collect()
     }
 
     /// Resident memory of the backend, in bytes.
@@ -111,12 +119,12 @@ fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-fn baton(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Daemon, Daemon)> {
+fn baton(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Option<Daemon>, Daemon)> {
     let data = dir.join("data");
     let listen = "--listen 127.0.0.1:0 --admin-listen 127.0.0.1:0 --data-dir";
     let args = [words(listen), vec![data.display().to_string()]].concat();
     let mut server = start(config, dir, "baton-storage", &program("baton-storage")?, &args)?;
-    let line = server.wait_line("listening", START_TIMEOUT)?;
+    let line = server.wait_line("listening data=", START_TIMEOUT)?;
     let address = |name: &str| {
         let found = line.split_whitespace().find_map(|w| w.strip_prefix(name)?.strip_prefix('='));
         found
@@ -132,50 +140,62 @@ fn baton(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Daemon, Dae
     if !created.status.success() {
         bail!("baton {create} failed: {}", String::from_utf8_lossy(&created.stderr));
     }
-    let volume =
-        format!("--volume baton://{data}/bench --num-queues {} --socket-path", config.queues);
-    let args = [words(&volume), vec![socket.display().to_string()]].concat();
-    let mut backend = start(config, dir, "baton-backend", &program("baton-backend")?, &args)?;
-    backend.wait_line("listening", START_TIMEOUT)?;
-    Ok((server, backend))
+    let backend = baton_backend(config, dir, socket, &format!("baton://{data}/bench"))?;
+    Ok((Some(server), backend))
 }
 
-fn qsd(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Daemon, Daemon)> {
+fn baton_file(config: &StackConfig, dir: &Path, socket: &Path) -> Result<Daemon> {
     let file = dir.join("disk.img");
     File::create(&file)?.set_len(config.bytes)?;
-    // Free a moment ago; somebody else taking it meanwhile shows as a server that does not start.
-    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-    let (name, args) = match config.kind {
-        Kind::QsdNbdkit => (
-            "nbdkit",
-            format!(
-                "--foreground --exit-with-parent -i 127.0.0.1 -p {port} file {}",
-                file.display()
-            ),
-        ),
-        _ => (
-            "qemu-nbd",
-            format!(
-                "--format=raw --persistent --shared=16 --bind=127.0.0.1 --port={port} {}",
-                file.display()
-            ),
-        ),
+    baton_backend(config, dir, socket, &format!("file://{}", file.display()))
+}
+
+fn baton_backend(config: &StackConfig, dir: &Path, socket: &Path, volume: &str) -> Result<Daemon> {
+    let queues = config.queues;
+    let flags =
+        format!("--volume {volume} --num-queues {queues} --socket-path {}", socket.display());
+    let program = program("baton-backend")?;
+    let mut backend = start(config, dir, "baton-backend", &program, &words(&flags))?;
+    backend.wait_line("listening socket=", START_TIMEOUT)?;
+    Ok(backend)
+}
+
+fn qsd(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Option<Daemon>, Daemon)> {
+    let file = dir.join("disk.img");
+    File::create(&file)?.set_len(config.bytes)?;
+    let (server, blockdev) = if config.kind == Kind::QsdFile {
+        (None, format!("driver=file,node-name=disk,filename={}", file.display()))
+    } else {
+        let (server, port) = nbd_server(config, dir, &file)?;
+        let to = format!("server.type=inet,server.host=127.0.0.1,server.port={port}");
+        (Some(server), format!("driver=nbd,node-name=disk,{to}"))
     };
-    let mut server = start(config, dir, name, &system_program(name)?, &words(&args))?;
-    wait_port(&mut server, port)?;
-    let blockdev = format!(
-        "driver=nbd,node-name=disk,server.type=inet,server.host=127.0.0.1,server.port={port}"
-    );
     let export = format!(
         "vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues={}",
         socket.display(),
         config.queues
     );
     let args = ["--blockdev".to_owned(), blockdev, "--export".to_owned(), export];
-    let mut backend =
-        start(config, dir, "qemu-storage-daemon", &system_program("qemu-storage-daemon")?, &args)?;
+    let program = system_program("qemu-storage-daemon")?;
+    let mut backend = start(config, dir, "qemu-storage-daemon", &program, &args)?;
     backend.wait_socket(socket, START_TIMEOUT)?;
     Ok((server, backend))
+}
+
+fn nbd_server(config: &StackConfig, dir: &Path, file: &Path) -> Result<(Daemon, u16)> {
+    // Free a moment ago; somebody else taking it meanwhile shows as a server that does not start.
+    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let file = file.display();
+    let (name, args) = if config.kind == Kind::QsdNbdkit {
+        let listen = format!("-i 127.0.0.1 -p {port}");
+        ("nbdkit", format!("--foreground --exit-with-parent {listen} file {file}"))
+    } else {
+        let listen = format!("--bind=127.0.0.1 --port={port}");
+        ("qemu-nbd", format!("--format=raw --persistent --shared=16 {listen} {file}"))
+    };
+    let mut server = start(config, dir, name, &system_program(name)?, &words(&args))?;
+    wait_port(&mut server, port)?;
+    Ok((server, port))
 }
 
 /// Waits for a TCP server without talking to it.
