@@ -10,9 +10,11 @@ use baton_remote_client::{Volume, VolumeEvent, VolumeState};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::log_limit::LogLimit;
 use crate::queue::{Disk, QueueHandle};
 use crate::socket::FrontEnds;
 use crate::vhost_user::connection::{Connection, ConnectionError};
+use crate::vhost_user::message::has_own_answer;
 use crate::vhost_user::session::{DrainLimit, Reply, Session};
 
 /// How long requests are waited for when the front-end is gone, the process
@@ -131,6 +133,7 @@ impl DiskServer {
     fn serve(&mut self, mut connection: Connection, shutdown: &Shutdown) -> bool {
         tracing::info!(disk = self.disk.name, "front-end connected");
         let mut session = Session::new(&self.disk, &self.queues, self.queue_size);
+        let mut refusals = LogLimit::default();
         let ended = loop {
             match wait_session(&connection, shutdown, &self.news) {
                 Wake::Shutdown => break None,
@@ -139,7 +142,9 @@ impl DiskServer {
                     session.config_changed();
                 }
                 Wake::Message => {
-                    if let Err(error) = self.exchange(&mut connection, &mut session, shutdown) {
+                    let exchanged =
+                        self.exchange(&mut connection, &mut session, shutdown, &mut refusals);
+                    if let Err(error) = exchanged {
                         break Some(error);
                     }
                 }
@@ -167,6 +172,7 @@ impl DiskServer {
         connection: &mut Connection,
         session: &mut Session<'_>,
         shutdown: &Shutdown,
+        refusals: &mut LogLimit,
     ) -> Result<(), ConnectionError> {
         let (header, request) = connection.receive()?;
         let answer = {
@@ -181,8 +187,11 @@ impl DiskServer {
             Ok(Reply::Number(value)) => connection.reply(number, &value.to_le_bytes(), None)?,
             Ok(Reply::Bytes(body)) => connection.reply(number, &body, None)?,
             Ok(Reply::WithFd(body, fd)) => connection.reply(number, &body, Some(fd.as_fd()))?,
+            Err(refused) if has_own_answer(number) => return Err(refused.into()),
             Err(refused) => {
-                tracing::warn!(disk = self.disk.name, "{}", chain(&refused));
+                if let Some(suppressed) = refusals.permit() {
+                    tracing::warn!(disk = self.disk.name, suppressed, "{}", chain(&refused));
+                }
                 if header.need_reply {
                     connection.reply(number, &1u64.to_le_bytes(), None)?;
                 }

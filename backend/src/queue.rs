@@ -273,6 +273,8 @@ struct Worker {
     /// Heads put into the used ring and not yet published.
     batch: Vec<u16>,
     guest_errors: LogLimit,
+    /// Apart, so that a flood of bad requests does not hide the end of a ring.
+    breaks: LogLimit,
     exit: bool,
 }
 
@@ -292,14 +294,18 @@ impl Worker {
             completions: Vec::new(),
             batch: Vec::new(),
             guest_errors: LogLimit::default(),
+            breaks: LogLimit::default(),
             exit: false,
         }
     }
 
     fn run(mut self) {
         let mut events = [EpollEvent::empty(); 4];
+        let mut more = false;
         while !self.exit {
-            let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+            // With more to do only look at what else is there.
+            let timeout = if more { EpollTimeout::ZERO } else { EpollTimeout::NONE };
+            let count = match self.epoll.wait(&mut events, timeout) {
                 Ok(count) => count,
                 Err(nix::Error::EINTR) => continue,
                 // The descriptor is ours and valid: nothing else can happen.
@@ -313,7 +319,7 @@ impl Worker {
             if woken_by(Source::Volume) {
                 self.poll_volume();
             }
-            self.work();
+            more = self.work();
         }
     }
 
@@ -339,6 +345,7 @@ impl Worker {
                 },
                 Some(Command::Abandon(answer)) => {
                     self.io = None;
+                    self.mark_abandoned();
                     self.in_flight = 0;
                     self.pending.iter_mut().for_each(|pending| *pending = Pending::default());
                     let _ = answer.send(self.stop_ring());
@@ -423,6 +430,8 @@ impl Worker {
 
     /// Ends the ring; the number is the next available entry.
     fn stop_ring(&mut self) -> Option<u16> {
+        // Requests answered since the last look at the ring.
+        self.publish();
         let ring = self.ring.take()?;
         // Gone already if the front-end closed the last copy of the event.
         let _ = self.epoll.delete(ring.kick.as_fd());
@@ -440,25 +449,23 @@ impl Worker {
         }
     }
 
-    /// Takes and sends requests until the ring is empty, then asks for a kick.
-    fn work(&mut self) {
-        loop {
-            self.take_all();
-            self.send();
-            match &mut self.ring {
-                Some(ring) if !ring.broken && ring.draining.is_none() => {
-                    let more = ring.queue.enable_kicks();
-                    if let (Some(log), Some(used)) = (&ring.setup.log, ring.setup.log_used_at) {
-                        let (offset, len) = ring.queue.kick_wish_range();
-                        log.mark(used.wrapping_add(offset), len);
-                    }
-                    if !more {
-                        return;
-                    }
-                }
-                _ => return,
-            }
+    /// Takes and sends requests, one ring full at most, then asks for a kick.
+    /// True: there are more, which no kick will tell of. They have to wait for a
+    /// look at answers and commands, or a guest that refills the ring as fast as
+    /// it is emptied could keep those waiting for ever.
+    fn work(&mut self) -> bool {
+        self.take_all();
+        self.send();
+        let Some(ring) = &mut self.ring else { return false };
+        if ring.broken || ring.draining.is_some() {
+            return false;
         }
+        let more = ring.queue.enable_kicks();
+        if let (Some(log), Some(used)) = (&ring.setup.log, ring.setup.log_used_at) {
+            let (offset, len) = ring.queue.kick_wish_range();
+            log.mark(used.wrapping_add(offset), len);
+        }
+        more
     }
 
     /// Sends what was submitted; a driver that answers at once may make a
@@ -475,8 +482,6 @@ impl Worker {
     }
 
     fn take_all(&mut self) {
-        // One turn is bounded by the ring: a guest that refills it as fast as it
-        // is emptied must not keep answers and commands waiting.
         let Some(ring) = &self.ring else { return };
         ring.queue.disable_kicks();
         for _ in 0..ring.queue.size() {
@@ -510,7 +515,7 @@ impl Worker {
         if let Some(err) = &ring.setup.err {
             signal(err);
         }
-        if let Some(suppressed) = self.guest_errors.permit() {
+        if let Some(suppressed) = self.breaks.permit() {
             tracing::warn!(
                 disk = self.disk.name,
                 queue = self.index,
@@ -538,7 +543,7 @@ impl Worker {
             iovecs::peek_front(&chain.readable, &mut segment);
         }
         let writable_bytes = iovecs::total(&chain.writable);
-        let Some(status) = status else {
+        let Some(status) = status.filter(|_| !chain.tail_missing) else {
             self.complain("a request has no room for its status");
             return self.finish(head, None, 0);
         };
@@ -710,6 +715,16 @@ impl Worker {
             && let Some(call) = &ring.setup.call
         {
             signal(call);
+        }
+    }
+
+    /// The storage may have filled a part of any buffer it was given.
+    fn mark_abandoned(&self) {
+        let Some(log) = self.ring.as_ref().and_then(|ring| ring.setup.log.as_ref()) else { return };
+        for pending in &self.pending {
+            if let (true, Some(memory)) = (pending.stage != Stage::Idle, &pending.memory) {
+                mark(log, &memory.0, &pending.data);
+            }
         }
     }
 

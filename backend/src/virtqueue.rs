@@ -158,6 +158,9 @@ pub struct Chain {
     /// A piece was not in guest memory, or a readable piece followed a writable
     /// one: the request must fail.
     pub faulty: bool,
+    /// The last writable piece was not in guest memory, so the end of
+    /// `writable` is not the end of what the guest offered.
+    pub tail_missing: bool,
 }
 
 impl Chain {
@@ -165,6 +168,7 @@ impl Chain {
         self.readable.clear();
         self.writable.clear();
         self.faulty = false;
+        self.tail_missing = false;
     }
 }
 
@@ -315,8 +319,9 @@ impl Virtqueue {
     }
 
     fn collect(&self, descriptor: Descriptor, chain: &mut Chain) {
-        let Chain { readable, writable, faulty } = chain;
-        let buffers = if descriptor.flags & DESC_WRITE != 0 {
+        let Chain { readable, writable, faulty, tail_missing } = chain;
+        let writes = descriptor.flags & DESC_WRITE != 0;
+        let buffers = if writes {
             writable
         } else {
             // virtio 1.2 2.7.4.2: writable descriptors come after readable ones.
@@ -331,6 +336,9 @@ impl Virtqueue {
             },
         );
         *faulty |= !whole;
+        if writes && descriptor.len > 0 {
+            *tail_missing = !whole;
+        }
     }
 
     /// Fills the next used entry; the guest sees it after [`Virtqueue::publish`].

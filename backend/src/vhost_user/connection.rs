@@ -7,11 +7,16 @@ use std::time::Duration;
 
 use nix::sys::socket::{self, ControlMessage, ControlMessageOwned, MsgFlags};
 
-use super::message::{BODY_BYTES_MAX, FDS_MAX, HEADER_BYTES, Header, MessageError, Request};
+use super::message::{BODY_BYTES_MAX, HEADER_BYTES, Header, MessageError, Request};
+use super::session::Refused;
 
 /// How long the rest of a message may take once its first byte is there, and a
 /// reply to be taken: a front-end that stalls in between is broken.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The most descriptors the kernel passes at once (SCM_MAX_FD). With less room
+/// the ones that do not fit would make those that do unreadable, and leak them.
+const SCM_MAX_FDS: usize = 253;
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +30,9 @@ pub enum ConnectionError {
     /// The front-end does not speak the protocol.
     #[error(transparent)]
     Message(#[from] MessageError),
+    /// A request whose answer the front-end waits for was refused.
+    #[error(transparent)]
+    Refused(#[from] Refused),
 }
 
 /// A connected front-end.
@@ -77,7 +85,7 @@ impl Connection {
 
     /// One recvmsg, collecting passed descriptors.
     fn receive_some(&mut self, into: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
-        let mut space = nix::cmsg_space!([RawFd; FDS_MAX]);
+        let mut space = nix::cmsg_space!([RawFd; SCM_MAX_FDS]);
         loop {
             let mut iov = [IoSliceMut::new(into)];
             let received = socket::recvmsg::<()>(

@@ -210,6 +210,16 @@ pub enum Request {
     Unknown(u32),
 }
 
+/// Whether a request has an answer of its own. A refusal has no place in that
+/// answer, and a front-end that gets none waits for ever.
+#[must_use]
+pub fn has_own_answer(request: u32) -> bool {
+    // GET_FEATURES, SET_LOG_BASE, GET_VRING_BASE, GET_PROTOCOL_FEATURES,
+    // GET_QUEUE_NUM, GET_CONFIG, GET_INFLIGHT_FD, GET_MAX_MEM_SLOTS,
+    // SET_DEVICE_STATE_FD, CHECK_DEVICE_STATE.
+    matches!(request, 1 | 6 | 11 | 15 | 17 | 24 | 31 | 36 | 42 | 43)
+}
+
 /// Why a message cannot be read. The connection is beyond repair.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MessageError {

@@ -37,6 +37,9 @@ const STATE_NO_FD: u64 = 1 << 8;
 /// How often a waiting drain looks at whether it still should wait.
 const DRAIN_TICK: Duration = Duration::from_millis(50);
 
+/// Rings that stop with less than this between them stop for one reason.
+const STOPPING_TOGETHER: Duration = Duration::from_secs(1);
+
 /// What is sent back.
 #[derive(Debug)]
 pub enum Reply {
@@ -68,6 +71,11 @@ pub enum Refused {
     /// A ring size that is not a power of two up to 32768.
     #[error("the front-end asked for a ring of {0} entries")]
     RingSize(u32),
+    /// The size of a running ring.
+    #[error(
+        "the front-end changed the size of ring {0} while it runs; it has to stop the ring first"
+    )]
+    Running(u32),
     /// A region, log or table that cannot be mapped.
     #[error("cannot map {what} of the front-end")]
     Map {
@@ -143,9 +151,10 @@ pub struct Session<'a> {
     inflight: Option<Arc<InflightRegion>>,
     log: Option<Arc<DirtyLog>>,
     channel: Option<BackendChannel>,
-    /// When the first ring of those that stop now began to: a front-end stops
-    /// them one by one, and the wait for dead storage is not to add up.
-    stopping_since: Option<Instant>,
+    /// When the first ring of those that stop now began to, and when the latest
+    /// had stopped: a front-end stops them one by one, and the wait for dead
+    /// storage is not to add up.
+    stopping: Option<(Instant, Instant)>,
 }
 
 impl<'a> Session<'a> {
@@ -164,7 +173,7 @@ impl<'a> Session<'a> {
             inflight: None,
             log: None,
             channel: None,
-            stopping_since: None,
+            stopping: None,
         }
     }
 
@@ -222,11 +231,22 @@ impl<'a> Session<'a> {
                 if !num.is_power_of_two() || num > QUEUE_SIZE_MAX {
                     return Err(Refused::RingSize(num));
                 }
-                self.ring(index)?.num = num;
+                let ring = self.ring(index)?;
+                // Its table of requests has one entry per descriptor.
+                if ring.running && ring.num != num {
+                    return Err(Refused::Running(index));
+                }
+                ring.num = num;
             }
             Request::SetVringAddr(addr) => {
-                self.ring(addr.index)?.addr = Some(addr);
-                self.apply(addr.index as usize);
+                let ring = self.ring(addr.index)?;
+                let before = ring.addr.replace(addr);
+                let index = addr.index as usize;
+                if self.rings[index].running && self.setup(index).is_none() {
+                    self.rings[index].addr = before;
+                    return Err(Refused::Start { index, source: unusable() });
+                }
+                self.apply(index);
             }
             Request::SetVringBase { index, base } => {
                 // The upper bits belong to packed rings.
@@ -460,7 +480,6 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         let Some(kick) = ring.kick.clone() else { return Ok(()) };
-        let unusable = || std::io::Error::other("its addresses are not in the guest's memory");
         let setup =
             self.setup(index).ok_or_else(|| Refused::Start { index, source: unusable() })?;
         let number = u16::try_from(index).expect("queues are counted in u16");
@@ -468,7 +487,7 @@ impl<'a> Session<'a> {
             self.inflight.as_ref().and_then(|region| region.ring(number, setup.addresses.size()));
         let start = RingStart { setup, kick, base: self.rings[index].base, inflight };
         self.queues[index].start(start).map_err(|source| Refused::Start { index, source })?;
-        self.stopping_since = None;
+        self.stopping = None;
         self.rings[index].running = true;
         tracing::debug!(disk = self.disk.name, queue = index, "ring started");
         Ok(())
@@ -484,7 +503,11 @@ impl<'a> Session<'a> {
         }
         let queue = &self.queues[index];
         let draining = queue.drain();
-        let begun = *self.stopping_since.get_or_insert_with(Instant::now);
+        let now = Instant::now();
+        let begun = match self.stopping {
+            Some((begun, latest)) if now.duration_since(latest) < STOPPING_TOGETHER => begun,
+            _ => now,
+        };
         let next_avail = loop {
             if let DrainState::Stopped(next_avail) = draining.wait(DRAIN_TICK) {
                 break next_avail;
@@ -501,11 +524,16 @@ impl<'a> Session<'a> {
                 break queue.abandon();
             }
         };
+        self.stopping = Some((begun, Instant::now()));
         if let Some(next_avail) = next_avail {
             self.rings[index].base = next_avail;
         }
         tracing::debug!(disk = self.disk.name, queue = index, "ring stopped");
     }
+}
+
+fn unusable() -> std::io::Error {
+    std::io::Error::other("its addresses are not in the guest's memory")
 }
 
 fn map_region(region: Region, fd: &OwnedFd) -> Result<Arc<MemoryRegion>, Refused> {
