@@ -69,6 +69,9 @@ pub(crate) enum VolumeCommand {
         /// Do not ask
         #[arg(long)]
         yes: bool,
+        /// Delete although read-only or standby clients are connected; an owner must be fenced first
+        #[arg(long)]
+        force: bool,
         #[command(flatten)]
         common: Common,
     },

@@ -140,8 +140,9 @@ impl Client {
         self.post(&format!("/{name}/fence"), &body)
     }
 
-    pub(crate) fn delete(&self, name: &str) -> Result<Value, CallError> {
-        self.answer(self.agent.delete(self.url(&format!("/{name}"))).call())
+    pub(crate) fn delete(&self, name: &str, force: bool) -> Result<Value, CallError> {
+        let force = if force { "?force=true" } else { "" };
+        self.answer(self.agent.delete(self.url(&format!("/{name}{force}"))).call())
     }
 
     fn url(&self, path: &str) -> String {

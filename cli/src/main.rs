@@ -90,7 +90,7 @@ fn run(command: VolumeCommand) -> Result<(), Failure> {
                 format!("resized {} to {}\n", volume.name, view::size(&answer["size_bytes"]))
             })
         }
-        VolumeCommand::Delete { volume, yes, common } => {
+        VolumeCommand::Delete { volume, yes, force, common } => {
             let client = client(&common);
             if !yes {
                 if !io::stdin().is_terminal() {
@@ -100,7 +100,7 @@ fn run(command: VolumeCommand) -> Result<(), Failure> {
                 let found = client.show(&volume.name)?;
                 ask(&volume.name, &found)?;
             }
-            let answer = match client.delete(&volume.name)? {
+            let answer = match client.delete(&volume.name, force)? {
                 Value::Null => json!({"name": volume.name, "deleted": true}),
                 answer => answer,
             };
@@ -142,11 +142,11 @@ fn ask(name: &str, found: &Value) -> Result<(), Failure> {
 }
 
 fn fenced(name: &str, answer: &Value) -> String {
-    // The record itself, or a volume that contains it.
-    let access = answer.get("access").unwrap_or(answer);
-    let next = match &access["owner"]["name"] {
-        Value::Null => "anybody but the old owner may claim it".to_owned(),
-        owner => format!("only {} may claim it", view::text(owner)),
+    let access = &answer["access"];
+    let next = match (&access["owner"], &access["barred"]) {
+        (Value::Null, Value::Null) => "anybody may claim it".to_owned(),
+        (Value::Null, barred) => format!("anybody but {} may claim it", view::text(barred)),
+        (nominee, _) => format!("only {} may claim it", view::text(nominee)),
     };
-    format!("fenced {name}: epoch {}; {next}\n", view::text(&access["epoch"]))
+    format!("fenced {name} at epoch {}; {next}\n", view::text(&access["epoch"]))
 }

@@ -2,27 +2,28 @@
 //!
 //! Fields this version does not know are left out, fields it misses are shown as `-`.
 
+use std::collections::BTreeMap;
+
 use baton_protocol::ByteSize;
 use serde_json::Value;
 
 /// The volumes of a server, one a line.
 pub(crate) fn list(answer: &Value) -> String {
-    let volumes = answer.get("volumes").unwrap_or(answer).as_array().map_or(&[][..], Vec::as_slice);
     let header = ["NAME", "SIZE", "ALLOCATED", "EPOCH", "OWNER"].map(str::to_owned);
-    let rows = volumes.iter().map(|volume| {
+    let rows = items(&answer["volumes"]).iter().map(|volume| {
         let access = &volume["access"];
         [
             text(&volume["name"]),
             size(&volume["size_bytes"]),
             size(&volume["allocated_bytes"]),
             text(&access["epoch"]),
-            text(&access["owner"]["name"]),
+            text(&access["owner"]),
         ]
     });
     table(std::iter::once(header).chain(rows), [Left, Right, Right, Right, Left])
 }
 
-/// One volume, one fact a line.
+/// One volume, one fact a line, then who is connected.
 pub(crate) fn show(volume: &Value) -> String {
     let access = &volume["access"];
     let mut rows = vec![
@@ -32,25 +33,37 @@ pub(crate) fn show(volume: &Value) -> String {
         ["allocated".to_owned(), with_bytes(&volume["allocated_bytes"])],
         ["phase".to_owned(), text(&access["phase"])],
         ["epoch".to_owned(), text(&access["epoch"])],
-        ["owner".to_owned(), text(&access["owner"]["name"])],
+        ["owner".to_owned(), text(&access["owner"])],
     ];
     if !access["barred"].is_null() {
-        rows.push([
-            "barred".to_owned(),
-            format!("{} (fenced; another must claim first)", text(&access["barred"])),
-        ]);
+        let barred = format!("{} (fenced; another must claim first)", text(&access["barred"]));
+        rows.push(["barred".to_owned(), barred]);
     }
-    if let Some(sessions) = volume["sessions"].as_array() {
-        rows.push(["sessions".to_owned(), sessions.len().to_string()]);
-        rows.extend(sessions.iter().map(|session| {
-            let words = ["owner", "mode", "queues", "connections", "peer"]
-                .iter()
-                .filter(|name| !session[**name].is_null())
-                .map(|name| format!("{name}={}", text(&session[*name])));
-            [String::new(), words.collect::<Vec<_>>().join(" ")]
-        }));
+    let facts = table(rows, [Left, Left]);
+    let sessions = sessions(items(&volume["sessions"]));
+    if sessions.is_empty() {
+        return format!("{facts}nobody is connected\n");
     }
-    table(rows, [Left, Left])
+    let header = ["SESSION", "MODE", "EPOCH", "CONNECTIONS", "OWNER"].map(str::to_owned);
+    let rows = std::iter::once(header).chain(sessions);
+    format!("{facts}\n{}", table(rows, [Left, Left, Right, Right, Left]))
+}
+
+/// The server lists connections, one for each queue; people think in clients.
+fn sessions(connections: &[Value]) -> Vec<[String; 5]> {
+    let mut clients: BTreeMap<[String; 4], usize> = BTreeMap::new();
+    for connection in connections {
+        let client = ["session", "mode", "epoch", "owner"].map(|field| text(&connection[field]));
+        *clients.entry(client).or_default() += 1;
+    }
+    let row = |([session, mode, epoch, owner], count): ([String; 4], usize)| {
+        [session, mode, epoch, count.to_string(), owner]
+    };
+    clients.into_iter().map(row).collect()
+}
+
+fn items(list: &Value) -> &[Value] {
+    list.as_array().map_or(&[], Vec::as_slice)
 }
 
 /// A size in bytes as people write it.
@@ -138,17 +151,40 @@ mod tests {
 
     #[test]
     fn a_list_is_aligned() {
-        let answer = json!([
-            {"name": "a", "size_bytes": 10_u64 << 30, "allocated_bytes": 0, "access": {"epoch": 12, "owner": {"name": "host:vm"}}},
+        let answer = json!({"volumes": [
+            {"name": "a", "size_bytes": 10_u64 << 30, "allocated_bytes": 0, "access": {"epoch": 12, "owner": "host:vm"}},
             {"name": "longer", "size_bytes": 1 << 20, "allocated_bytes": 1 << 20, "access": {"epoch": 0, "owner": null}},
-        ]);
+        ]});
         assert_eq!(
             list(&answer),
             "NAME    SIZE  ALLOCATED  EPOCH  OWNER\n\
              a        10G          0     12  host:vm\n\
              longer    1M         1M      0  -\n"
         );
-        assert_eq!(list(&json!({"volumes": answer})), list(&answer));
+    }
+
+    #[test]
+    fn connections_are_counted_by_client() {
+        let connection = |session: &str, queue: &str, epoch: u64| json!({"session": session, "queue": queue, "mode": "owner", "epoch": epoch, "owner": "h:vm", "peer": "10.0.0.1:5"});
+        let volume = json!({
+            "name": "v", "id": "00ff", "size_bytes": 1 << 30, "allocated_bytes": 4096,
+            "access": {"epoch": 2, "phase": "owned", "owner": "h:vm", "barred": null},
+            "sessions": [connection("b", "control", 2), connection("b", "0", 2), connection("a", "0", 1)],
+        });
+        assert_eq!(
+            show(&volume),
+            "name       v\n\
+             id         00ff\n\
+             size       1G (1073741824 bytes)\n\
+             allocated  4K (4096 bytes)\n\
+             phase      owned\n\
+             epoch      2\n\
+             owner      h:vm\n\
+             \n\
+             SESSION  MODE   EPOCH  CONNECTIONS  OWNER\n\
+             a        owner      1            1  h:vm\n\
+             b        owner      2            2  h:vm\n"
+        );
     }
 
     #[test]

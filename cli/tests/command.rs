@@ -35,6 +35,12 @@ fn answer_once(answer: &'static str) -> (String, JoinHandle<String>) {
     (address, server)
 }
 
+fn http(status: &str, body: &str) -> &'static str {
+    let length = body.len();
+    format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}")
+        .leak()
+}
+
 fn read_request(stream: &mut TcpStream) -> String {
     let mut text = String::new();
     let mut buf = [0; 4096];
@@ -88,11 +94,7 @@ fn nobody_there_is_status_3() {
 fn a_refusal_is_printed_as_the_server_put_it() {
     let body =
         r#"{"type":"t","title":"volume exists","detail":"choose another name","status":409}"#;
-    let text = format!(
-        "HTTP/1.1 409 Conflict\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
-        body.len()
-    );
-    let (address, server) = answer_once(text.leak());
+    let (address, server) = answer_once(http("409 Conflict", body));
     let output = baton(&address, &["volume", "create", "v", "--size", "1G"]);
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(stderr(&output), "baton: volume exists: choose another name\n");
@@ -105,9 +107,9 @@ fn a_refusal_is_printed_as_the_server_put_it() {
 #[test]
 fn what_is_not_a_storage_server_is_status_4() {
     for answer in [
-        "HTTP/1.1 200 OK\r\ncontent-length: 5\r\nconnection: close\r\n\r\n<html",
-        "HTTP/1.1 404 Not Found\r\ncontent-length: 9\r\nconnection: close\r\n\r\nnot found",
-        "HTTP/1.1 500 Oops\r\ncontent-length: 49\r\nconnection: close\r\n\r\n{\"title\":\"pool failed\",\"detail\":\"the disk broke\"}",
+        http("200 OK", "<html"),
+        http("404 Not Found", "not found"),
+        http("500 Oops", r#"{"title":"pool failed","detail":"the disk broke"}"#),
         "HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
         "SSH-2.0-nonsense\r\n\r\n",
         "",
@@ -122,9 +124,8 @@ fn what_is_not_a_storage_server_is_status_4() {
 
 #[test]
 fn json_is_what_the_server_said() {
-    let (address, server) = answer_once(
-        "HTTP/1.1 200 OK\r\ncontent-length: 37\r\nconnection: close\r\n\r\n[{\"name\":\"a\",\"from_the_future\":true}]",
-    );
+    let body = r#"{"volumes":[{"name":"a","from_the_future":true}]}"#;
+    let (address, server) = answer_once(http("200 OK", body));
     let output = baton("127.0.0.1:1", &["volume", "list", "--json", "--server", &address]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let text = String::from_utf8(output.stdout).expect("text");

@@ -1,0 +1,121 @@
+//! The operator manages volumes with `baton`, and is told in one sentence what is wrong.
+
+use baton_integration::baton::Storage;
+use baton_integration::workspace::{TestDir, program};
+use serde_json::Value;
+use std::process::{Command, Stdio};
+
+struct Operator {
+    server: String,
+}
+
+impl Operator {
+    fn run(&self, args: &[&str]) -> (i32, String, String) {
+        let output = Command::new(program("baton").unwrap())
+            .args(args)
+            .env("BATON_SERVER", &self.server)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+    }
+
+    fn does(&self, args: &[&str]) -> String {
+        let (status, out, err) = self.run(args);
+        assert_eq!((status, err.as_str()), (0, ""), "{args:?}");
+        out
+    }
+
+    fn is_refused(&self, args: &[&str], why: &str) {
+        let (status, out, err) = self.run(args);
+        assert_eq!((status, out.as_str()), (1, ""), "{args:?}: {err}");
+        assert!(err.starts_with("baton: ") && err.contains(why), "{args:?}: {err}");
+        assert_eq!(err.lines().count(), 1, "{err}");
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        serde_json::from_str(&self.does(args)).unwrap()
+    }
+}
+
+fn start(dir: &TestDir) -> (Storage, Operator) {
+    let storage = Storage::start(dir.path(), &[]).unwrap();
+    let server = storage.admin_address().to_string();
+    (storage, Operator { server })
+}
+
+#[test]
+fn a_volume_is_created_listed_shown_grown_and_deleted() {
+    let dir = TestDir::new("cli").unwrap();
+    let (_storage, op) = start(&dir);
+    assert_eq!(op.does(&["volume", "list"]), "NAME  SIZE  ALLOCATED  EPOCH  OWNER\n");
+    assert_eq!(op.does(&["volume", "create", "a", "--size", "10G"]), "created a, 10G\n");
+    op.does(&["volume", "create", "b", "--size", "512"]);
+    let list = op.does(&["volume", "list"]);
+    let lines: Vec<_> = list.lines().collect();
+    assert_eq!(lines[1..], ["a      10G          0      0  -", "b      512          0      0  -"]);
+
+    assert_eq!(op.does(&["volume", "resize", "a", "--size", "20G"]), "resized a to 20G\n");
+    let shown = op.json(&["volume", "show", "a", "--json"]);
+    assert_eq!(shown["size_bytes"], 20_u64 << 30);
+    assert_eq!(shown["access"]["phase"], "free");
+    let text = op.does(&["volume", "show", "a"]);
+    assert!(text.contains("size       20G (21474836480 bytes)\n"), "{text}");
+    assert!(text.ends_with("nobody is connected\n"), "{text}");
+
+    assert_eq!(op.does(&["volume", "delete", "a", "--yes"]), "deleted a\n");
+    let deleted = op.json(&["volume", "delete", "b", "--yes", "--json"]);
+    assert_eq!(deleted["deleted"], true);
+    assert_eq!(op.json(&["volume", "list", "--json"])["volumes"], Value::Array(vec![]));
+}
+
+#[test]
+fn each_refusal_is_one_sentence() {
+    let dir = TestDir::new("cli").unwrap();
+    let (_storage, op) = start(&dir);
+    op.does(&["volume", "create", "a", "--size", "1G"]);
+    op.is_refused(&["volume", "create", "a", "--size", "1G"], "already exists");
+    op.is_refused(&["volume", "create", "odd", "--size", "1000"], "512");
+    op.is_refused(&["volume", "resize", "a", "--size", "1M"], "shrink");
+    for args in [
+        &["volume", "show", "none"][..],
+        &["volume", "resize", "none", "--size", "1G"],
+        &["volume", "delete", "none", "--yes"],
+        &["volume", "fence", "none", "--reason", "test"],
+    ] {
+        op.is_refused(args, "none");
+    }
+    // Without a terminal there is nobody to ask, and the volume stays.
+    let (status, _, err) = op.run(&["volume", "delete", "a"]);
+    assert_eq!(status, 2, "{err}");
+    op.does(&["volume", "show", "a"]);
+}
+
+#[test]
+fn a_fence_names_who_may_come_next() {
+    let dir = TestDir::new("cli").unwrap();
+    let (storage, op) = start(&dir);
+    op.does(&["volume", "create", "a", "--size", "1G"]);
+    let fence = ["volume", "fence", "a", "--reason", "drill"];
+    assert_eq!(op.does(&fence), "fenced a at epoch 1; anybody may claim it\n");
+    let nominee = [&fence[..], &["--nominee", "host-b:vm"]].concat();
+    assert_eq!(op.does(&nominee), "fenced a at epoch 2; only host-b:vm may claim it\n");
+    assert_eq!(op.does(&fence), "fenced a at epoch 3; anybody but host-b:vm may claim it\n");
+    assert!(op.does(&["volume", "show", "a"]).contains("barred     host-b:vm (fenced"), "shown");
+    assert!(storage.daemon.log().contains("drill"), "the reason is in the server's log");
+}
+
+#[test]
+fn a_data_port_and_a_dead_server_are_told_apart() {
+    let dir = TestDir::new("cli").unwrap();
+    let (mut storage, op) = start(&dir);
+    let data = storage.data_address().to_string();
+    let (status, _, err) = op.run(&["volume", "list", "--server", &data]);
+    assert_eq!(status, 4, "{err}");
+    assert!(err.contains("data port"), "{err}");
+    storage.daemon.kill().unwrap();
+    let (status, _, err) = op.run(&["volume", "list"]);
+    assert_eq!(status, 3, "{err}");
+    assert!(err.contains("cannot reach the storage server"), "{err}");
+}
