@@ -50,6 +50,8 @@ impl Daemon {
             File::create(&log).with_context(|| format!("cannot create {}", log.display()))?;
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         die_with_this_thread(&mut command);
+        // Ctrl-C at a terminal is for the one who started it, who then cleans up.
+        command.process_group(0);
         let child = command
             .spawn()
             .with_context(|| format!("cannot start {}", command.get_program().display()))?;
