@@ -4,7 +4,7 @@
 //! thread, so a test must not start it from a thread that ends earlier.
 
 use anyhow::{Context, Result, bail};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
 use nix::unistd::Pid;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -222,16 +222,17 @@ impl Drop for Daemon {
     }
 }
 
-/// Lets the kernel kill the child when the calling thread ends.
+/// Lets the kernel kill the child when the calling thread ends, and starts it with no signal blocked: a caller that
+/// waits for signals itself has them blocked, and a child would inherit that.
 pub(crate) fn die_with_this_thread(command: &mut Command) {
-    // SAFETY: prctl is async-signal-safe and touches no memory.
+    let none = SigSet::empty();
+    // SAFETY: prctl and sigprocmask are async-signal-safe, and the set is a copy that nobody else touches.
     unsafe {
-        command.pre_exec(|| {
-            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == 0 {
-                Ok(())
-            } else {
-                Err(std::io::Error::last_os_error())
+        command.pre_exec(move || {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                return Err(std::io::Error::last_os_error());
             }
+            Ok(sigprocmask(SigmaskHow::SIG_SETMASK, Some(&none), None)?)
         });
     }
 }

@@ -254,11 +254,13 @@ impl Guest {
 
     /// Waits until the running load has completed `more` requests from now on, and returns its counters.
     pub fn wait_progress(&self, more: u64, timeout: Duration) -> Result<Totals> {
-        let first = self.wait_for(timeout, self.heard_so_far(), |l| l.starts_with("io "))?;
+        // Not from the beginning: an earlier load may have counted further.
+        let from = self.heard_so_far();
+        let first = self.wait_for(timeout, from, |l| l.starts_with("io "))?;
         let goal = parse_totals(&first)?.ops + more;
         let reached =
             |l: &str| l.starts_with("io ") && parse_totals(l).is_ok_and(|t| t.ops >= goal);
-        parse_totals(&self.wait_for(timeout, 0, reached)?)
+        parse_totals(&self.wait_for(timeout, from, reached)?)
     }
 
     /// Stops the load and returns its counters, or an error with what it found if it found anything bad.

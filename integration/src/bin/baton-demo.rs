@@ -163,13 +163,13 @@ impl Demo {
         let all = || backend_kills.iter().chain(&server_kills).chain([&quiet]);
         let sum = |what: fn(&Totals) -> u64| all().map(|seen| what(&seen.totals)).sum::<u64>();
         Ok(format!(
-            "\nReport (all of it measured in this run of {total:.0} s)\n\
+            "\nReport: what was seen in this run of {total:.0} s\n\
              \x20 filesystem        8 files of 2 MiB written and read back equal in {fs_s:.1} s, and again after all kills\n\
              \x20 online growth     1G to 2G, seen by the guest {grow_ms} ms after the command began\n\
              \x20 verified I/O      {ops} requests: {errs} errors, {stale} stale or lost, {corrupt} corrupt\n\
              \x20 longest pause     {quiet} ms without an accident\n\
-             \x20   backend killed  {backend} ms, one number per kill\n\
-             \x20   server killed   {server} ms, one number per kill\n\
+             \x20   backend killed  {backend} ms ({KILLS} times kill -9, started again at once)\n\
+             \x20   server killed   {server} ms ({KILLS} times kill -9, started again at once)\n\
              \x20 left running      nothing",
             total = self.started.elapsed().as_secs_f64(),
             ops = sum(|t| t.ops),
@@ -189,7 +189,7 @@ impl Demo {
             Command::new(program("baton")?).args(args).env("BATON_SERVER", admin).output()?;
         let said = [output.stdout, output.stderr].concat();
         for line in String::from_utf8_lossy(&said).lines() {
-            self.say(&format!("           {line}"));
+            self.say(format!("           {line}").trim_end());
         }
         ensure!(output.status.success(), "baton {} ended with {}", args.join(" "), output.status);
         Ok(())
@@ -251,7 +251,7 @@ fn clean_up_when_interrupted(dir: &Path) -> Result<()> {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         signals.add(signal);
     }
-    // Before any other thread exists, so that only the one below gets them. Children start with none blocked.
+    // Before any other thread exists, so that only the one below gets them. Daemons start with none blocked.
     signals.thread_block().context("cannot block signals")?;
     let dir = dir.to_owned();
     std::thread::spawn(move || {

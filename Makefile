@@ -1,0 +1,25 @@
+# Each target is one script or one cargo command; look there for what it needs and how it ends.
+.PHONY: help build demo test bench check
+
+help:
+	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
+	@echo 'make test    every test, as CI runs them'
+	@echo 'make bench   side by side with qemu-storage-daemon, as a table of ratios'
+	@echo 'make check   formatting and lints'
+	@echo 'make build   the programs, in target/release'
+
+build:
+	cargo build --release --workspace --bins
+
+demo:
+	@scripts/demo.sh
+
+test:
+	@.ci/run
+
+bench:
+	@scripts/bench.sh
+
+check:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
