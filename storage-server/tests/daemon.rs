@@ -1,0 +1,253 @@
+//! The program: flags, exit codes, signals, and what a killed server leaves.
+
+mod common;
+
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use baton_protocol::{Event, EventKind, Opcode, QueueId, Status};
+use common::{Client, Daemon, create, daemon_command, greeting, http, json};
+use nix::sys::signal::Signal;
+
+const SIZE: u64 = 64 << 20;
+
+/// Runs to its end; exit code and what it said.
+fn fails(mut command: Command) -> (i32, String) {
+    let output = command.stdin(Stdio::null()).output().expect("it runs");
+    let text = String::from_utf8(output.stderr).expect("text");
+    (output.status.code().expect("an exit code"), text)
+}
+
+#[test]
+fn each_mistake_is_one_sentence_and_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let taken = taken.local_addr().expect("an address").to_string();
+    let file = dir.path().join("config.toml");
+    std::fs::write(&file, "[pool]\ndata_dirr = \"x\"\n").expect("written");
+    let plain = dir.path().join("plain");
+    std::fs::write(&plain, "").expect("written");
+    let (file, plain) = (file.to_str().expect("text"), plain.to_str().expect("text"));
+    for (flags, code, names) in [
+        (vec!["--listen", &taken], 1, taken.as_str()),
+        (vec!["--admin-listen", &taken], 1, "admin"),
+        (vec!["--listen", "nonsense"], 2, "nonsense"),
+        (vec!["--pool-size", "7Q"], 2, "7Q"),
+        (vec!["--workers", "0"], 2, "1 to 64"),
+        (vec!["--log-level", "loud"], 2, "loud"),
+        (vec!["--config", "/nowhere/at-all.toml"], 2, "/nowhere/at-all.toml"),
+        (vec!["--config", file], 2, "data_dirr"),
+        (vec!["--listen-unix", plain], 1, "not a socket"),
+        (vec!["--listen-unix", "/nowhere/at-all.sock"], 1, "/nowhere/at-all.sock"),
+        (vec!["--no-such-flag"], 2, "--no-such-flag"),
+    ] {
+        let mut command = daemon_command(dir.path());
+        // The last one wins is clap's error; so only flags not given yet, or replaced.
+        if flags.contains(&"--listen") || flags.contains(&"--admin-listen") {
+            command = Command::new(env!("CARGO_BIN_EXE_baton-storage"));
+            command.arg("--data-dir").arg(dir.path().join("data"));
+            let other = if flags.contains(&"--listen") { "--admin-listen" } else { "--listen" };
+            command.args([other, "127.0.0.1:0"]);
+        }
+        command.args(&flags);
+        let (got, text) = fails(command);
+        assert_eq!(got, code, "{flags:?}: {text}");
+        assert!(text.contains(names), "{flags:?}: {text}");
+        assert!(!dir.path().join("data").exists(), "{flags:?} left a directory");
+    }
+    let (code, text) = fails(Command::new(env!("CARGO_BIN_EXE_baton-storage")));
+    assert_eq!(code, 2);
+    assert!(text.contains("--data-dir"), "{text}");
+}
+
+#[test]
+fn a_directory_in_use_or_unusable_is_named() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let running = Daemon::start(dir.path());
+    let (code, text) = fails(daemon_command(dir.path()));
+    assert_eq!(code, 1);
+    assert!(text.contains("in use") && text.contains("data"), "{text}");
+    assert_eq!(text.trim_end().lines().count(), 1, "{text}");
+    drop(running);
+    let under_a_file = dir.path().join("file");
+    std::fs::write(&under_a_file, "").expect("written");
+    let (code, text) = fails(daemon_command(&under_a_file));
+    assert_eq!(code, 1);
+    assert!(text.contains("file/data"), "{text}");
+}
+
+/// Kill -9 loses nothing that was acknowledged, and nobody's place.
+#[test]
+fn a_killed_server_comes_back_with_data_and_owner() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let first = Daemon::start(dir.path());
+    create(first.admin, "d", SIZE);
+    let mut owner = Client::welcomed(first.data, "d", "h", 1);
+    for n in 0..64u8 {
+        assert_eq!(owner.write(u64::from(n) * (1 << 19), &[n; 8192]), Status::Ok);
+    }
+    assert_eq!(owner.call(Opcode::Discard, 0, 1 << 20).0, Status::Ok);
+    first.kill();
+
+    let second = Daemon::start(dir.path());
+    let (status, text) =
+        Client::greet(second.data, &greeting("d", "thief", 2)).err().expect("owned");
+    assert_eq!(status, Status::NotOwner, "{text}");
+    let mut hello = greeting("d", "h", 1);
+    (hello.epoch, hello.resume_from) = (1, owner.seq + 1);
+    let (mut again, welcome) = Client::greet(second.data, &hello).expect("rejoins with its epoch");
+    assert_eq!(welcome.epoch.0, 1);
+    for n in 0..64u8 {
+        let expected = if n < 2 { 0 } else { n };
+        assert_eq!(again.read(u64::from(n) * (1 << 19), 8192), [expected; 8192], "{n}");
+    }
+}
+
+/// An epoch that was given is never given to another, whenever the server dies.
+#[test]
+fn epochs_survive_kills() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut last = 0;
+    for round in 0..5u64 {
+        let daemon = Daemon::start(dir.path());
+        if round == 0 {
+            create(daemon.admin, "d", SIZE);
+        }
+        let mut stale = greeting("d", "h", 100 + round - u64::from(round > 0));
+        stale.epoch = last;
+        let client = Client::welcomed(daemon.data, "d", "h", 200 + round);
+        assert!(client.epoch.0 > last, "round {round}");
+        if round > 0 {
+            let refused = Client::greet(daemon.data, &stale).err().expect("fenced");
+            assert_eq!(refused.0, Status::StaleEpoch);
+        }
+        last = client.epoch.0;
+        daemon.kill();
+    }
+}
+
+#[test]
+fn sigterm_tells_clients_and_ends_with_zero() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut daemon = Daemon::start(dir.path());
+        create(daemon.admin, "d", SIZE);
+        let mut hello = greeting("d", "h", 1);
+        hello.queue = QueueId::CONTROL.0;
+        let (mut control, welcome) = Client::greet(daemon.data, &hello).expect("welcomed");
+        control.send(Opcode::Event, welcome.event_id, 0);
+        (hello.queue, hello.epoch) = (0, 1);
+        let (mut queue, _) = Client::greet(daemon.data, &hello).expect("welcomed");
+        let data = daemon.data;
+        let acknowledged = std::thread::spawn(move || {
+            let mut done = 0u64;
+            loop {
+                let sent = queue.header(Opcode::Write, done % 1000 * 4096, 4096);
+                let mut header = sent;
+                header.payload_len = 4096;
+                let bytes = [&header.encode()[..], &[(done % 251).to_le_bytes()[0]; 4096]].concat();
+                if std::io::Write::write_all(&mut queue.stream, &bytes).is_err() {
+                    return done;
+                }
+                match queue.try_reply() {
+                    Ok((reply, _)) if reply.status == Status::Ok => done += 1,
+                    _ => return done,
+                }
+            }
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        let begun = Instant::now();
+        daemon.signal(signal);
+        let (_, body) = control.reply();
+        assert_eq!(Event::decode(&body).expect("an event").kind, EventKind::GoingAway);
+        assert!(control.is_closed());
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert!(begun.elapsed() < Duration::from_secs(15), "bounded");
+        assert!(std::net::TcpStream::connect(data).is_err(), "nobody listens");
+        let done = acknowledged.join().expect("no panic");
+        assert!(done > 0, "there was load");
+        // Everything acknowledged is there.
+        let again = Daemon::start(dir.path());
+        let mut owner = Client::welcomed(again.data, "d", "h", 2);
+        for n in done.saturating_sub(1000)..done {
+            let expected = (n % 251).to_le_bytes()[0];
+            assert_eq!(
+                owner.read(n % 1000 * 4096, 4096)[..16],
+                [expected; 16],
+                "write {n} of {done}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_idle_client_does_not_delay_the_end() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut daemon = Daemon::start(dir.path());
+    create(daemon.admin, "d", SIZE);
+    let owner = Client::welcomed(daemon.data, "d", "h", 1);
+    let silent = Client::connect(daemon.data);
+    let begun = Instant::now();
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait().code(), Some(0));
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    drop((owner, silent));
+}
+
+#[test]
+fn a_unix_socket_serves_and_is_replaced_after_a_kill() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("s.sock");
+    let start = || {
+        let mut command = daemon_command(dir.path());
+        command.arg("--listen-unix").arg(&path);
+        Daemon::from(command)
+    };
+    let first = start();
+    assert!(first.ready.contains(&format!("unix={}", path.display())), "{}", first.ready);
+    assert_eq!(std::fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o660);
+    create(first.admin, "d", SIZE);
+    let hello = |socket: &mut UnixStream| {
+        use std::io::{Read, Write};
+        socket.write_all(&greeting("d", "h", 1).bytes()).expect("sent");
+        let mut welcome = [0; 112];
+        socket.read_exact(&mut welcome).expect("welcomed");
+        baton_protocol::Welcome::decode(&welcome[32..]).expect("a WELCOME")
+    };
+    let mut socket = UnixStream::connect(&path).expect("it listens");
+    assert_eq!(hello(&mut socket).size_bytes, SIZE);
+    let (_, text) = http(first.admin, "GET", "/v1/volumes/d", "");
+    let peer = json(&text)["sessions"][0]["peer"].as_str().expect("a peer").to_owned();
+    assert_eq!(peer, format!("unix pid {}", std::process::id()));
+    // A second server may not take the path of a living one.
+    let other = tempfile::tempdir().expect("a directory");
+    let mut command = daemon_command(other.path());
+    command.arg("--listen-unix").arg(&path);
+    let (code, text) = fails(command);
+    assert!(code == 1 && text.contains("in use"), "{text}");
+    first.kill();
+    let mut second = start();
+    let mut socket = UnixStream::connect(&path).expect("the stale socket was replaced");
+    assert_eq!(hello(&mut socket).size_bytes, SIZE);
+    second.signal(Signal::SIGTERM);
+    assert_eq!(second.wait().code(), Some(0));
+    assert!(!path.exists(), "removed at a clean end");
+}
+
+#[test]
+fn logs_can_be_json() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut command = daemon_command(dir.path());
+    command.args(["--log-format", "json", "--listen-unix", "/nowhere/at-all.sock"]);
+    let (code, _) = fails(command);
+    assert_eq!(code, 1);
+    let mut command = daemon_command(dir.path());
+    command.args(["--log-format", "json", "--no-io-uring"]);
+    let mut daemon = Daemon::from(command);
+    create(daemon.admin, "d", SIZE);
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait().code(), Some(0));
+}
