@@ -123,7 +123,8 @@ fn a_broken_request_is_answered_and_ends_its_connection_only() {
     let fixture = Fixture::start();
     fixture.create("d", SIZE);
     let good = |client: &mut Client| client.header(Opcode::Read, 0, 512);
-    let cases: Vec<(&str, Box<dyn Fn(RequestHeader) -> RequestHeader>, &str)> = vec![
+    type Change = Box<dyn Fn(RequestHeader) -> RequestHeader>;
+    let cases: Vec<(&str, Change, &str)> = vec![
         ("foreign session", Box::new(|h| RequestHeader { session: SessionId(99), ..h }), "session"),
         ("foreign queue", Box::new(|h| RequestHeader { queue: QueueId(9), ..h }), "queue 9"),
         ("a second hello", Box::new(|h| RequestHeader { opcode: Opcode::Hello, ..h }), "HELLO"),
