@@ -35,6 +35,8 @@ fn a_takeover_waits_for_what_was_admitted() {
     wait_for("the record is durable and the gate closed", || {
         Gate::admit(&*volume.gate, 0, Principal::Owner, Epoch(1)).is_none()
     });
+    let (_, text) = http(fixture.admin, "GET", "/v1/volumes/d", "");
+    assert_eq!(json(&text)["access"]["epoch"], 1, "shown while it waits, as it was");
     assert!(new.is_quiet(Duration::from_millis(200)), "not welcomed while one is inside");
     assert_eq!(old.write(0, &[1; 512]), Status::StaleEpoch, "closed meanwhile");
     volume.data.write(0, &[2; 512]).expect("the admitted request takes effect");
@@ -212,6 +214,9 @@ fn reconnects_of_one_queue_do_not_overlap() {
         let mut hello = greeting("d", "h", 1);
         (hello.epoch, hello.resume_from) = (1, last.seq + 1);
         let (mut next, _) = Client::greet(fixture.data, &hello).expect("welcomed");
+        let (_, text) = http(fixture.admin, "GET", "/v1/volumes/d", "");
+        let sessions = json(&text)["sessions"].as_array().map(Vec::len);
+        assert_eq!(sessions, Some(1), "round {n}: the old connection is still there");
         let byte = n.to_le_bytes()[0];
         assert_eq!(next.write(0, &[byte; 4096]), Status::Ok);
         assert_eq!(next.read(0, 4096), [byte; 4096], "round {n}: an old write ran late");

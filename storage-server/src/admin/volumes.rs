@@ -116,8 +116,8 @@ pub(super) struct DeleteOptions {
 }
 
 impl VolumeView {
-    async fn of(volume: &RunningVolume) -> Self {
-        let record = volume.control().await.record.clone();
+    fn of(volume: &RunningVolume) -> Self {
+        let record = volume.record();
         let info = volume.data.info();
         Self {
             id: volume.id().to_string(),
@@ -181,11 +181,8 @@ fn body<T>(body: Body<T>) -> Result<T, Problem> {
 /// Lists the volumes.
 #[utoipa::path(get, path = "/v1/volumes", responses((status = 200, body = VolumeList)))]
 pub(super) async fn list(State(api): State<Arc<Api>>) -> Json<VolumeList> {
-    let mut volumes = Vec::new();
-    for volume in api.volumes.list() {
-        volumes.push(VolumeView::of(&volume).await);
-    }
-    Json(VolumeList { volumes })
+    let volumes = api.volumes.list();
+    Json(VolumeList { volumes: volumes.iter().map(|volume| VolumeView::of(volume)).collect() })
 }
 
 /// Makes a volume. It takes no space until it is written.
@@ -199,7 +196,7 @@ pub(super) async fn create(
     let volume = api.volumes.create(name, size_bytes).await?;
     tracing::info!(volume = volume.data.name(), size_bytes, "created");
     let location = [(header::LOCATION, format!("/v1/volumes/{}", volume.data.name()))];
-    Ok((StatusCode::CREATED, location, Json(VolumeView::of(&volume).await)))
+    Ok((StatusCode::CREATED, location, Json(VolumeView::of(&volume))))
 }
 
 /// Shows a volume, its access record and who is connected.
@@ -209,7 +206,7 @@ pub(super) async fn show(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
 ) -> Result<Json<VolumeView>, Problem> {
-    Ok(Json(VolumeView::of(&*find(&api, &name)?).await))
+    Ok(Json(VolumeView::of(&*find(&api, &name)?)))
 }
 
 /// Deletes a volume that nobody uses.
@@ -240,7 +237,7 @@ pub(super) async fn resize(
     let volume = find(&api, &name)?;
     api.volumes.resize(&name, size_bytes).await?;
     tracing::info!(volume = name, size_bytes, "resized");
-    Ok(Json(VolumeView::of(&volume).await))
+    Ok(Json(VolumeView::of(&volume)))
 }
 
 /// Takes a volume from its owner. Answered when the change is durable and
@@ -262,5 +259,5 @@ pub(super) async fn fence(
     tracing::warn!(
         volume = name, epoch = %record.epoch, barred = record.barred, nominee, term, reason, "fenced"
     );
-    Ok(Json(VolumeView::of(&volume).await))
+    Ok(Json(VolumeView::of(&volume)))
 }

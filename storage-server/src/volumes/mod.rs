@@ -59,6 +59,9 @@ pub struct RunningVolume {
     deleted: AtomicBool,
     control: Arc<tokio::sync::Mutex<Control>>,
     connections: Mutex<HashMap<u64, Connection>>,
+    /// Copy of the record for those who only look: a change may hold the control
+    /// as long as the disk takes.
+    shown: Mutex<AccessRecord>,
 }
 
 /// What only one task at a time may change.
@@ -111,6 +114,7 @@ impl RunningVolume {
             store,
             announce,
             epoch: AtomicU64::new(record.epoch.0),
+            shown: Mutex::new(record.clone()),
             deleted: AtomicBool::new(false),
             control: Arc::new(tokio::sync::Mutex::new(Control { record, seats: HashMap::new() })),
             connections: Mutex::new(HashMap::new()),
@@ -188,6 +192,7 @@ impl RunningVolume {
             // but nobody asks for them again.
             control.seats.clear();
             control.record = record.clone();
+            *volume.shown() = record.clone();
             if moved {
                 volume.publish(EventKind::EpochChanged, record.epoch.0);
             }
@@ -196,6 +201,16 @@ impl RunningVolume {
         .await
         .map_err(|_| ChangeError::Stopped)?
         .map_err(ChangeError::Store)
+    }
+
+    /// The access record, as of the last finished change.
+    #[must_use]
+    pub fn record(&self) -> AccessRecord {
+        self.shown().clone()
+    }
+
+    fn shown(&self) -> std::sync::MutexGuard<'_, AccessRecord> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Records an event and wakes those who wait for one.

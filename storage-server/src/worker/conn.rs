@@ -111,16 +111,17 @@ pub(super) struct Conn {
     pub(super) filled: bool,
     /// Our direction of a lingering connection is closed.
     said_last: bool,
-    /// What epoll watches.
-    pub(super) watching: (bool, bool),
-    pub(super) place: Place,
+    /// What epoll watches, reading and writing; `None` when it is not asked any more.
+    pub(super) watching: Option<(bool, bool)>,
+    // Before the place: when the next connection gets that, this one is not listed.
     pub(super) presence: Presence,
+    pub(super) place: Place,
 }
 
 /// Requests of one connection that may be elsewhere at once.
-const INFLIGHT_MAX: usize = 256;
+pub(super) const INFLIGHT_MAX: usize = 256;
 /// Bytes of read answers that one connection may hold outside its buffers.
-const HELD_BYTES_MAX: usize = 2 << 20;
+pub(super) const HELD_BYTES_MAX: usize = 2 << 20;
 
 impl Conn {
     pub(super) fn new(newcomer: Newcomer) -> Self {
@@ -144,9 +145,9 @@ impl Conn {
             sweeps: 0,
             filled: false,
             said_last: false,
-            watching: (true, false),
-            place,
+            watching: Some((true, false)),
             presence,
+            place,
         }
     }
 

@@ -225,19 +225,18 @@ impl Worker {
         let write = conn.blocked && conn.life != Life::Dead;
         self.context.untidy |=
             conn.input.is_large() || conn.output.is_large() || conn.life == Life::Lingering;
-        if conn.watching != (read, write) {
-            if conn.life == Life::Dead {
-                // Errors are always reported; nobody would listen.
-                let _ = self.context.epoll.delete(&conn.socket);
-                conn.watching = (read, write);
-                return;
-            }
+        let Some(watching) = conn.watching else { return };
+        if conn.life == Life::Dead {
+            // Errors are always reported; nobody would listen.
+            let _ = self.context.epoll.delete(&conn.socket);
+            conn.watching = None;
+        } else if watching != (read, write) {
             let mut flags = EpollFlags::empty();
             flags.set(EpollFlags::EPOLLIN, read);
             flags.set(EpollFlags::EPOLLOUT, write);
             let mut event = EpollEvent::new(flags, index as u64);
             if self.context.epoll.modify(&conn.socket, &mut event).is_ok() {
-                conn.watching = (read, write);
+                conn.watching = Some((read, write));
             }
         }
     }

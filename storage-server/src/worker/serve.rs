@@ -13,7 +13,7 @@ use crate::volumes::{ChangeError, Request, RunningVolume};
 
 use super::Context;
 use super::buffers::SEND_AT;
-use super::conn::{Conn, Life, reply_header};
+use super::conn::{Conn, HELD_BYTES_MAX, INFLIGHT_MAX, Life, reply_header};
 use super::flusher::FlushJob;
 use super::mailbox::{Done, Message};
 use super::pool::{Job, Work};
@@ -261,6 +261,7 @@ impl Context {
             let buffer = vec![0; REPLY_HEADER_BYTES + len];
             self.push_read(volume, index, *header, buffer, pass);
         }
+        debug_assert!(conn.held_bytes < HELD_BYTES_MAX, "throttled before");
         conn.held_bytes += REPLY_HEADER_BYTES + len;
         self.lend(conn);
         None
@@ -368,6 +369,7 @@ impl Context {
 
     /// Counts a request that is handed away.
     fn lend(&self, conn: &mut Conn) {
+        debug_assert!(conn.inflight < INFLIGHT_MAX, "throttled before");
         conn.inflight += 1;
         metrics::add(&self.setup.metrics.inflight, 1);
     }
