@@ -227,6 +227,7 @@ impl Core {
     }
 
     fn have_space(&self, slot: u32) -> Result<(), IoError> {
+        self.probe.at(Step::Space)?;
         if self.pool.available_bytes()? < self.reserve_bytes.saturating_add(EXTENT_BYTES) {
             return Err(IoError::NoSpace);
         }

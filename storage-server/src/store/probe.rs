@@ -8,6 +8,7 @@ pub(super) enum Step {
     SyncPool,
     SyncJournal,
     Journal,
+    Space,
     CheckpointSwapped,
     CheckpointCommit,
     CheckpointCommitted,

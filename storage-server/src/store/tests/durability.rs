@@ -31,6 +31,13 @@ fn acknowledged_writes_survive_a_kill() {
     assert_eq!(read(&again, 5 * MIB, 4096), [0; 4096]);
     assert_eq!(again.info().allocated_bytes, 2 * MIB);
     reopened.check().unwrap();
+    let steps = trace(&reopened);
+    reopened.sync().unwrap();
+    assert_eq!(
+        *steps.lock().unwrap(),
+        [Step::SyncPool, Step::SyncJournal],
+        "the killed server did not sync its records"
+    );
     store.check().unwrap();
 }
 
@@ -40,7 +47,10 @@ fn sync_does_data_before_journal() {
     let steps = trace(&store);
     volume.write(0, &[1]).unwrap();
     store.sync().unwrap();
-    assert_eq!(*steps.lock().unwrap(), [Step::Journal, Step::SyncPool, Step::SyncJournal]);
+    assert_eq!(
+        *steps.lock().unwrap(),
+        [Step::Space, Step::Journal, Step::SyncPool, Step::SyncJournal]
+    );
     steps.lock().unwrap().clear();
     volume.write(0, &[2]).unwrap();
     store.sync().unwrap();
@@ -147,12 +157,15 @@ fn a_failing_checkpoint_fails_the_pool_and_the_next_start_repeats_it() {
 
 #[test]
 fn a_checkpoint_syncs_before_it_commits() {
-    let (_dir, store, volume) = with_volume(8, 8 * MIB);
-    volume.write(0, &[1]).unwrap();
+    let (_dir, store, volume) = with_volume(70, 70 * MIB);
     let steps = trace(&store);
-    store.close().unwrap();
+    for extent in 0..66 {
+        volume.write(extent * MIB, &[1]).unwrap();
+    }
+    store.core.join_checkpoint();
     let steps = steps.lock().unwrap();
     let at = |step| steps.iter().position(|s| *s == step).unwrap();
+    assert!(at(Step::CheckpointSwapped) < at(Step::SyncPool));
     assert!(at(Step::SyncPool) < at(Step::SyncJournal));
     assert!(at(Step::SyncJournal) < at(Step::CheckpointCommit));
 }
@@ -221,6 +234,46 @@ fn a_torn_journal_leaves_a_prefix() {
             let volume = store.volume("v").unwrap();
             assert_eq!(mapping(&volume), now, "byte {at} cut {cut}, second kill");
             assert_eq!(read(&volume, 10 * MIB + 76, 3), [0, 6, 0]);
+            store.check().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_kill_during_a_checkpoint_leaves_records_in_both_files() {
+    use crate::store::layout::{JOURNAL_FILES, RECORD_BYTES};
+    let (dir, store, volume) = with_volume(16, 16 * MIB);
+    for extent in [0, 1, 2, 3] {
+        volume.write(extent * MIB, &[1]).unwrap();
+        volume.discard((extent / 2) * MIB, MIB).unwrap();
+    }
+    let records = store.usage().log_records;
+    let expected = mapping(&volume);
+    let whole = fs::read(dir.path().join(JOURNAL_FILES[0])).unwrap();
+    for split in 1..usize::try_from(records).unwrap() {
+        for (older, newer) in [(0, 1), (1, 0)] {
+            // As if the files had been swapped after `split` records.
+            let killed = snapshot(dir.path());
+            let mut files = [vec![0; whole.len()], vec![0; whole.len()]];
+            let (at, end) = (split * RECORD_BYTES, whole.len());
+            files[older][..at].copy_from_slice(&whole[..at]);
+            files[newer][..end - at].copy_from_slice(&whole[at..]);
+            for (name, bytes) in JOURNAL_FILES.iter().zip(files) {
+                fs::write(killed.path().join(name), bytes).unwrap();
+            }
+            let store = open(killed.path(), 16);
+            let volume = store.volume("v").unwrap();
+            assert_eq!(mapping(&volume), expected, "split {split}");
+            volume.write(9 * MIB, &[5]).unwrap();
+            store.core.join_checkpoint();
+            volume.write(10 * MIB, &[6]).unwrap();
+            let left = u64::try_from(split).unwrap();
+            assert_eq!(store.usage().log_records, records - left + 2, "the older is applied");
+            let now = mapping(&volume);
+            let again = snapshot(killed.path());
+            let store = open(again.path(), 16);
+            assert_eq!(mapping(&store.volume("v").unwrap()), now, "split {split}");
+            store.close().unwrap();
             store.check().unwrap();
         }
     }

@@ -148,5 +148,38 @@ fn growth_beside_discards_of_the_last_extent_loses_nothing() {
         let there = read(&volume, MIB + (sectors - 1) * 512, 512);
         assert!(there.iter().all(|b| *b == 1), "sector {sectors}");
     }
+    // The same without luck: a discard that saw the size before the growth.
+    let kept = store.core.unmap(&volume, &[1], MIB + 512).unwrap();
+    assert_eq!(kept, [1], "an extent that may have new data stays");
+    assert_eq!(read(&volume, MIB + 512, 1), [1]);
     store.check().unwrap();
+}
+
+/// Writers that each sync after every write: whoever returns has a sync that began after its write.
+#[test]
+fn syncs_are_shared_but_never_too_early() {
+    use crate::store::probe::Step;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    let (_dir, store, volume) = with_volume(8, 8 * MIB);
+    volume.write(0, &[1]).unwrap();
+    let begun = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&begun);
+    store.core.probe.watch(move |step| {
+        if step == Step::SyncPool {
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+        Ok(())
+    });
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..50 {
+                    let before = begun.load(Ordering::SeqCst);
+                    store.sync().unwrap();
+                    assert!(begun.load(Ordering::SeqCst) > before);
+                }
+            });
+        }
+    });
+    assert!(begun.load(Ordering::SeqCst) <= 200);
 }

@@ -31,6 +31,35 @@ fn a_full_pool_refuses_new_extents_and_nothing_else() {
 }
 
 #[test]
+fn a_full_filesystem_gets_a_second_chance_after_a_sync() {
+    let (_dir, store, volume) = with_volume(8, 8 * MIB);
+    volume.write(0, &[1]).unwrap();
+    volume.discard(0, MIB).unwrap();
+    let steps = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&steps);
+    let mut full = true;
+    store.core.probe.watch(move |step| {
+        seen.lock().unwrap().push(step);
+        if step == Step::Space && full {
+            return Err(std::io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        full &= step != Step::SyncPool;
+        Ok(())
+    });
+    volume.write(0, &[2]).unwrap();
+    let at = |step| steps.lock().unwrap().iter().position(|s| *s == step);
+    assert!(at(Step::Space) < at(Step::SyncPool) && at(Step::SyncPool).is_some());
+    store.check().unwrap();
+    // Nothing freed, nothing to wait for.
+    store.core.probe.watch(|step| match step {
+        Step::Space => Err(std::io::Error::from_raw_os_error(libc::ENOSPC)),
+        _ => Ok(()),
+    });
+    assert!(matches!(volume.write(MIB, &[2]), Err(IoError::NoSpace)));
+    store.check().unwrap();
+}
+
+#[test]
 fn the_filesystems_reserve_is_kept() {
     let dir = tempfile::tempdir().unwrap();
     let config = PoolConfig { capacity_bytes: None, reserve_bytes: u64::MAX };
@@ -59,7 +88,7 @@ fn a_slot_is_zeroed_and_synced_before_another_volume_gets_it() {
     other.write(512, &[0xBB]).unwrap();
     assert_eq!(
         *steps.lock().unwrap(),
-        [Step::Journal, Step::Punch, Step::SyncPool, Step::SyncJournal, Step::Journal]
+        [Step::Journal, Step::Punch, Step::SyncPool, Step::SyncJournal, Step::Space, Step::Journal]
     );
     let mut expected = vec![0; 1 << 20];
     expected[512] = 0xBB;
@@ -70,7 +99,14 @@ fn a_slot_is_zeroed_and_synced_before_another_volume_gets_it() {
     other.write(MIB, &[0xBB]).unwrap();
     assert_eq!(
         *steps.lock().unwrap(),
-        [Step::VolumeDeleted, Step::Punch, Step::SyncPool, Step::SyncJournal, Step::Journal]
+        [
+            Step::VolumeDeleted,
+            Step::Punch,
+            Step::SyncPool,
+            Step::SyncJournal,
+            Step::Space,
+            Step::Journal
+        ]
     );
     assert!(read(&other, MIB + 1, (1 << 20) - 1) == vec![0; (1 << 20) - 1]);
     store.check().unwrap();
@@ -217,4 +253,26 @@ fn deletion_frees_everything_when_the_last_user_is_done() {
         assert_eq!(read(&store.volume("v").unwrap(), 0, 4), [0; 4]);
         store.check().unwrap();
     }
+}
+
+#[test]
+fn journaled_extents_of_a_deleted_volume_never_reach_the_metadata() {
+    let (dir, store, volume) = with_volume(8, 8 * MIB);
+    volume.write(0, &vec![1; 8 << 20]).unwrap();
+    store.delete_volume("v").unwrap();
+    store.create_volume("w", 8 * MIB).unwrap();
+    store.volume("w").unwrap().write(0, &[2]).unwrap();
+    let killed = snapshot(dir.path());
+    store.close().unwrap();
+    let rows = |store: &Store| {
+        let mut rows = 0;
+        store.core.meta.for_each_extent(|_, _, _| rows += 1).unwrap();
+        rows
+    };
+    assert_eq!(rows(&store), 1);
+    let store = open(killed.path(), 8);
+    store.check().unwrap();
+    assert_eq!(read(&store.volume("w").unwrap(), 0, 2), [2, 0]);
+    store.close().unwrap();
+    assert_eq!(rows(&store), 1);
 }
