@@ -134,6 +134,33 @@ fn a_server_killed_under_load_is_only_a_pause() {
     assert!(events.contains(&VolumeEvent::State(VolumeState::Connected)));
 }
 
+/// Room to send wakes the queue: neither a timer nor an answer must do it.
+#[test]
+fn a_write_larger_than_the_socket_goes_on_as_soon_as_there_is_room() {
+    const BYTES: usize = 64 << 20;
+    let dir = tempfile::tempdir().expect("directory");
+    let server = TinyServer::unix(Server::new(BYTES), dir.path().join("s"));
+    let timing = Timing { ping_after: LONG, dead_after: LONG, ..Timing::default() };
+    let volume = open(&server.uri, &OpenOptions { timing, ..options() }).expect("open");
+    let mut queue = volume.open_queue(0, 4).expect("queue");
+    assert_eq!(run(&mut *queue, Op::Flush, &mut Buffer(Vec::new())), Ok(()));
+    // From now on the server reads and says nothing.
+    server.state().freeze();
+    let mut data = Buffer(vec![6; BYTES]);
+    // SAFETY: the buffer outlives the queue.
+    unsafe { queue.submit(Tag(1), Op::Write { offset: 0 }, &data.iov()) };
+    let start = Instant::now();
+    while server.state().swallowed < BYTES {
+        assert!(start.elapsed() < LONG / 2, "stuck after {} bytes", server.state().swallowed);
+        queue.poll(&mut Vec::new());
+        let sent_all = || server.state().swallowed >= BYTES;
+        while !wait(&*queue, Duration::from_millis(50)) && !sent_all() {
+            assert!(start.elapsed() < LONG / 2, "room to send woke nobody");
+        }
+    }
+    drop(queue);
+}
+
 #[test]
 fn a_silent_connection_is_replaced() {
     let server = TinyServer::tcp(Server::new(1 << 20));

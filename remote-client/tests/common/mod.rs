@@ -67,6 +67,8 @@ pub(crate) struct State {
     pub(crate) server: Server,
     live: HashMap<usize, Live>,
     accepted: usize,
+    /// Bytes that frozen connections took, from their freezing on.
+    pub(crate) swallowed: usize,
 }
 
 impl State {
@@ -159,7 +161,7 @@ impl TinyServer {
             Address::Tcp(address) => format!("baton://{address}/vol"),
             Address::Unix(path) => format!("baton+unix:///vol?socket={}", path.display()),
         };
-        let state = State { server, live: HashMap::new(), accepted: 0 };
+        let state = State { server, live: HashMap::new(), accepted: 0, swallowed: 0 };
         let mut this = Self {
             state: Arc::new(Mutex::new(state)),
             stop: Arc::default(),
@@ -247,6 +249,7 @@ fn serve_connection(state: &Arc<Mutex<State>>, stream: Stream) {
                 return;
             }
             if live.frozen {
+                state.swallowed += n;
                 continue;
             }
             state.server.feed(&mut live.connection, &buffer[..n]);
