@@ -80,8 +80,9 @@ fn every_operation_does_what_it_says() {
     let mut back = vec![0xee; data.len() + 512];
     assert_eq!(run(&mut *queue, Op::Read { offset }, &mut back), Ok(()));
     data.resize(data.len() + 512, 0);
-    data[512..512 + MIB as usize].fill(0);
-    data[512 + 2 * MIB as usize..][..512].fill(0);
+    let mib = usize::try_from(MIB).unwrap();
+    data[512..512 + mib].fill(0);
+    data[512 + 2 * mib..][..512].fill(0);
     assert!(back == data);
     let end = Op::Read { offset: 64 * MIB };
     assert_eq!(run(&mut *queue, end, &mut [0; 512]), Err(IoError::OutOfRange));
