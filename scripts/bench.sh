@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Baton and qemu-storage-daemon side by side, as a table of ratios. Arguments go to `baton-bench compare`
+# (--help says which); --quick is a short run.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+scripts/setup.sh --bench
+echo "bench: building (the first time takes minutes)" >&2
+cargo build --release --quiet --workspace --bins
+target=${CARGO_TARGET_DIR:-$PWD/target}
+case $target in /*) ;; *) target=$PWD/$target ;; esac
+BATON_BIN_DIR=$target/release exec "$target/release/baton-bench" compare "$@"
