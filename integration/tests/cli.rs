@@ -1,9 +1,12 @@
 //! The operator manages volumes with `baton`, and is told in one sentence what is wrong.
 
-use baton_integration::baton::Storage;
+use baton_integration::baton::{Backend, Storage, wait_until};
+use baton_integration::guest::skip_without_qemu;
+use baton_integration::qemu::{Guest, GuestConfig};
 use baton_integration::workspace::{TestDir, program};
 use serde_json::Value;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 struct Operator {
     server: String,
@@ -118,4 +121,44 @@ fn a_data_port_and_a_dead_server_are_told_apart() {
     let (status, _, err) = op.run(&["volume", "list"]);
     assert_eq!(status, 3, "{err}");
     assert!(err.contains("cannot reach the storage server"), "{err}");
+}
+
+/// docs/operations.md, "Fencing by hand": the guest of a fenced backend waits without an error, and goes on when the
+/// fence is undone.
+#[test]
+fn a_fence_by_mistake_is_undone_under_a_running_guest() {
+    if skip_without_qemu("a_fence_by_mistake_is_undone_under_a_running_guest") {
+        return;
+    }
+    const SOON: Duration = Duration::from_secs(60);
+    let dir = TestDir::new("cli").unwrap();
+    let (storage, op) = start(&dir);
+    op.does(&["volume", "create", "a", "--size", "64M"]);
+    let owner = ["--owner", "host-a:vm"];
+    let mut backend =
+        Backend::start(dir.path(), "backend", &storage.uri("a", None), &owner).unwrap();
+    let mut guest = Guest::boot(dir.path(), &GuestConfig::new(&backend.socket)).unwrap();
+    assert!(op.does(&["volume", "list"]).contains("host-a:vm"), "the owner is listed");
+    op.is_refused(&["volume", "delete", "a", "--yes"], "host-a:vm");
+
+    guest.ask("load threads=2 depth=2").unwrap();
+    guest.wait_progress(200, SOON).unwrap();
+    assert_eq!(
+        op.does(&["volume", "fence", "a", "--reason", "by mistake"]),
+        "fenced a at epoch 2; anybody but host-a:vm may claim it\n"
+    );
+    let fenced = || backend.daemon.log().contains("fenced: the volume was given to another owner");
+    wait_until("the backend says that it was fenced", SOON, fenced).unwrap();
+    assert!(guest.wait_progress(1, Duration::from_secs(1)).is_err(), "nothing completes any more");
+    // What a supervisor would do at once is refused.
+    let error = format!("{:#}", backend.kill_and_restart().unwrap_err());
+    assert!(error.contains("was fenced"), "{error}");
+
+    op.does(&["volume", "fence", "a", "--reason", "undo", "--nominee", "host-a:vm"]);
+    backend.restart().unwrap();
+    guest.wait_progress(200, SOON).unwrap();
+    guest.stop_load().unwrap();
+    guest.power_off().unwrap();
+    assert!(backend.daemon.terminate(SOON).unwrap().success());
+    op.does(&["volume", "delete", "a", "--yes"]);
 }
