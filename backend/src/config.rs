@@ -243,7 +243,7 @@ impl Config {
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         let raw: RawConfig = toml::from_str(&text).map_err(|error| ConfigError::Toml {
             path: path.to_owned(),
-            message: error.to_string().trim_end().to_owned(),
+            message: located(&text, &error),
         })?;
         if raw.disk.is_empty() {
             return Err(ConfigError::NoDisks(path.to_owned()));
@@ -311,6 +311,15 @@ fn refuse_duplicates(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         }
     }
     Ok(())
+}
+
+/// A mistake in a file, in one sentence.
+fn located(text: &str, error: &toml::de::Error) -> String {
+    let message = error.message().lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    match error.span().and_then(|span| text.get(..span.start)) {
+        Some(before) => format!("line {}: {message}", before.matches('\n').count() + 1),
+        None => message,
+    }
 }
 
 /// The name a restarted process has again and no other VM has: host and socket.

@@ -26,7 +26,15 @@ fn main() -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
-    let args = Args::parse();
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        // Help and version, which are no mistakes.
+        Err(asked) if !asked.use_stderr() => asked.exit(),
+        Err(error) => {
+            eprintln!("baton-backend: {}; see --help", first_sentence(&error.to_string()));
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
     init_log(&args);
     let activated = std::env::var_os("LISTEN_FDS").is_some();
     let config = match Config::from_args(&args, activated) {
@@ -43,6 +51,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// What is wrong, without the usage text that follows it.
+fn first_sentence(text: &str) -> String {
+    let lines = text.lines().take_while(|line| !line.trim().is_empty());
+    let sentence = lines.map(str::trim).collect::<Vec<_>>().join(" ");
+    sentence.trim_start_matches("error: ").to_owned()
 }
 
 fn init_log(args: &Args) {
