@@ -2,6 +2,7 @@
 //!
 //! Everything runs in this process: the disk server on threads of its own, the front-end in the test.
 
+mod broken;
 mod device;
 mod dirty_log;
 mod drain;
