@@ -1,24 +1,50 @@
-//! How the daemon logs, and how often.
+//! How often the daemon logs what peers and guests can cause.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Between two lines about requests that fail: a guest can make thousands.
+/// Between two lines of one kind: a guest can make thousands of failures a second.
 const PAUSE: Duration = Duration::from_secs(1);
 
-static LAST: Mutex<(Option<Instant>, u64)> = Mutex::new((None, 0));
+/// One kind of line, as a `static` at its place.
+#[derive(Debug)]
+pub struct Sometimes(Mutex<(Option<Instant>, u64)>);
 
-/// Logs at most once a second; `line` is told how many lines were left out.
-pub fn sometimes(line: impl FnOnce(u64)) {
-    let missed = {
-        let mut last = LAST.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let now = Instant::now();
-        if last.0.is_some_and(|at| now.duration_since(at) < PAUSE) {
-            last.1 += 1;
-            return;
+impl Sometimes {
+    /// Nothing said yet.
+    #[must_use]
+    #[allow(clippy::new_without_default, reason = "made in statics only")]
+    pub const fn new() -> Self {
+        Self(Mutex::new((None, 0)))
+    }
+
+    /// Logs at most once a second; `line` is told how many lines were left out.
+    pub fn say(&self, line: impl FnOnce(u64)) {
+        let missed = {
+            let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let now = Instant::now();
+            if last.0.is_some_and(|at| now.duration_since(at) < PAUSE) {
+                last.1 += 1;
+                return;
+            }
+            last.0 = Some(now);
+            std::mem::take(&mut last.1)
+        };
+        line(missed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_is_one_line() {
+        let kind = Sometimes::new();
+        let mut lines = 0;
+        for _ in 0..1000 {
+            kind.say(|_| lines += 1);
         }
-        last.0 = Some(now);
-        std::mem::take(&mut last.1)
-    };
-    line(missed);
+        assert!(lines <= 2, "{lines}");
+    }
 }

@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use crate::admin;
 use crate::config::Config;
 use crate::handshake::{Desk, Lobby, SilentList, Socket};
+use crate::log::Sometimes;
 use crate::metrics::{AcceptMetrics, WorkerMetrics};
 use crate::net::{self, BindError, UnixSocket};
 use crate::store::{OpenError, PoolConfig, PoolError, Store};
@@ -255,7 +256,8 @@ where
                 tokio::spawn(async move { lobby.greet(socket, peer, seat).await });
             }
             Err(error) => {
-                crate::log::sometimes(|missed| {
+                static ACCEPT: Sometimes = Sometimes::new();
+                ACCEPT.say(|missed| {
                     tracing::warn!(%error, missed, "a connection could not be accepted");
                 });
                 tokio::time::sleep(ACCEPT_PAUSE).await;

@@ -28,6 +28,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
+use crate::log::Sometimes;
 use crate::metrics::AcceptMetrics;
 use crate::session::Identity;
 use crate::store::EXTENT_BYTES;
@@ -295,7 +296,8 @@ impl Lobby {
         peer: &str,
     ) {
         self.metrics.refused.fetch_add(1, Ordering::Relaxed);
-        crate::log::sometimes(|missed| {
+        static REFUSED: Sometimes = Sometimes::new();
+        REFUSED.say(|missed| {
             tracing::warn!(peer, status = ?refusal.status, reason = refusal.text, missed, "refused");
         });
         let bytes = reply(opcode, seq, epoch, refusal.status, refusal.text.as_bytes());

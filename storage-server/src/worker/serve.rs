@@ -6,8 +6,9 @@ use baton_protocol::frame::{FLAG_UNMAP, REPLY_HEADER_BYTES, REQUEST_HEADER_BYTES
 use baton_protocol::{Epoch, Opcode, RequestHeader, Status};
 
 use crate::gate::{Gate, Pass, Principal};
+use crate::log::Sometimes;
 use crate::metrics::{self, WorkerMetrics};
-use crate::session::{self, Front, Verdict, Violation};
+use crate::session::{self, Front, Identity, Verdict, Violation};
 use crate::store::{IoError, Volume};
 use crate::volumes::{ChangeError, Request, RunningVolume};
 
@@ -137,11 +138,15 @@ impl Context {
     }
 
     fn end(&self, conn: &mut Conn, why: &Violation) {
-        let presence = &conn.presence;
-        tracing::warn!(
-            volume = presence.volume.data.name(), session = %conn.identity.session,
-            queue = %conn.identity.queue, %why, "connection closed: the peer broke the protocol"
-        );
+        static BROKEN: Sometimes = Sometimes::new();
+        let volume = conn.volume().data.name();
+        let Identity { session, queue, .. } = conn.identity;
+        BROKEN.say(|missed| {
+            tracing::warn!(
+                volume, %session, %queue, %why, missed,
+                "connection closed: the peer broke the protocol"
+            );
+        });
         conn.linger(&self.setup.metrics);
     }
 
@@ -444,13 +449,15 @@ fn outcome(volume: &Volume, header: &RequestHeader, result: Result<(), IoError>)
         IoError::OutOfRange { .. } => Status::OutOfRange,
         IoError::Deleted => Status::Gone,
         IoError::NoSpace => {
-            crate::log::sometimes(|missed| {
+            static NO_SPACE: Sometimes = Sometimes::new();
+            NO_SPACE.say(|missed| {
                 tracing::warn!(volume = volume.name(), offset = header.offset, %error, missed, "a request found no space");
             });
             Status::NoSpace
         }
         IoError::PoolFailed(_) | IoError::Io(_) => {
-            crate::log::sometimes(|missed| {
+            static DISK: Sometimes = Sometimes::new();
+            DISK.say(|missed| {
                 tracing::error!(
                     volume = volume.name(), opcode = ?header.opcode, offset = header.offset,
                     error = &error as &dyn std::error::Error, missed, "a request failed at the disk"
