@@ -208,3 +208,29 @@ fn names_and_sizes() {
         assert_eq!(again.access(info.id).unwrap(), info.name.as_bytes());
     }
 }
+
+#[test]
+fn a_slot_with_two_extents_is_refused() {
+    use crate::store::layout::{JOURNAL_FILES, Record};
+    for (second_slot, sound) in [(1, false), (2, true)] {
+        let (dir, store, volume) = with_volume(8, 8 * MIB);
+        let id = volume.id().0;
+        drop((store, volume));
+        let pool = fs::read(dir.path().join(POOL_FILE)).unwrap();
+        let header = PoolHeader::decode(pool[..64].try_into().unwrap()).unwrap();
+        let path = dir.path().join(JOURNAL_FILES[0]);
+        let journal = fs::File::options().write(true).open(path).unwrap();
+        for (n, (extent, slot)) in (0..).zip([(0, 1), (5, second_slot)]) {
+            let record = Record { seq: n + 1, volume: id, extent, slot };
+            let bytes = record.encode(&header.pool_id);
+            journal.write_all_at(&bytes, n * 32).unwrap();
+        }
+        if sound {
+            open(dir.path(), 8).check().unwrap();
+        } else {
+            let error = refused(dir.path());
+            assert!(matches!(error, OpenError::Corrupt { .. }), "{error}");
+            assert!(error.to_string().contains("another user"), "{error}");
+        }
+    }
+}
