@@ -6,7 +6,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scripts/setup.sh --bench
 echo "bench: building (the first time takes minutes)" >&2
-cargo build --release --quiet --workspace --bins
+# Progress is for people.
+quiet=()
+[[ -t 2 ]] || quiet=(--quiet)
+cargo build --release "${quiet[@]}" --workspace --bins
 target=${CARGO_TARGET_DIR:-$PWD/target}
 case $target in /*) ;; *) target=$PWD/$target ;; esac
 BATON_BIN_DIR=$target/release exec "$target/release/baton-bench" compare "$@"

@@ -12,7 +12,10 @@ command -v cargo >/dev/null || {
     exit 1
 }
 echo "demo: building (the first time takes minutes)" >&2
-cargo build --release --quiet --workspace --bins
+# Progress is for people.
+quiet=()
+[[ -t 2 ]] || quiet=(--quiet)
+cargo build --release "${quiet[@]}" --workspace --bins
 target=${CARGO_TARGET_DIR:-$PWD/target}
 case $target in /*) ;; *) target=$PWD/$target ;; esac
 # Built above; the demo need not ask cargo again.

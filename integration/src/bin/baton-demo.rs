@@ -123,13 +123,13 @@ impl Demo {
         // In the new half: the filesystem is compared again at the end.
         let mut loads = Loads { guest: &mut guest, epoch: 0 };
         let quiet = loads.with("nothing", || Ok(()))?;
-        self.step(&format!("verified load, no accident: {}", quiet.totals));
+        self.step(&format!("verified load, no accident: {}", seen_in(&quiet.totals)));
         let mut backend_kills = Vec::new();
         for n in 1..=KILLS {
             let seen = loads.with("a kill of the backend", || backend.kill_and_restart())?;
             self.step(&format!(
                 "kill -9 of the backend under load ({n} of {KILLS}), started again: {}",
-                seen.totals
+                seen_in(&seen.totals)
             ));
             backend_kills.push(seen);
         }
@@ -138,7 +138,7 @@ impl Demo {
             let seen = loads.with("a kill of the storage server", || storage.kill_and_restart())?;
             self.step(&format!(
                 "kill -9 of the storage server under load ({n} of {KILLS}), started again: {}",
-                seen.totals
+                seen_in(&seen.totals)
             ));
             server_kills.push(seen);
         }
@@ -225,6 +225,12 @@ impl Loads<'_> {
         // Reads everything acknowledged once more; an error, and lost or wrong data, are errors here.
         Ok(Accident { totals: self.guest.stop_load()? })
     }
+}
+
+fn seen_in(totals: &Totals) -> String {
+    let Totals { ops, errs, stale, corrupt, max_gap_ms } = totals;
+    let bad = stale + corrupt;
+    format!("{ops} requests, {errs} errors, {bad} with wrong data, longest pause {max_gap_ms} ms")
 }
 
 fn pauses(seen: &[Accident]) -> String {
