@@ -439,6 +439,12 @@ impl Link {
     /// wake-up per period.
     fn arm(&mut self, now: Instant) {
         let Some(deadline) = self.session.deadline() else {
+            let is_final = matches!(self.session.state(), State::Fenced | State::Lost);
+            // Nothing will ever be due again. Unsetting also forgets a timer
+            // that has fired.
+            if is_final && self.armed.take().is_some() {
+                let _ = self.timer.unset();
+            }
             return;
         };
         if self.armed.is_some_and(|armed| armed <= deadline) {
