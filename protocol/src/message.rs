@@ -187,6 +187,10 @@ pub struct Welcome {
     pub boot_id: u64,
     /// Number of the last event; goes into the first EVENT request.
     pub event_id: u64,
+    /// Rises when changes that were answered and not flushed may have been lost,
+    /// as by a power loss; a restart of the server alone leaves it. Zero: the
+    /// server does not say.
+    pub durability_generation: u64,
 }
 
 /// What happened, in an EVENT reply. Numbers are for ever.
@@ -389,6 +393,7 @@ impl Welcome {
         b[48..52].copy_from_slice(&self.discard_bytes.to_le_bytes());
         b[56..64].copy_from_slice(&self.boot_id.to_le_bytes());
         b[64..72].copy_from_slice(&self.event_id.to_le_bytes());
+        b[72..80].copy_from_slice(&self.durability_generation.to_le_bytes());
         b
     }
 
@@ -412,6 +417,7 @@ impl Welcome {
         let (payload_bytes_max, window_requests, discard_bytes) = (f.u32(), f.u32(), f.u32());
         let _reserved = f.u32();
         let (boot_id, event_id) = (f.u64(), f.u64());
+        let durability_generation = f.u64();
         Ok(Self {
             version,
             mode,
@@ -426,6 +432,7 @@ impl Welcome {
             discard_bytes,
             boot_id,
             event_id,
+            durability_generation,
         })
     }
 }
@@ -506,6 +513,7 @@ mod tests {
             discard_bytes: 0x77,
             boot_id: 0x88,
             event_id: 0x99,
+            durability_generation: 0xaa,
         };
         let mut golden = [0u8; 80];
         for (at, byte) in [
@@ -522,6 +530,7 @@ mod tests {
             (48, 0x77),
             (56, 0x88),
             (64, 0x99),
+            (72, 0xaa),
         ] {
             golden[at] = byte;
         }

@@ -239,6 +239,7 @@ impl Lobby {
             discard_bytes: u32::try_from(EXTENT_BYTES).expect("1 MiB"),
             boot_id: self.boot_id,
             event_id,
+            durability_generation: self.volumes.store().durability_generation(),
         }
         .encode();
         reply(Opcode::Hello, header.seq, epoch, Status::Ok, &body)

@@ -9,12 +9,13 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 
 use super::error::{IoError, MetaError, PoolError};
 use super::extent_map::Unmapped;
+use super::generation::DurabilityRow;
 use super::journal::{FILE_RECORDS, Journal, SWAP_RECORDS};
 use super::layout::{EXTENT_BYTES, Record};
 use super::meta::Meta;
@@ -42,6 +43,10 @@ pub(super) struct Core {
     /// Number of the last sync that succeeded; held while one runs.
     sync_done: Mutex<u64>,
     failed: OnceLock<String>,
+    /// What `meta.redb` says, or would say if the pool's failure could be written.
+    durability: Mutex<DurabilityRow>,
+    /// Whether it says that the pool is clean: looked at before every change.
+    noted_clean: AtomicBool,
     reserve_bytes: u64,
     /// Holds the lock on the directory.
     _lock: File,
@@ -90,6 +95,7 @@ impl Core {
         (pool, meta, journal): (PoolFile, Meta, Journal),
         slots: Slots,
         log: LogCursor,
+        durability: DurabilityRow,
         reserve_bytes: u64,
         lock: File,
     ) -> Arc<Self> {
@@ -105,6 +111,8 @@ impl Core {
             sync_begun: AtomicU64::new(0),
             sync_done: Mutex::new(0),
             failed: OnceLock::new(),
+            durability: Mutex::new(durability),
+            noted_clean: AtomicBool::new(false),
             reserve_bytes,
             _lock: lock,
         });
@@ -144,11 +152,65 @@ impl Core {
         }
         if self.failed.set(reason.clone()).is_ok() {
             tracing::error!(reason, "the extent pool has failed and refuses writes");
+            self.note_failed();
         }
         // Under the lock, so that nobody checks before and waits after.
         let _state = self.state();
         self.checkpoint_ended.notify_all();
         PoolError::Failed { reason }
+    }
+
+    pub(super) fn durability_generation(&self) -> u64 {
+        self.durability().generation
+    }
+
+    /// Everything acknowledged is synced and no change is under way.
+    pub(super) fn note_clean(&self) -> Result<(), PoolError> {
+        let mut row = self.durability();
+        self.check_alive()?;
+        let closed = row.closed();
+        let noted = self.meta.put_durability(closed);
+        if let Err(e) = noted {
+            drop(row);
+            return Err(self.fail("cannot note the clean close", &e));
+        }
+        *row = closed;
+        self.noted_clean.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Comes before every change: after a clean close the pool must not be taken for clean any more.
+    pub(super) fn change_begins(&self) -> Result<(), PoolError> {
+        self.check_alive()?;
+        if !self.noted_clean.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut row = self.durability();
+        let in_use = row.in_use();
+        let noted = self.meta.put_durability(in_use);
+        if let Err(e) = noted {
+            drop(row);
+            return Err(self.fail("cannot note that the pool is in use again", &e));
+        }
+        *row = in_use;
+        self.noted_clean.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// The kernel forgets pages that it could not write, so a restart on the same boot must not believe the page cache.
+    fn note_failed(&self) {
+        let mut row = self.durability();
+        *row = row.failed();
+        if let Err(error) = self.meta.put_durability(*row) {
+            tracing::error!(
+                %error,
+                "the pool's failure cannot be noted either: check the disk and its filesystem before the storage server is started again"
+            );
+        }
+    }
+
+    fn durability(&self) -> MutexGuard<'_, DurabilityRow> {
+        self.durability.lock().expect("nothing panics under this lock")
     }
 
     /// Makes everything acknowledged before the call durable. Calls that wait for the same disk share one sync.

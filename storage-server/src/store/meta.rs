@@ -8,6 +8,7 @@ use std::path::Path;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 
 use super::error::MetaError;
+use super::generation::DurabilityRow;
 use super::layout::{EXTENT_BYTES, FORMAT_VERSION, PoolId};
 
 /// Names and numbers: see the keys below.
@@ -20,6 +21,9 @@ const ACCESS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("access");
 const EXTENTS: TableDefinition<'_, (u64, u32), u32> = TableDefinition::new("extents");
 /// ids of deleted volumes whose extents are still in the table above
 const DELETING: TableDefinition<'_, u64, ()> = TableDefinition::new("deleting");
+
+/// (durability generation, kernel boot id, clean); one row, see `generation`. Pools made before it have no such table.
+const DURABILITY: TableDefinition<'_, (), (u64, u128, bool)> = TableDefinition::new("durability");
 
 const KEY_VERSION: &str = "format_version";
 const KEY_EXTENT_BYTES: &str = "extent_bytes";
@@ -171,6 +175,30 @@ impl Meta {
             txn.open_table(ACCESS)?.insert(id, record)?;
             Ok(())
         })
+    }
+
+    pub(super) fn durability(&self) -> Result<Option<DurabilityRow>, MetaError> {
+        let txn = self.db.begin_read()?;
+        let table = match txn.open_table(DURABILITY) {
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+            table => table?,
+        };
+        Ok(table.get(())?.map(|row| DurabilityRow::from_columns(row.value())))
+    }
+
+    /// Written even if it says what is there already: a killed server may have left that in the page cache only.
+    pub(super) fn put_durability(&self, row: DurabilityRow) -> Result<(), MetaError> {
+        self.change(|txn| {
+            txn.open_table(DURABILITY)?.insert((), row.to_columns())?;
+            Ok(())
+        })
+    }
+
+    /// Makes it look like a pool of an older server.
+    #[cfg(test)]
+    pub(super) fn forget_durability(&self) {
+        let forget = |txn: &WriteTransaction| Ok(drop(txn.delete_table(DURABILITY)?));
+        self.change(forget).unwrap();
     }
 
     /// After this the volume does not exist; its rows in the extents table mean nothing and wait for `purge`.

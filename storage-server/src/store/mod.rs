@@ -16,12 +16,14 @@
 //! | `core` | what volumes share: mapping, unmapping, sync, checkpoint |
 //! | `volume`, `read_plan` | byte ranges of one volume |
 //! | `recovery` | opening a directory |
+//! | `generation` | whether unsynced changes were lost |
 //! | `check` | the pool's invariants as a function |
 
 mod check;
 mod core;
 mod error;
 mod extent_map;
+mod generation;
 mod journal;
 mod layout;
 mod lock;
@@ -47,6 +49,7 @@ use serde::Serialize;
 
 pub use check::{CheckError, CheckReport};
 pub use error::{IoError, MetaError, OpenError, PoolError, VolumeError};
+pub use generation::BootId;
 pub use layout::{EXTENT_BYTES, MAX_VOLUME_BYTES, SECTOR_BYTES};
 pub use read_plan::{ReadPlan, Segment};
 pub use volume::{Volume, VolumeInfo};
@@ -96,7 +99,12 @@ pub struct Store {
 impl Store {
     /// Opens a data directory, makes it if it is missing, and recovers what a killed server left.
     pub fn open(dir: &Path, config: PoolConfig) -> Result<Arc<Self>, OpenError> {
-        let (core, volumes) = recovery::open(dir, &config)?;
+        Self::open_on(dir, config, BootId::of_this_kernel())
+    }
+
+    /// `open` on a named boot of the kernel. For who plays another machine, or a machine that was switched off.
+    pub fn open_on(dir: &Path, config: PoolConfig, boot: BootId) -> Result<Arc<Self>, OpenError> {
+        let (core, volumes) = recovery::open(dir, &config, boot)?;
         let by_name = |v: Volume| (v.name().to_owned(), Arc::new(v));
         Ok(Arc::new(Self {
             core,
@@ -220,9 +228,16 @@ impl Store {
         }
     }
 
-    /// Makes everything durable and applies the journal, so that the next open is quick. The store stays usable.
+    /// Rises, from open to open, when changes that were acknowledged and never synced may have been lost; never zero.
+    pub fn durability_generation(&self) -> u64 {
+        self.core.durability_generation()
+    }
+
+    /// Makes everything durable and applies the journal, so that the next open is quick, and notes that this was done,
+    /// so that a power loss from now on loses nothing. The store stays usable, but no change may be under way.
     pub fn close(&self) -> Result<(), PoolError> {
-        self.core.checkpoint()
+        self.core.checkpoint()?;
+        self.core.note_clean()
     }
 
     /// `pool.dat`, for reads planned by `Volume::plan_read`.

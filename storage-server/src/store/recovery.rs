@@ -14,6 +14,7 @@ use super::PoolConfig;
 use super::core::{Core, Drain, LogCursor, net_effect};
 use super::error::{MetaError, OpenError};
 use super::extent_map::ExtentMap;
+use super::generation::{BootId, DurabilityRow};
 use super::journal::{Journal, Run, chain};
 use super::layout::{
     EXTENT_BYTES, FORMAT_VERSION, JOURNAL_FILES, LOCK_FILE, MAX_SLOTS, META_FILE, META_FILE_NEW,
@@ -25,7 +26,11 @@ use super::pool_file::{PoolFile, slot_offset};
 use super::slots::Slots;
 use super::volume::{Volume, extent_of};
 
-pub(super) fn open(dir: &Path, config: &PoolConfig) -> Result<(Arc<Core>, Vec<Volume>), OpenError> {
+pub(super) fn open(
+    dir: &Path,
+    config: &PoolConfig,
+    boot: BootId,
+) -> Result<(Arc<Core>, Vec<Volume>), OpenError> {
     make_dir(dir)?;
     let files = Files::new(dir);
     let lock = exclusive(dir, &files.lock, true)?;
@@ -52,7 +57,8 @@ pub(super) fn open(dir: &Path, config: &PoolConfig) -> Result<(Arc<Core>, Vec<Vo
     }
     let unused = clear_unused(&pool, &recovered.used).map_err(file("clear", &files.pool))?;
     let slots = Slots::new(capacity_slots(config), slot_max + 1, unused);
-    let core = Core::new((pool, meta, journal), slots, log, config.reserve_bytes, lock);
+    let durability = note_opened(&meta, boot).map_err(files.meta_error())?;
+    let core = Core::new((pool, meta, journal), slots, log, durability, config.reserve_bytes, lock);
     let mut maps = recovered.maps;
     let volumes = loaded.volumes.into_iter().map(|(id, row)| {
         let map = maps.remove(&id).unwrap_or_else(ExtentMap::new);
@@ -371,6 +377,20 @@ fn resume(
         log.used = len(&runs[log.current]);
     }
     Ok(log)
+}
+
+/// Judges what the last server left, durably, before anything is acknowledged by this one.
+fn note_opened(meta: &Meta, boot: BootId) -> Result<DurabilityRow, MetaError> {
+    let found = meta.durability()?;
+    let row = DurabilityRow::opened(found, boot);
+    meta.put_durability(row)?;
+    if found.is_some_and(|found| found.generation != row.generation) {
+        tracing::warn!(
+            generation = row.generation,
+            "the machine or the pool went down while the pool was in use: changes that were never flushed may be gone; clients that had some report a failed flush to their guests"
+        );
+    }
+    Ok(row)
 }
 
 /// Nobody knows what unused slots hold: zeros all of them, neighbours at once, and returns them.

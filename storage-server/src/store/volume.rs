@@ -300,7 +300,7 @@ impl Volume {
 
     fn check_writable(&self, offset: u64, len: u64) -> Result<u64, IoError> {
         let size = self.check(offset, len)?;
-        self.core.check_alive()?;
+        self.core.change_begins()?;
         Ok(size)
     }
 

@@ -225,6 +225,7 @@ mod tests {
             discard_bytes: 1 << 20,
             boot_id: 3,
             event_id: 0,
+            durability_generation: 1,
         }
     }
 

@@ -3,6 +3,7 @@
 mod durability;
 mod model;
 mod opening;
+mod power_loss;
 mod races;
 mod space;
 

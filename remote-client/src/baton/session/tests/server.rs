@@ -22,6 +22,8 @@ pub(crate) struct Server {
     pub(crate) payload_max: u32,
     pub(crate) window_requests: u32,
     pub(crate) last_event: u64,
+    /// Durability generation; zero: the server does not say.
+    pub(crate) generation: u64,
     /// Answer every HELLO with this.
     pub(crate) refuse: Option<Status>,
     /// Answer every request after HELLO with this.
@@ -84,6 +86,7 @@ impl Server {
             payload_max: 1 << 20,
             window_requests: 1024,
             last_event: 0,
+            generation: 1,
             refuse: None,
             refuse_requests: None,
             windows: BTreeMap::new(),
@@ -234,6 +237,7 @@ impl Server {
             discard_bytes: 4096,
             boot_id: 1,
             event_id: self.last_event,
+            durability_generation: self.generation,
         };
         self.reply(c, h, Status::Ok, &welcome.encode());
     }
