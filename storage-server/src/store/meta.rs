@@ -197,8 +197,11 @@ impl Meta {
     /// Makes it look like a pool of an older server.
     #[cfg(test)]
     pub(super) fn forget_durability(&self) {
-        let forget = |txn: &WriteTransaction| Ok(drop(txn.delete_table(DURABILITY)?));
-        self.change(forget).unwrap();
+        let forgotten = self.change(|txn| {
+            assert!(txn.delete_table(DURABILITY)?);
+            Ok(())
+        });
+        forgotten.unwrap();
     }
 
     /// After this the volume does not exist; its rows in the extents table mean nothing and wait for `purge`.
