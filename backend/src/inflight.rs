@@ -195,7 +195,8 @@ impl InflightRing {
 
     /// A request was taken from the available ring.
     pub fn take(&mut self, head: u16) {
-        self.counter += 1;
+        // What it goes on from is the front-end's; any number must do.
+        self.counter = self.counter.wrapping_add(1);
         self.counter_of(head).store(self.counter, Ordering::Relaxed);
         self.inflight(head).store(1, Ordering::Release);
     }
@@ -296,6 +297,10 @@ mod tests {
         ring.last_batch_head().store(1, Ordering::Relaxed);
         ring.next(1).store(1, Ordering::Relaxed);
         assert_eq!(restarted(&fd, description, 40000), [0u16; 0], "a loop ends");
+        ring.inflight(1).store(1, Ordering::Relaxed);
+        ring.counter_of(1).store(u64::MAX, Ordering::Relaxed);
+        assert_eq!(ring.resume(40000), [1]);
+        ring.take(2);
         assert!(region.ring(2, 8).is_none(), "no such ring");
         assert!(region.ring(0, 9).is_none(), "more entries than the table has");
         let lying = InflightDescription { num_queues: 9, ..description };
