@@ -39,7 +39,7 @@ host=$(rustc -vV | sed -n 's/^host: //p')
 export RUSTFLAGS="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing"
-cargo build --quiet --release --locked --manifest-path "$here/fuzz/Cargo.toml" --target "$host" --target-dir "$base"
+cargo build --quiet --release --manifest-path "$here/fuzz/Cargo.toml" --target "$host" --target-dir "$base"
 
 failed=()
 mkdir -p "$base/crashes"
