@@ -449,3 +449,49 @@ fn an_open_waits_for_a_server_that_is_just_starting() {
     server.start();
     assert_eq!(client.join().expect("opened"), 1 << 20);
 }
+
+/// The server's machine goes down and comes back: what was not flushed may be gone.
+#[test]
+fn a_flush_after_a_power_loss_fails_once_if_there_was_something_to_lose() {
+    let mut server = TinyServer::tcp(Server::new(1 << 20));
+    let volume = opened(&server.uri);
+    let mut queues: Vec<_> = (0..2).map(|i| volume.open_queue(i, 4).expect("queue")).collect();
+    let write = Op::Write { offset: 0 };
+    let data = || Buffer(vec![1; 512]);
+    let mut none = Buffer(Vec::new());
+    // A kill of the process alone, and a power loss after a flush, are only pauses.
+    for loss in [0, 1] {
+        for queue in &mut queues {
+            assert_eq!(run(&mut **queue, write, &mut data()), Ok(()));
+        }
+        if loss == 1 {
+            assert_eq!(run(&mut *queues[1], Op::Flush, &mut none), Ok(()));
+        }
+        server.kill();
+        server.state().server.generation += loss;
+        server.start();
+        for queue in &mut queues {
+            assert_eq!(run(&mut **queue, Op::Flush, &mut none), Ok(()), "loss {loss}");
+        }
+    }
+    // One queue's change, another queue's flush; told once, whoever asks.
+    for (writer, other) in [(0, 1), (1, 0)] {
+        assert_eq!(run(&mut *queues[writer], write, &mut data()), Ok(()));
+        server.kill();
+        server.state().server.generation += 1;
+        server.start();
+        assert_eq!(run(&mut *queues[other], Op::Flush, &mut none), Err(IoError::Io));
+        for queue in &mut queues {
+            assert_eq!(run(&mut **queue, Op::Flush, &mut none), Ok(()));
+        }
+    }
+    // A queue that was opened again has not forgotten.
+    assert_eq!(run(&mut *queues[1], write, &mut data()), Ok(()));
+    queues.pop();
+    server.kill();
+    server.state().server.generation += 1;
+    server.start();
+    let mut again = volume.open_queue(1, 4).expect("queue");
+    assert_eq!(run(&mut *again, Op::Flush, &mut none), Err(IoError::Io));
+    assert_eq!(run(&mut *queues[0], Op::Flush, &mut none), Ok(()));
+}

@@ -11,11 +11,13 @@
 //!
 //! | module | noun |
 //! |---|---|
+//! | [`ledger`] | what was acknowledged and not flushed, and whether it was lost |
 //! | [`session`] | one conversation over any number of connections, sans-IO |
 //! | [`link`] | what gives a session a socket, a clock and a descriptor to wait on |
 //! | [`queue`] | a virtqueue's link |
 //! | [`volume`] | the control link, and what all links of a volume share |
 
+pub(crate) mod ledger;
 pub(crate) mod link;
 pub(crate) mod queue;
 pub(crate) mod session;

@@ -134,6 +134,12 @@ impl Reporter {
                     );
                 }
             }
+            Notice::WritesLost(changes) => tracing::error!(
+                volume, %queue, %server, changes,
+                "the storage server went down without a clean stop, and changes that it had \
+                 acknowledged but no flush had covered may be gone; the guest's next flush \
+                 fails so that it knows: check the guest's filesystem and applications"
+            ),
             Notice::Event(_) | Notice::Released => {}
         }
     }

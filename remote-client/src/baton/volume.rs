@@ -17,6 +17,7 @@ use baton_protocol::message::{EventKind, Welcome};
 use baton_protocol::{AccessMode, QueueId, Seq, Status};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::ledger::Ledger;
 use super::link::{Endpoint, Link, Wake};
 use super::queue::{BatonQueue, Halt, Reporter};
 use super::session::{DropReason, Grant, Identity, LostReason, Notice, Session, Timing};
@@ -42,6 +43,7 @@ pub(crate) struct Shared {
     grant: Grant,
     geometry: Geometry,
     size_bytes: AtomicU64,
+    ledger: Arc<Ledger>,
     control: Arc<Wake>,
     hub: Mutex<Hub>,
     /// Signalled when the control thread is done.
@@ -221,6 +223,7 @@ impl BatonVolume {
             grant,
             size_bytes: AtomicU64::new(welcome.size_bytes),
             control: Arc::clone(link.wake()),
+            ledger: Arc::clone(link.session().ledger()),
             hub: Mutex::new(Hub {
                 halt: None,
                 down: BTreeSet::new(),
@@ -319,7 +322,11 @@ fn attempt(
                 Notice::Lost(LostReason::Refused { status, text }) => {
                     return Err(refused(server, who, status, text));
                 }
-                Notice::Lost(_) | Notice::Fenced | Notice::Event(_) | Notice::Released => {}
+                Notice::Lost(_)
+                | Notice::Fenced
+                | Notice::Event(_)
+                | Notice::Released
+                | Notice::WritesLost(_) => {}
             }
         }
         let left = until.saturating_duration_since(Instant::now());
@@ -449,7 +456,8 @@ impl Volume for BatonVolume {
         let grant = Grant { size_bytes: shared.size_bytes.load(Ordering::Acquire), ..shared.grant };
         let now = Instant::now();
         let session =
-            Session::new(who, shared.timing, Some(grant), depth, first, random_nonzero(), now);
+            Session::new(who, shared.timing, Some(grant), depth, first, random_nonzero(), now)
+                .on_ledger(&shared.ledger);
         let link = Link::new(session, Arc::clone(&shared.endpoint), true)?;
         if hub.halt.is_some() {
             link.wake().notify();

@@ -17,6 +17,8 @@
 //!   it. A lost connection completes nothing: unanswered requests are sent
 //!   again, in order and with their old sequence numbers, after the WELCOME of
 //!   the next one.
+//! - A FLUSH that the server answered with success is completed with an error
+//!   when changes from before it were lost with the server's page cache: `ledger`.
 //! - After Fenced or Lost nothing is completed and no guest memory is touched.
 //! - Whatever the server sends, nothing is written outside the buffers of the
 //!   READ that it answers, and nothing panics: the connection is dropped.
@@ -32,6 +34,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_protocol::frame::PAYLOAD_BYTES_MAX;
@@ -39,6 +42,7 @@ use baton_protocol::message::{Event, Welcome};
 use baton_protocol::units::SECTOR_BYTES;
 use baton_protocol::{AccessMode, Epoch, Seq, Status};
 
+use super::ledger::{Account, Ledger};
 use crate::volume::{Completion, IoError, Op, Tag};
 use backoff::Backoff;
 pub(crate) use handshake::{Grant, Identity, LostReason, Violation};
@@ -123,6 +127,8 @@ pub(crate) enum Notice {
     Event(Event),
     /// The volume was given back.
     Released,
+    /// So many changes were acknowledged, not flushed, and may be gone.
+    WritesLost(u64),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,6 +152,7 @@ pub(crate) struct Session {
     /// What requests say about their sender; the epoch is the last WELCOME's.
     stamp: Stamp,
     table: Table,
+    account: Account,
     send: Send,
     receive: Receive,
     backoff: Backoff,
@@ -184,6 +191,7 @@ impl Session {
             state: State::Idle,
             grant,
             table: Table::new(depth, first),
+            account: Arc::<Ledger>::default().open(),
             send: Send::default(),
             receive: Receive::default(),
             backoff: Backoff::new(timing.backoff_min, timing.backoff_max, seed),
@@ -196,6 +204,16 @@ impl Session {
             completed: Vec::with_capacity(depth),
             notices: VecDeque::new(),
         }
+    }
+
+    /// The same session on the books of its volume; before anything was submitted.
+    pub(crate) fn on_ledger(mut self, ledger: &Arc<Ledger>) -> Self {
+        self.account = ledger.open();
+        self
+    }
+
+    pub(crate) fn ledger(&self) -> &Arc<Ledger> {
+        self.account.ledger()
     }
 
     pub(crate) fn state(&self) -> State {
@@ -255,7 +273,7 @@ impl Session {
         let bytes = data.iter().fold(0u64, |sum, v| sum.saturating_add(v.iov_len as u64));
         let (offset, len) = match op {
             Op::Read { offset } | Op::Write { offset } => (offset, bytes),
-            Op::Flush => return self.table.submit(tag, op, &[], 0),
+            Op::Flush => return self.table.submit_flush(tag, self.account.flush_begins()),
             Op::Discard { offset, len } | Op::WriteZeroes { offset, len, .. } => (offset, len),
         };
         let aligned = offset.is_multiple_of(SECTOR_BYTES) && len.is_multiple_of(SECTOR_BYTES);
@@ -419,7 +437,16 @@ impl Session {
         self.table.restamp(welcome.epoch, self.event);
         self.heard = now;
         self.notices.push_back(Notice::Welcomed(welcome));
+        self.account.welcomed(welcome.durability_generation);
+        self.report_lost();
         self.park_event();
+    }
+
+    fn report_lost(&mut self) {
+        let lost = self.account.take_lost();
+        if lost > 0 {
+            self.notices.push_back(Notice::WritesLost(lost));
+        }
     }
 
     fn park_event(&mut self) {

@@ -284,9 +284,24 @@ impl Session {
     }
 
     /// The server answered `seq`: this is progress.
-    fn finish(&mut self, seq: Seq, result: Result<(), IoError>) {
+    fn finish(&mut self, seq: Seq, mut result: Result<(), IoError>) {
         self.backoff.reset();
-        let released = self.table.unanswered(seq).is_some_and(|c| c.purpose == Purpose::Release);
+        let child = self.table.unanswered(seq);
+        if let Some(child) = child
+            && result.is_ok()
+        {
+            // Parts of a request count by themselves: one may be answered before a
+            // power loss and the last one after it.
+            if child.opcode.is_mutation() {
+                self.account.acknowledged();
+            } else if child.opcode == Opcode::Flush {
+                result = self.account.flush_answered(self.table.mark(&child));
+                if result.is_err() {
+                    self.report_lost();
+                }
+            }
+        }
+        let released = child.is_some_and(|c| c.purpose == Purpose::Release);
         if let Some(completion) = self.table.answer(seq, result) {
             self.completed.push(completion);
         }

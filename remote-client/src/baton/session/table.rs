@@ -21,6 +21,7 @@ use std::collections::VecDeque;
 use baton_protocol::frame::{FLAG_UNMAP, REQUEST_HEADER_BYTES, WINDOW_REQUESTS};
 use baton_protocol::{Epoch, Opcode, QueueId, RequestHeader, Seq, SessionId};
 
+use crate::baton::ledger::Mark;
 use crate::volume::{Completion, IoError, Op, Tag};
 
 /// Slots for wire requests: the widest window a server may offer.
@@ -164,6 +165,8 @@ struct Guest {
     /// Wire requests not yet answered.
     open: u32,
     result: Result<(), IoError>,
+    /// Of a FLUSH.
+    mark: Mark,
 }
 
 #[derive(Debug)]
@@ -219,6 +222,7 @@ impl Table {
             cursor: Cursor::default(),
             open: 0,
             result: Ok(()),
+            mark: Mark::default(),
         });
         self.free.push(index);
     }
@@ -271,6 +275,22 @@ impl Table {
         guest.open = 0;
         guest.result = Ok(());
         self.waiting.push_back(index);
+    }
+
+    /// Takes a FLUSH.
+    pub(super) fn submit_flush(&mut self, tag: Tag, mark: Mark) {
+        self.submit(tag, Op::Flush, &[], 0);
+        if let Some(&index) = self.waiting.back() {
+            self.guests[index as usize].mark = mark;
+        }
+    }
+
+    /// What the FLUSH that `child` belongs to remembers.
+    pub(super) fn mark(&self, child: &Child) -> Mark {
+        match child.purpose {
+            Purpose::Guest(index) => self.guests[index as usize].mark,
+            Purpose::Ping | Purpose::Event | Purpose::Release => Mark::default(),
+        }
     }
 
     /// Cuts the next wire request from the oldest waiting guest request, if

@@ -3,6 +3,7 @@
 mod breakage;
 mod lifecycle;
 mod pair;
+mod power_loss;
 mod schedule;
 mod server;
 

@@ -122,6 +122,11 @@ impl Pair {
         }
     }
 
+    /// Another session of the same volume; each pair has a server of its own.
+    pub(super) fn beside(self, other: &Self) -> Self {
+        Self { session: self.session.on_ledger(other.session.ledger()), ..self }
+    }
+
     pub(super) fn submit(&mut self, tag: u32, op: Op, mut memory: Memory) {
         let iov = memory.iov();
         // The vectors move, their heap memory does not.
