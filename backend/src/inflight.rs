@@ -26,6 +26,9 @@ const ENTRY_BYTES: usize = 16;
 /// First version of the layout; zero says "never used".
 const VERSION: u16 = 1;
 
+/// In the features word of ring 0: the guest chose write-through.
+const WRITE_THROUGH: u64 = 1 << 63;
+
 /// Bytes of one ring's part.
 fn ring_bytes(queue_size: u16) -> usize {
     (HEADER_BYTES + ENTRY_BYTES * usize::from(queue_size)).next_multiple_of(64)
@@ -82,6 +85,30 @@ impl InflightRegion {
             return Err(invalid("the in-flight region is not aligned"));
         }
         Ok(Self { mapping: Mapping::new(fd, end)?, offset, num_queues, queue_size })
+    }
+
+    /// The word of ring 0 that the specification keeps for features and that is
+    /// zero in every version so far.
+    fn features(&self) -> Option<&AtomicU64> {
+        let needed = ring_bytes(self.queue_size) * usize::from(self.num_queues);
+        // SAFETY: `map` checked that all rings are mapped, and the alignment.
+        (needed > 0)
+            .then(|| unsafe { AtomicU64::from_ptr(self.mapping.as_ptr().add(self.offset).cast()) })
+    }
+
+    /// Keeps the guest's choice of cache mode for the process that comes next:
+    /// a front-end does not repeat SET_CONFIG when it reconnects, and a guest
+    /// that chose write-through sends no flush.
+    pub fn set_write_through(&self, write_through: bool) {
+        if let Some(features) = self.features() {
+            features.store(u64::from(write_through) * WRITE_THROUGH, Ordering::Release);
+        }
+    }
+
+    /// The choice kept; false in a region that somebody else made.
+    #[must_use]
+    pub fn is_write_through(&self) -> bool {
+        self.features().is_some_and(|f| f.load(Ordering::Acquire) & WRITE_THROUGH != 0)
     }
 
     /// The part of ring `index`, if the region has it and it can track
@@ -240,6 +267,19 @@ mod tests {
         ring.take(0);
         drop(ring);
         assert_eq!(restarted(&fd, description, 500), [0], "request 0 must not be taken for done");
+    }
+
+    #[test]
+    fn the_cache_mode_outlives_the_process() {
+        let (region, fd, description) = region();
+        let kept = || InflightRegion::map(&fd, description).expect("map").is_write_through();
+        assert!(!kept());
+        region.set_write_through(true);
+        let mut ring = region.ring(0, 8).expect("ring");
+        ring.resume(0);
+        assert!(kept());
+        region.set_write_through(false);
+        assert!(!kept());
     }
 
     #[test]

@@ -299,7 +299,10 @@ impl<'a> Session<'a> {
             Request::SetInflightFd(description, fd) => {
                 let region = InflightRegion::map(&fd, description)
                     .map_err(|source| Refused::Map { what: "the in-flight region", source })?;
+                self.writeback &= !region.is_write_through();
+                region.set_write_through(!self.writeback);
                 self.inflight = Some(Arc::new(region));
+                self.apply_all();
             }
             Request::SetDeviceStateFd(direction, fd) => return transfer_state(direction, fd),
             Request::CheckDeviceState => return Ok(Reply::Number(0)),
@@ -397,6 +400,9 @@ impl<'a> Session<'a> {
             return Err(Refused::ConfigWrite(offset));
         }
         self.writeback = payload[0] != 0;
+        if let Some(region) = &self.inflight {
+            region.set_write_through(!self.writeback);
+        }
         self.apply_all();
         Ok(())
     }
@@ -414,6 +420,7 @@ impl<'a> Session<'a> {
         }
         let (region, fd, made) = InflightRegion::create(num_queues, queue_size)
             .map_err(|source| Refused::Map { what: "an in-flight region", source })?;
+        region.set_write_through(!self.writeback);
         self.inflight = Some(Arc::new(region));
         let mut body = [made.mmap_size.to_le_bytes(), made.mmap_offset.to_le_bytes()].concat();
         body.extend(num_queues.to_le_bytes());

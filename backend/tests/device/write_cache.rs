@@ -59,6 +59,18 @@ fn the_guest_chooses_between_write_back_and_write_through() {
     assert_write_back(&device, &mut front_end);
 }
 
+/// QEMU reconnects without SET_CONFIG, and the guest that chose write-through sends no flush.
+#[test]
+fn the_choice_outlives_a_lost_connection() {
+    let device = Device::start(Mode::Immediate);
+    let mut front_end = device.front_end();
+    front_end.set_config(WRITEBACK, &[0]).unwrap();
+    front_end.disconnect();
+    front_end.reconnect().unwrap();
+    assert_eq!(front_end.config(33).unwrap()[32], 0);
+    assert_write_through(&device, &mut front_end);
+}
+
 #[test]
 fn a_guest_that_cannot_flush_gets_write_through() {
     let device = Device::start(Mode::Immediate);
