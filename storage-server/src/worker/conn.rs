@@ -17,7 +17,7 @@ use crate::metrics::WorkerMetrics;
 use crate::session::Identity;
 use crate::volumes::{Lease, RunningVolume};
 
-use super::buffers::{InBuf, OutBuf};
+use super::buffers::{InBuf, OutBuf, READ_AHEAD};
 
 /// Where the window of a connection lives.
 #[derive(Debug)]
@@ -166,11 +166,13 @@ impl Conn {
 
     /// One recv. Says whether there is something new to look at.
     pub(super) fn receive(&mut self) -> bool {
+        let missing = self.need.saturating_sub(self.input.unread().len());
         let room = self.input.room(self.need);
-        if room.is_empty() {
+        let share = room.len().min(READ_AHEAD.max(missing));
+        if share == 0 {
             return false;
         }
-        match recv(self.socket.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT) {
+        match recv(self.socket.as_raw_fd(), &mut room[..share], MsgFlags::MSG_DONTWAIT) {
             Ok(0) => {
                 self.life = Life::Closing;
                 self.parked = None;
@@ -178,7 +180,8 @@ impl Conn {
             }
             Ok(n) => {
                 self.active = true;
-                self.filled = self.input.received(n);
+                self.input.received(n);
+                self.filled = n == share;
                 true
             }
             Err(Errno::EAGAIN | Errno::EINTR) => false,
