@@ -3,8 +3,9 @@
 #
 #   scripts/setup.sh [--check] [--demo] [--test] [--bench]
 #
-#   --demo, --test   a QEMU that boots guests, plus a guest kernel and busybox (unpacked, never installed)
+#   --demo           a QEMU that boots guests, plus a guest kernel and busybox (unpacked, never installed)
 #   --bench          qemu-storage-daemon and qemu-nbd, the peers of the side-by-side benchmark
+#   --test           both, for the harness is tested on the peers, and a C++ compiler for the fuzzer's runtime
 #   --check          change nothing; list what is missing and exit 1 if anything is
 #   (no purpose)     everything
 #
@@ -24,14 +25,15 @@ qemu_min=9.2
 # In the order in which the guest's init loads them: virtio.ko needs virtio_ring.ko.
 modules=(virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk)
 
-check=0 want_guest=0 want_bench=0
+check=0 want_guest=0 want_bench=0 want_fuzz=0
 for arg in "$@"; do
     case $arg in
     --check) check=1 ;;
-    --demo | --test) want_guest=1 ;;
+    --demo) want_guest=1 ;;
+    --test) want_guest=1 want_bench=1 want_fuzz=1 ;;
     --bench) want_bench=1 ;;
     -h | --help)
-        sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
     *)
@@ -40,7 +42,7 @@ for arg in "$@"; do
         ;;
     esac
 done
-if ((want_guest + want_bench == 0)); then want_guest=1 want_bench=1; fi
+if ((want_guest + want_bench == 0)); then want_guest=1 want_bench=1 want_fuzz=1; fi
 
 say() { echo "setup: $*" >&2; }
 die() {
@@ -68,6 +70,7 @@ new_enough() {
 missing=()
 ((want_guest)) && { ! have qemu-system-x86_64 || ! new_enough qemu-system-x86; } && missing+=(qemu-system-x86)
 ((want_bench)) && { ! have qemu-storage-daemon || ! have qemu-nbd; } && missing+=(qemu-utils)
+((want_fuzz)) && ! have c++ && ! have g++ && ! have clang++ && missing+=(g++)
 need_guest=0
 ((want_guest)) && ! guest_ok && need_guest=1
 if ((need_guest)); then

@@ -1,5 +1,6 @@
 //! `baton-backend`: see the library's documentation.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -63,7 +64,7 @@ fn first_sentence(text: &str) -> String {
 fn init_log(args: &Args) {
     let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(args.log_level);
     match args.log_format {
-        LogFormat::Text => log.with_target(false).init(),
+        LogFormat::Text => log.with_target(false).with_ansi(std::io::stderr().is_terminal()).init(),
         LogFormat::Json => log.json().init(),
     }
 }
