@@ -135,6 +135,11 @@ pub const WELCOME_BYTES: usize = 80;
 /// An EVENT reply body, bytes.
 pub const EVENT_BYTES: usize = 32;
 
+// The byte tables of docs/wire.md: the last field of each body ends here.
+const _: () = assert!(HELLO_FIXED_BYTES == 24 + size_of::<u64>());
+const _: () = assert!(WELCOME_BYTES == 72 + size_of::<u64>());
+const _: () = assert!(EVENT_BYTES == 24 + size_of::<u64>());
+
 /// Body of HELLO. Session, queue and epoch are in the header: epoch zero asks
 /// for a new claim, any other rejoins the session that was granted it.
 #[derive(Clone, Debug, PartialEq, Eq)]
