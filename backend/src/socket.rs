@@ -29,7 +29,7 @@ pub enum SocketError {
     #[error("{0} exists and is not a socket; remove it or choose another path")]
     NotASocket(PathBuf),
     /// The path cannot be bound.
-    #[error("cannot listen on {path}: {source}")]
+    #[error("cannot listen on {path}; its directory must exist and be writable")]
     Bind {
         /// Path.
         path: PathBuf,
@@ -37,7 +37,7 @@ pub enum SocketError {
         source: io::Error,
     },
     /// The group does not exist or may not be given.
-    #[error("cannot give {path} to group {group}: {source}")]
+    #[error("cannot give {path} to group {group}")]
     Group {
         /// Path.
         path: PathBuf,
