@@ -148,7 +148,14 @@ fn pass_requests(mut from: TcpStream, mut to: TcpStream, weather: &Weather) {
     let mut lost = false;
     loop {
         match from.read(&mut buffer) {
-            Ok(0) => break,
+            // What was sent before the end is on its way all the same.
+            Ok(0) => {
+                while weather.holding.load(Ordering::SeqCst) {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                let _ = to.write_all(&kept);
+                break;
+            }
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
             Err(_) => break,
             Ok(_) if lost || weather.silent.load(Ordering::SeqCst) => lost = true,
