@@ -81,8 +81,8 @@ fn kills_of_the_storage_server_are_a_pause() {
 }
 
 #[test]
-fn a_grown_volume_reaches_the_guest() {
-    if skip_without_qemu("a_grown_volume_reaches_the_guest") {
+fn a_grown_volume_reaches_the_guest_and_a_discard_gives_space_back() {
+    if skip_without_qemu("a_grown_volume_reaches_the_guest_and_a_discard_gives_space_back") {
         return;
     }
     let stack = Stack::new("grow", 13);
@@ -96,6 +96,19 @@ fn a_grown_volume_reaches_the_guest() {
     guest.ask("write start=20000 count=4 seq=1").unwrap();
     guest.ask("verify start=20000 count=4 seq=1").unwrap();
     assert!(stack.storage.resize("v", 32 * MIB).is_err(), "a shrink is refused");
+
+    // In the new part: two whole extents are written, zeroed and given back.
+    let allocated = || stack.storage.show("v").unwrap()["allocated_bytes"].as_u64().unwrap();
+    let before = allocated();
+    guest.ask("write start=20480 count=512 seq=2").unwrap();
+    guest.ask("flush").unwrap();
+    assert_eq!(allocated(), before + 2 * MIB);
+    guest.ask("zeroout start=20480 count=3").unwrap();
+    guest.ask("verify-zero start=20480 count=3").unwrap();
+    guest.ask("verify start=20483 count=509 seq=2").unwrap();
+    guest.ask("discard start=20480 count=512").unwrap();
+    assert_eq!(allocated(), before);
+    guest.ask("verify-zero start=20480 count=512").unwrap();
     guest.power_off().unwrap();
 }
 
