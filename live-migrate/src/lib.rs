@@ -1,7 +1,15 @@
-//! Handoff of volume access between hosts.
+//! Handoff of volume access between hosts: the host agent, and what it shares
+//! with the coordinator.
 //!
-//! `baton-coordinator` (plans a handoff, keeps its journal, answers the REST
-//! API) and `baton-agent` (one per host: starts backends, drives the VMM) are
-//! built here when the handoff protocol is built. The rule they obey is already
-//! enforced elsewhere: the storage server admits a request by the epoch of the
-//! volume's access record (`baton_protocol::access`), whoever says what.
+//! | module | is |
+//! |---|---|
+//! | [`vmm`] | narrow drivers for QEMU (QMP) and cloud-hypervisor (HTTP) |
+//! | `http` | one exchange over a connected stream |
+//!
+//! Nothing here decides who may write: the storage server admits a request by
+//! the epoch of the volume's access record (`baton_protocol::access`), whoever
+//! says what.
+
+mod http;
+mod unix;
+pub mod vmm;
