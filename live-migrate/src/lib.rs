@@ -4,12 +4,24 @@
 //! | module | is |
 //! |---|---|
 //! | [`vmm`] | narrow drivers for QEMU (QMP) and cloud-hypervisor (HTTP) |
-//! | `http` | one exchange over a connected stream |
+//! | [`identity`] | who a peer is: role and name, a URI in its certificate |
+//! | [`tls`] | mutual TLS: our certificate, whom we believe, why not |
+//! | [`dev_ca`] | an authority to try with, in one command |
+//! | [`door`] | where an HTTP API is served, and who came in |
+//! | [`client`] | calls such an API |
+//! | [`problem`] | errors of the APIs |
+//! | `http`, `unix` | one exchange over a connected stream; a patient connect |
 //!
 //! Nothing here decides who may write: the storage server admits a request by
 //! the epoch of the volume's access record (`baton_protocol::access`), whoever
 //! says what.
 
+pub mod client;
+pub mod dev_ca;
+pub mod door;
 mod http;
+pub mod identity;
+pub mod problem;
+pub mod tls;
 mod unix;
 pub mod vmm;
