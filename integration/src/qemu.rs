@@ -13,6 +13,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -70,7 +71,8 @@ impl GuestConfig {
         let memory = format!("{}M", self.memory_mib);
         let mut args: Vec<String> = [
             "-name",
-            &self.name,
+            // Names QEMU's threads, so that a test can see what one of them waits for.
+            &format!("{},debug-threads=on", self.name),
             "-accel",
             accelerator(),
             "-machine",
@@ -131,6 +133,9 @@ impl GuestConfig {
         args
     }
 }
+
+/// In a line of the probe's counters.
+const TOTALS_COUNTERS: usize = 6;
 
 /// Lines that the probe said, and those that were looked at already.
 #[derive(Debug, Default)]
@@ -263,9 +268,37 @@ impl Guest {
         parse_totals(&self.wait_for(timeout, from, reached)?)
     }
 
+    /// The counters of the load as reported from line number `from` on.
+    #[must_use]
+    pub fn reports(&self, from: usize) -> Vec<Totals> {
+        let heard = self.ear.heard.lock().expect("the listener does not panic");
+        let lines = heard.lines.iter().skip(from).filter(|l| l.starts_with("io "));
+        lines.filter_map(|line| parse_totals(line).ok()).collect()
+    }
+
+    /// Goes on with a probe whose serial line moved here from another QEMU: what was on its way may have lost its
+    /// beginning, so everything up to the answer to a ping of our own is skipped.
+    pub fn resynchronise(&mut self) -> Result<()> {
+        static TOKEN: AtomicU64 = AtomicU64::new(1);
+        let token = TOKEN.fetch_add(1, Ordering::Relaxed);
+        let from = self.heard_so_far();
+        // The first line end closes half a command of before, which is then answered as unknown.
+        self.probe
+            .write_all(format!("\nping token={token}\n").as_bytes())
+            .context("cannot write to the guest's serial line")?;
+        self.wait_for(ASK_TIMEOUT, from, |line| line == format!("ok token={token}"))
+            .context("the probe does not answer on its new serial line")?;
+        Ok(())
+    }
+
+    /// Stops the load and returns its counters, good or bad.
+    pub fn end_load(&mut self) -> Result<Totals> {
+        parse_totals(&self.ask("stop")?)
+    }
+
     /// Stops the load and returns its counters, or an error with what it found if it found anything bad.
     pub fn stop_load(&mut self) -> Result<Totals> {
-        let totals = parse_totals(&self.ask("stop")?)?;
+        let totals = self.end_load()?;
         if totals.errs + totals.stale + totals.corrupt > 0 {
             bail!("the load found bad data: {totals}\n{}", self.complaints().join("\n"));
         }
@@ -304,17 +337,24 @@ impl Guest {
 /// Reads a line of counters, as [`Totals`] prints them, with or without a word before.
 fn parse_totals(line: &str) -> Result<Totals> {
     let mut totals = Totals::default();
+    let mut counters = 0;
     for (name, value) in line.split_whitespace().filter_map(|w| w.split_once('=')) {
         let value =
             value.parse().with_context(|| format!("{name}={value} in '{line}' is not a number"))?;
         match name {
             "ops" => totals.ops = value,
+            "writes" => totals.writes = value,
             "errs" => totals.errs = value,
             "stale" => totals.stale = value,
             "corrupt" => totals.corrupt = value,
             "max_gap_ms" => totals.max_gap_ms = value,
             _ => bail!("unknown counter {name} in '{line}'"),
         }
+        counters += 1;
+    }
+    // The line may have been cut by a migration.
+    if counters != TOTALS_COUNTERS {
+        bail!("'{line}' is not a whole line of counters");
     }
     Ok(totals)
 }
@@ -378,8 +418,10 @@ mod tests {
 
     #[test]
     fn counters_survive_the_serial_line() {
-        let totals = Totals { ops: 10, errs: 1, stale: 2, corrupt: 3, max_gap_ms: 40 };
+        let totals = Totals { ops: 10, writes: 4, errs: 1, stale: 2, corrupt: 3, max_gap_ms: 40 };
         assert_eq!(parse_totals(&format!("io {totals}")).unwrap(), totals);
         assert!(parse_totals("io ops=x").is_err());
+        let cut = format!("io {totals}").replace(" max_gap_ms=40", "");
+        assert!(parse_totals(&cut).is_err(), "{cut}");
     }
 }
