@@ -180,8 +180,9 @@ impl Guest {
         let program = system_program("qemu-system-x86_64")?;
         let mut qemu = Daemon::start(dir, &config.name, &program, config.arguments(dir, &files))?;
         let path = |suffix: &str| dir.join(format!("{}.{suffix}", config.name));
-        // Created in this order by QEMU; from here the probe's first word cannot be missed.
+        // The guest does not run before QEMU has made both, so the probe's first word cannot be missed.
         qemu.wait_socket(&path("probe"), BOOT_TIMEOUT)?;
+        qemu.wait_socket(&path("qmp"), BOOT_TIMEOUT)?;
         let probe = UnixStream::connect(path("probe"))
             .context("cannot connect to the guest's serial line")?;
         let ear = Arc::new(Ear::default());
