@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Plays the orchestrator: it believes what the two QEMUs say and knows nothing of what is behind their disks. The
-//! probe's serial line does not move with the guest: each QEMU has its own, and [`Guest::resynchronise`] finds the
+//! probe's serial line does not move with the guest: each QEMU has its own, and [`Probe::resynchronise`](crate::probe::Probe::resynchronise) finds the
 //! probe again on the other one.
 
 use crate::qemu::{Guest, GuestConfig};
