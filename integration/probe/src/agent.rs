@@ -213,7 +213,8 @@ impl Agent {
     fn run(&mut self, command: &str, args: &Args<'_>) -> Result<String, String> {
         let failed = |what: &str, e: std::io::Error| format!("{what} failed: {e}");
         match command {
-            "ping" => Ok(String::new()),
+            // The token tells this answer from one that was on its way when the other end of the line changed.
+            "ping" => Ok(args.0.get("token").map(|t| format!("token={t}")).unwrap_or_default()),
             "write" => args.blocks()?.write(&args.open()?),
             "verify" => args.blocks()?.verify(&args.open()?),
             "verify-zero" => args.blocks()?.verify_zero(&args.open()?),
