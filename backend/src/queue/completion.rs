@@ -2,6 +2,7 @@
 
 use baton_remote_client::{Completion, Op};
 
+use super::order::Order;
 use super::pending::{Pending, Stage};
 use super::worker::{Worker, signal};
 use crate::dirty_log::DirtyLog;
@@ -31,6 +32,9 @@ impl Worker {
     fn complete(&mut self, completion: Completion) {
         let Ok(head) = u16::try_from(completion.tag.0) else { return };
         let Some(pending) = self.pending.get_mut(usize::from(head)) else { return };
+        if !pending.is_at_storage() {
+            return;
+        }
         if pending.stage == Stage::ThenFlush && completion.result.is_ok() {
             pending.stage = Stage::Last;
             if let Some(io) = &mut self.io {
@@ -40,10 +44,7 @@ impl Worker {
             }
             return;
         }
-        let Pending { stage, data, written, status, memory } = std::mem::take(pending);
-        if stage == Stage::Idle {
-            return;
-        }
+        let Pending { data, written, status, memory, .. } = std::mem::take(pending);
         self.in_flight -= 1;
         if let Err(error) = completion.result
             && let Some(suppressed) = self.guest_errors.permit()
@@ -90,8 +91,25 @@ impl Worker {
         self.put_used(head, written);
     }
 
+    /// A request is complete, its data and status in guest memory and in the
+    /// log: shows it, or holds it back until all older ones are shown.
     fn put_used(&mut self, head: u16, written: u32) {
         let Some(ring) = &mut self.ring else { return };
+        let Some(order) = &mut ring.order else { return self.show(head, written) };
+        order.complete(head, written);
+        self.pending[usize::from(head)].stage = Stage::HeldBack;
+        while let Some(ring) = &mut self.ring
+            && let Some((head, written)) = ring.order.as_mut().and_then(Order::pop)
+        {
+            self.show(head, written);
+        }
+    }
+
+    /// Fills a used entry. Until it is published the in-flight table keeps the
+    /// request, so that a kill has it done again.
+    pub(super) fn show(&mut self, head: u16, written: u32) {
+        let Some(ring) = &mut self.ring else { return };
+        self.pending[usize::from(head)].stage = Stage::Idle;
         ring.queue.put_used(head, written);
         if let (Some(log), Some(used)) = (&ring.setup.log, ring.setup.log_used_at) {
             let (offset, len) = ring.queue.last_used_range();

@@ -62,6 +62,11 @@ impl Worker {
     /// Reads the request at `head` and hands it on or answers it.
     pub(super) fn take(&mut self, head: u16) {
         let Some(ring) = &mut self.ring else { return };
+        self.taken += 1;
+        self.pending[usize::from(head)].taken = self.taken;
+        if let Some(order) = &mut ring.order {
+            order.take(head);
+        }
         let chain = &mut self.chain;
         if let Err(error) = ring.queue.read_chain(head, chain) {
             self.complain(&error.to_string());

@@ -14,6 +14,7 @@
 //! | `worker` | the thread: what wakes it, and the life of its ring |
 //! | `intake` | from the ring to the storage |
 //! | `completion` | from the storage to the used ring |
+//! | `order` | in which order completions are shown while a migration runs |
 //! | `pending` | a request in flight |
 
 use std::os::fd::OwnedFd;
@@ -31,6 +32,7 @@ pub mod mailbox;
 
 mod completion;
 mod intake;
+mod order;
 mod pending;
 mod worker;
 

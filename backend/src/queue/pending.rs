@@ -15,6 +15,8 @@ pub(super) enum Stage {
     Last,
     /// The completion of its write is followed by a flush.
     ThenFlush,
+    /// Nothing: it is complete and waits to be shown behind an older one.
+    HeldBack,
 }
 
 /// A memory table as one queue holds it. Requests share it by a count that no
@@ -26,6 +28,8 @@ pub(super) struct Held(pub(super) Arc<GuestMemory>);
 #[derive(Debug, Default)]
 pub(super) struct Pending {
     pub(super) stage: Stage,
+    /// Rises with every request taken; says which is older.
+    pub(super) taken: u64,
     /// READ: what the storage fills, kept to be marked in the dirty log.
     pub(super) data: Vec<libc::iovec>,
     /// Bytes the device writes, status included.
@@ -33,4 +37,11 @@ pub(super) struct Pending {
     pub(super) status: Option<*mut u8>,
     /// Keeps what `data` and `status` point into.
     pub(super) memory: Option<Rc<Held>>,
+}
+
+impl Pending {
+    /// The storage has it.
+    pub(super) fn is_at_storage(&self) -> bool {
+        matches!(self.stage, Stage::Last | Stage::ThenFlush)
+    }
 }

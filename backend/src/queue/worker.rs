@@ -9,6 +9,7 @@ use baton_remote_client::{Completion, VolumeQueue};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::mailbox::{Command, Mailbox};
+use super::order::Order;
 use super::pending::{Held, Pending};
 use super::{Disk, RingSetup, RingStart};
 use crate::inflight::InflightRing;
@@ -28,6 +29,8 @@ pub(super) enum Source {
 pub(super) struct Running {
     pub(super) queue: Virtqueue,
     pub(super) setup: RingSetup,
+    /// While a migration runs, which is while there is a log.
+    pub(super) order: Option<Order>,
     pub(super) kick: Arc<OwnedFd>,
     pub(super) inflight: Option<InflightRing>,
     pub(super) memory: Rc<Held>,
@@ -46,6 +49,8 @@ pub(super) struct Worker {
     pub(super) io: Option<Box<dyn VolumeQueue>>,
     pub(super) pending: Vec<Pending>,
     pub(super) in_flight: usize,
+    /// Counts requests taken.
+    pub(super) taken: u64,
     /// Something was submitted and not yet sent.
     pub(super) unsent: bool,
     pub(super) chain: Chain,
@@ -69,6 +74,7 @@ impl Worker {
             io: None,
             pending: Vec::new(),
             in_flight: 0,
+            taken: 0,
             unsent: false,
             chain: Chain::default(),
             completions: Vec::new(),
@@ -124,11 +130,7 @@ impl Worker {
                     None => drop(answer.send(None)),
                 },
                 Some(Command::Abandon(answer)) => {
-                    self.io = None;
-                    self.mark_abandoned();
-                    self.in_flight = 0;
-                    self.pending.iter_mut().for_each(|pending| *pending = Pending::default());
-                    let _ = answer.send(self.stop_ring());
+                    let _ = answer.send(self.abandon());
                 }
                 Some(Command::Exit) => self.exit = true,
             }
@@ -185,8 +187,17 @@ impl Worker {
         }
         let memory = Rc::new(Held(Arc::clone(setup.addresses.memory())));
         let queue = Virtqueue::new(setup.addresses.clone(), setup.event_idx, next_avail);
-        self.ring =
-            Some(Running { queue, setup, kick, inflight, memory, broken: false, draining: None });
+        let order = setup.log.is_some().then(|| Order::new(size, &[]));
+        self.ring = Some(Running {
+            queue,
+            setup,
+            order,
+            kick,
+            inflight,
+            memory,
+            broken: false,
+            draining: None,
+        });
         for head in again {
             self.take(head);
         }
@@ -206,6 +217,47 @@ impl Worker {
             signal(call);
         }
         ring.setup = setup;
+        self.follow_log();
+    }
+
+    /// Begins to keep the order of completions when a log came, ends it when
+    /// the log went. What was shown before the order began cannot be taken
+    /// back; the used index is exact once the requests older than it are done.
+    fn follow_log(&mut self) {
+        let Some(ring) = &mut self.ring else { return };
+        if ring.setup.log.is_some() == ring.order.is_some() {
+            return;
+        }
+        if ring.order.is_none() {
+            let heads = at_storage(&self.pending);
+            ring.order = Some(Order::new(ring.queue.size(), &heads));
+            return;
+        }
+        let mut order = ring.order.take();
+        while let Some((head, written)) = order.as_mut().and_then(Order::pop_any) {
+            self.show(head, written);
+        }
+        self.publish();
+    }
+
+    /// Drops what is in flight. The number is where a front-end that moves on
+    /// without the in-flight table has to begin: at the used index if that is
+    /// an exact boundary, or else behind everything taken.
+    fn abandon(&mut self) -> Option<u16> {
+        self.io = None;
+        self.mark_abandoned();
+        // What was answered without the storage.
+        self.publish();
+        let again = self.ring.as_ref().map_or_else(Vec::new, |ring| match &ring.order {
+            Some(order) => order.outstanding().collect(),
+            None => at_storage(&self.pending),
+        });
+        self.in_flight = 0;
+        self.pending.iter_mut().for_each(|pending| *pending = Pending::default());
+        let used = self.ring.as_ref().map(|ring| ring.queue.next_used());
+        let exact = self.ring.as_ref().is_some_and(|ring| ring.queue.ends_with(&again));
+        let next_avail = self.stop_ring();
+        if exact { used } else { next_avail }
     }
 
     /// Ends the ring; the number is the next available entry.
@@ -260,6 +312,14 @@ impl Worker {
         // Requests that were answered without the storage.
         self.publish();
     }
+}
+
+/// Heads of the requests that the storage has, oldest first.
+fn at_storage(pending: &[Pending]) -> Vec<u16> {
+    let mut heads: Vec<u16> =
+        (0..).zip(pending).filter(|(_, p)| p.is_at_storage()).map(|(head, _)| head).collect();
+    heads.sort_unstable_by_key(|head| pending[usize::from(*head)].taken);
+    heads
 }
 
 /// Adds to an eventfd. It may be non-blocking and full, which is as good as
