@@ -7,6 +7,7 @@ mod device;
 mod dirty_log;
 mod drain;
 mod memory;
+mod order;
 mod restart;
 mod volume;
 mod write_cache;
