@@ -14,9 +14,11 @@
 //! | [`inflight`] | requests in flight, kept over a kill |
 //! | [`dirty_log`] | pages written during a migration |
 //! | [`status`] | what a disk is doing, for who only looks |
+//! | [`control`] | the control socket: commands of the operator and the agent |
 //! | [`log_limit`] | bounds what a guest can make us log |
 
 pub mod config;
+pub mod control;
 pub mod dirty_log;
 pub mod disk;
 pub mod inflight;

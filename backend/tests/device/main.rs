@@ -3,6 +3,7 @@
 //! Everything runs in this process: the disk server on threads of its own, the front-end in the test.
 
 mod broken;
+mod control;
 mod device;
 mod dirty_log;
 mod drain;
