@@ -285,15 +285,24 @@ fn a_member_that_nobody_opened_is_settled_with_the_proof() {
 #[test]
 fn open_is_a_barrier_and_gives_the_connection_a_place() {
     let fixture = Fixture::start();
-    let (_, mut source, mut destination) = armed(&fixture, "fast");
+    let (anchor, volume) = (member(&fixture, "boot"), member(&fixture, "d"));
+    let (mut at_anchor, mut source) = (anchor.source(), volume.source());
+    let (mut decides, mut destination) = (anchor.destination(), volume.destination());
+    arm(&[&anchor, &volume], "fast");
+    assert_eq!(at_anchor.seal().outcome, Outcome::Granted);
     assert_eq!(source.seal().outcome, Outcome::Granted);
-    let proof = destination.control.wins(Ask::Activate);
+    let proof = decides.control.wins(Ask::Activate);
+    // A read of a reader that is at the disk: OPEN cannot be over before it.
+    let gate = Arc::clone(&fixture.volume("d").gate);
+    let inside = Gate::admit(gate, 0, Principal::Reader, Epoch(1)).expect("readers go on");
     // A standby's window is its connection's; from OPEN on the seat's.
     assert_eq!(destination.queue.call(Opcode::Ping, 0, 0).0, Status::Ok);
     let open = destination.queue.send_open(TRY, proof);
     destination.queue.epoch = Epoch(2);
     let write = destination.queue.send_write(0, &[5; 512]);
     let read = destination.queue.send(Opcode::Read, 0, 512);
+    assert!(destination.queue.is_quiet(Duration::from_millis(100)), "all of it waits");
+    drop(inside);
     assert_eq!(destination.queue.answer(open).0, Status::Ok);
     assert_eq!(destination.queue.answer(write).0, Status::Ok);
     assert_eq!(destination.queue.answer(read).1, [5; 512]);
