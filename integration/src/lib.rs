@@ -10,6 +10,7 @@ pub mod bench;
 pub mod blk;
 pub mod daemon;
 pub mod guest;
+pub mod handoff;
 pub mod libvirt;
 pub mod memory;
 pub mod migration;

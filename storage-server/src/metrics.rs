@@ -7,8 +7,8 @@ use std::time::Duration;
 use baton_protocol::{Opcode, Status};
 
 /// Opcodes are numbered from 1.
-const OPCODES: usize = 10;
-const STATUSES: usize = 13;
+const OPCODES: usize = 13;
+const STATUSES: usize = 14;
 
 /// Upper bounds of the flush histogram's buckets, microseconds.
 pub const FLUSH_BUCKETS_US: [u64; 12] =

@@ -5,6 +5,7 @@
 
 use anyhow::{Context, Result, bail};
 use baton_integration::guest;
+use baton_integration::splitbrain::baton::BatonStack;
 use baton_integration::splitbrain::peer::SharedFile;
 use baton_integration::splitbrain::{
     Outcome, Replay, Side, Stack, Step, Story, Verification, replay_dead_source_backend,
@@ -32,12 +33,15 @@ struct Args {
 enum StackKind {
     /// A raw file on storage both hosts reach, with a qemu-storage-daemon on each.
     Qsd,
+    /// A volume on baton-storage, with a baton-backend on each host.
+    Baton,
 }
 
 impl StackKind {
     fn start(self, dir: &Path) -> Result<Box<dyn Stack>> {
         Ok(match self {
             Self::Qsd => Box::new(SharedFile::start(dir)?),
+            Self::Baton => Box::new(BatonStack::start(dir)?),
         })
     }
 }

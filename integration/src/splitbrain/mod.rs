@@ -8,6 +8,7 @@
 //! Neither needs a broken orchestrator: all it can know is what the two QEMUs tell it. So what is replayed is the same
 //! for every [`Stack`], and the stack decides what becomes of it. Knows no stack but the trait; [`peer`] is one.
 
+pub mod baton;
 pub mod peer;
 mod replay;
 
@@ -40,21 +41,29 @@ pub trait Stack {
     /// The source's backend, for an accident.
     fn source_backend(&mut self) -> &mut Daemon;
 
-    /// The orchestrator has cancelled the migration and let the guest run on the source. Says what the stack was told,
-    /// if it wants to be told anything.
-    fn gave_up(&mut self) -> Result<Option<String>> {
-        Ok(None)
+    /// The orchestrator has cancelled the migration and let the guest run on the source.
+    fn gave_up(&mut self) -> Result<Advice> {
+        Ok(Advice::default())
     }
 
-    /// QEMU has told the orchestrator that the migration is complete. As [`Self::gave_up`].
-    fn completed(&mut self) -> Result<Option<String>> {
-        Ok(None)
+    /// QEMU has told the orchestrator that the migration is complete.
+    fn completed(&mut self) -> Result<Advice> {
+        Ok(Advice::default())
     }
 
     /// Whom the stack lets write now, in one sentence; `None` for a stack that has no opinion.
     fn verdict(&mut self) -> Result<Option<String>> {
         Ok(None)
     }
+}
+
+/// What a stack answers an orchestrator that asks it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Advice {
+    /// For the story; nothing from a stack that has no opinion.
+    pub told: Option<String>,
+    /// The guest belongs on the source: let it run there.
+    pub continue_source: bool,
 }
 
 /// Which accident.

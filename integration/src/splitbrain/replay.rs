@@ -52,7 +52,7 @@ pub fn replay_frozen_destination(
     pair.migration.cancel().context("the orchestrator gives up")?;
     let decided = pair.mark();
     story.tell("the orchestrator gives up: migrate_cancel, then cont on the source. Its decision: the guest is here");
-    if let Some(told) = stack.gave_up()? {
+    if let Some(told) = stack.gave_up()?.told {
         story.tell(told);
     }
     pair.destination.process().thaw()?;
@@ -86,8 +86,12 @@ pub fn replay_dead_source_backend(
     pair.migration.wait_completed()?;
     let decided = pair.mark();
     story.tell("QEMU reports the migration as completed: the orchestrator lets the guest run on the destination");
-    if let Some(told) = stack.completed()? {
+    let advice = stack.completed()?;
+    if let Some(told) = advice.told {
         story.tell(told);
+    }
+    if advice.continue_source {
+        pair.migration.source.execute("cont", serde_json::json!({}))?;
     }
     pair.finish(stack, story, Replay::DeadSourceBackend, decided)
 }

@@ -147,6 +147,9 @@ fn opcode_label(opcode: Opcode) -> &'static str {
         Opcode::Ping => "ping",
         Opcode::Event => "event",
         Opcode::Release => "release",
+        Opcode::Access => "access",
+        Opcode::Handoff => "handoff",
+        Opcode::Open => "open",
     }
 }
 
@@ -165,5 +168,6 @@ fn status_label(status: Status) -> &'static str {
         Status::Checksum => "checksum",
         Status::Busy => "busy",
         Status::Gone => "gone",
+        Status::InHandoff => "in_handoff",
     }
 }

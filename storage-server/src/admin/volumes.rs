@@ -7,7 +7,7 @@ use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::{Json, http::header, response::IntoResponse};
 use baton_protocol::AccessMode;
-use baton_protocol::access::{AccessRecord, Phase};
+use baton_protocol::access::AccessRecord;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -39,7 +39,7 @@ pub(super) struct VolumeView {
 struct AccessView {
     /// Only requests of this epoch are admitted.
     epoch: u64,
-    /// `free` or `owned`.
+    /// `free`, `owned`, `armed`, `sealed`, `active`, `reclaimed` or `frozen`.
     phase: &'static str,
     /// Name of the owner, or of the nominee of a fence who has not come yet.
     owner: Option<String>,
@@ -136,10 +136,7 @@ impl AccessView {
         let owner = record.owner.as_ref();
         Self {
             epoch: record.epoch.0,
-            phase: match record.phase {
-                Phase::Free => "free",
-                Phase::Owned => "owned",
-            },
+            phase: record.phase.name(),
             owner: owner.map(|owner| owner.name.clone()),
             session: owner.filter(|o| o.session.0 != 0).map(|o| o.session.to_string()),
             barred: record.barred.clone(),

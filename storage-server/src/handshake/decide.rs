@@ -130,9 +130,9 @@ impl From<ChangeError> for Refusal {
                 Status::NotOwner
             }
             ChangeError::Refused(AccessRefusal::StaleEpoch { .. }) => Status::StaleEpoch,
-            ChangeError::Refused(AccessRefusal::StaleTerm { .. } | AccessRefusal::BadName) => {
-                Status::Protocol
-            }
+            ChangeError::Refused(AccessRefusal::InHandoff(_)) => Status::InHandoff,
+            // No HELLO is answered with any of these.
+            ChangeError::Refused(_) => Status::Protocol,
             ChangeError::Store(_) => Status::Io,
             ChangeError::Deleted => Status::NoSuchVolume,
             ChangeError::Stopped => Status::Busy,

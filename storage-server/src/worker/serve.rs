@@ -203,6 +203,7 @@ impl Context {
                     None
                 }
                 Opcode::Hello => return Err(Violation::SecondHello),
+                Opcode::Access | Opcode::Handoff | Opcode::Open => Some(Status::NotPermitted),
             },
         };
         if let Some(status) = status {

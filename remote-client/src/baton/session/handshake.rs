@@ -267,7 +267,7 @@ mod tests {
             Verdict::Violation(_) => "violation",
             other => panic!("{other:?}"),
         };
-        for number in 0..13 {
+        for number in 0..14 {
             let status = Status::from_number(number).expect("status");
             for mode in [AccessMode::Owner, AccessMode::ReadOnly] {
                 let first = match status {
