@@ -11,7 +11,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::log_limit::LogLimit;
-use crate::queue::{Disk, QueueHandle};
+use crate::queue::Disk;
+use crate::queue::mailbox::QueueHandle;
 use crate::socket::FrontEnds;
 use crate::vhost_user::connection::{Connection, ConnectionError};
 use crate::vhost_user::message::has_own_answer;

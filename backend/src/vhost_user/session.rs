@@ -26,7 +26,8 @@ use super::message::{
 use crate::dirty_log::DirtyLog;
 use crate::inflight::InflightRegion;
 use crate::memory::{GuestMemory, MemoryRegion};
-use crate::queue::{Disk, DrainState, QueueHandle, RingSetup, RingStart};
+use crate::queue::mailbox::{DrainState, QueueHandle};
+use crate::queue::{Disk, RingSetup, RingStart};
 use crate::virtio_blk::config_space;
 use crate::virtqueue::{QUEUE_SIZE_MAX, RingAddresses};
 
