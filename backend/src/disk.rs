@@ -14,6 +14,7 @@ use crate::log_limit::LogLimit;
 use crate::queue::Disk;
 use crate::queue::mailbox::QueueHandle;
 use crate::socket::FrontEnds;
+use crate::status::DiskStatus;
 use crate::vhost_user::connection::{Connection, ConnectionError};
 use crate::vhost_user::message::has_own_answer;
 use crate::vhost_user::session::{DrainLimit, Reply, Session};
@@ -89,6 +90,7 @@ impl DiskServer {
             size_bytes: AtomicU64::new(geometry.size_bytes),
             read_only: options.read_only || geometry.read_only,
             id: geometry.id,
+            status: DiskStatus::new(options.num_queues),
         });
         let (weak, waker) = (Arc::downgrade(&disk), Arc::clone(&news));
         disk.volume.set_listener(Arc::new(move |event| {
@@ -102,6 +104,12 @@ impl DiskServer {
             .map(|index| QueueHandle::spawn(index, Arc::clone(&disk)))
             .collect::<io::Result<Vec<_>>>()?;
         Ok(Self { disk, queues, queue_size: options.queue_size, news })
+    }
+
+    /// The disk, for who only looks at it.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
     }
 
     /// Serves front-ends until `shutdown` is set, or the only one is gone.
@@ -151,6 +159,9 @@ impl DiskServer {
                 }
             }
         };
+        if !matches!(ended, None | Some(ConnectionError::Closed)) {
+            session.forget_stop();
+        }
         let was_running = session.is_running();
         session.end(DrainLimit { hurry: &|| true, grace: DRAIN_GRACE });
         match ended {
@@ -181,6 +192,8 @@ impl DiskServer {
                 || is_readable(connection.as_fd(), PollFlags::POLLHUP) || shutdown.is_set();
             session.handle(request, DrainLimit { hurry: &hung_up, grace: DRAIN_GRACE })
         };
+        // Before the answer: whoever asks after it must find it so.
+        session.show_status();
         let number = header.request;
         match answer {
             Ok(Reply::Ack) if !header.need_reply => {}
@@ -243,7 +256,8 @@ enum Wake {
     Message,
 }
 
-fn wait_readable(fd: std::os::fd::BorrowedFd<'_>, shutdown: &Shutdown) -> bool {
+/// Waits until `fd` is readable (true) or `shutdown` is set.
+pub(crate) fn wait_readable(fd: std::os::fd::BorrowedFd<'_>, shutdown: &Shutdown) -> bool {
     loop {
         let mut fds = [
             PollFd::new(shutdown.0.as_fd(), PollFlags::POLLIN),

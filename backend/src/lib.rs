@@ -13,9 +13,12 @@
 //! | [`memory`], [`iovecs`] | guest memory and buffers in it |
 //! | [`inflight`] | requests in flight, kept over a kill |
 //! | [`dirty_log`] | pages written during a migration |
+//! | [`status`] | what a disk is doing, for who only looks |
+//! | [`control`] | the control socket: commands of the operator and the agent |
 //! | [`log_limit`] | bounds what a guest can make us log |
 
 pub mod config;
+pub mod control;
 pub mod dirty_log;
 pub mod disk;
 pub mod inflight;
@@ -24,6 +27,7 @@ pub mod log_limit;
 pub mod memory;
 pub mod queue;
 pub mod socket;
+pub mod status;
 pub mod vhost_user;
 pub mod virtio_blk;
 pub mod virtqueue;

@@ -6,14 +6,18 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use baton_backend::config::{Args, Config, DiskConfig, LogFormat, SocketSource};
+use baton_backend::control::server::ControlServer;
+use baton_backend::control::{Vm, VmDisk};
 use baton_backend::disk::{DiskServer, Shutdown};
-use baton_backend::socket::FrontEnds;
+use baton_backend::socket::{FrontEnds, Permissions};
 use baton_remote_client::OpenOptions;
 use clap::Parser;
 use nix::sys::signal::{SigSet, Signal};
 
 /// Wrong flags or configuration.
 const EXIT_USAGE: u8 = 2;
+/// Whoever controls the backend controls the disks: its own user only.
+const CONTROL_PERMISSIONS: Permissions = Permissions { mode: 0o600, group: None };
 
 fn main() -> ExitCode {
     // Conventions of vhost-user programs: this flag makes the others void.
@@ -78,6 +82,8 @@ fn run(config: &Config) -> anyhow::Result<()> {
     signals.thread_block().context("cannot block signals")?;
     raise_descriptor_limit();
 
+    let control = config.control.as_ref().map(|path| FrontEnds::bind(path, &CONTROL_PERMISSIONS));
+    let control = control.transpose()?;
     let mut activated = Activated::take();
     let mut ready = Vec::new();
     for disk in &config.disks {
@@ -95,6 +101,15 @@ fn run(config: &Config) -> anyhow::Result<()> {
         ready.push((server, front_ends, describe(&disk.socket)));
     }
 
+    // Ends with this function.
+    let _control = match control {
+        Some(socket) => {
+            let vm = Arc::new(vm_of(config, ready.iter().map(|(server, ..)| server)));
+            let server = ControlServer::spawn(socket, vm);
+            Some(server.context("cannot serve the control socket")?)
+        }
+        None => None,
+    };
     let shutdown = Arc::new(Shutdown::new()?);
     let mut threads = Vec::new();
     for ((server, front_ends, socket), disk) in ready.into_iter().zip(&config.disks) {
@@ -123,6 +138,15 @@ fn run(config: &Config) -> anyhow::Result<()> {
         Ok(0) => Ok(()),
         _ => anyhow::bail!("a disk's thread panicked; please report the lines above"),
     }
+}
+
+fn vm_of<'a>(config: &Config, servers: impl Iterator<Item = &'a DiskServer>) -> Vm {
+    let disks = servers.zip(&config.disks).map(|(server, disk)| VmDisk {
+        disk: Arc::clone(server.disk()),
+        socket: describe(&disk.socket),
+        volume: disk.volume.clone(),
+    });
+    Vm { owner: config.owner.clone(), disks: disks.collect() }
 }
 
 /// Every queue needs a few descriptors, every memory region one for a moment.

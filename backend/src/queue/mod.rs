@@ -25,6 +25,7 @@ use baton_remote_client::Volume;
 
 use crate::dirty_log::DirtyLog;
 use crate::inflight::InflightRing;
+use crate::status::DiskStatus;
 use crate::virtio_blk::request::ID_BYTES;
 use crate::virtqueue::RingAddresses;
 
@@ -49,6 +50,8 @@ pub struct Disk {
     pub read_only: bool,
     /// Device ID string.
     pub id: [u8; ID_BYTES],
+    /// For who only looks.
+    pub status: DiskStatus,
 }
 
 /// Everything about a ring that may change while it runs. Always sent whole.

@@ -106,6 +106,7 @@ impl Worker {
                 self.poll_volume();
             }
             more = self.work();
+            self.disk.status.set_in_flight(self.index, self.in_flight);
         }
     }
 
