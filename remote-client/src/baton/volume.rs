@@ -257,9 +257,12 @@ impl BatonVolume {
                 size_bytes: welcome.size_bytes,
                 block_bytes: welcome.block_bytes,
                 discard_bytes: welcome.discard_bytes,
-                read_only: welcome.read_only
-                    || who.mode == AccessMode::ReadOnly
-                    || (who.mode == AccessMode::Standby && !grant.handoff),
+                // Whoever stands by writes as soon as it is granted the volume.
+                read_only: match who.mode {
+                    AccessMode::Standby => !grant.handoff,
+                    AccessMode::ReadOnly => true,
+                    AccessMode::Owner => welcome.read_only,
+                },
             },
             who,
             timing,
