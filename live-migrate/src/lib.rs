@@ -11,6 +11,7 @@
 //! | [`dev_ca`] | an authority to try with, in one command |
 //! | [`door`] | where an HTTP API is served, and who came in |
 //! | [`client`] | calls such an API |
+//! | [`coordinator`] | plans handoffs, watches them, cleans up behind them |
 //! | [`problem`] | errors of the APIs |
 //! | `http`, `unix` | one exchange over a connected stream; a patient connect |
 //!
@@ -20,6 +21,7 @@
 
 pub mod agent;
 pub mod client;
+pub mod coordinator;
 pub mod dev_ca;
 pub mod door;
 mod http;

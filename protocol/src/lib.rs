@@ -12,10 +12,13 @@
 //! | [`message`] | opcodes and the bodies of HELLO, WELCOME and EVENT |
 //! | [`status`] | typed errors on the wire |
 //! | [`access`] | the access record: who may touch a volume, decided by epoch |
+//! | [`handoff`] | moving the right to write from one host to another |
 //! | [`window`] | sequence numbers of one queue: each request takes effect once |
 
 pub mod access;
+mod cursor;
 pub mod frame;
+pub mod handoff;
 pub mod message;
 pub mod status;
 pub mod units;

@@ -29,10 +29,18 @@ pub enum Opcode {
     Event = 8,
     /// The owner gives the volume back: nobody owns it afterwards.
     Release = 9,
+    /// Parked by the server until the access record differs from the one the
+    /// client knows: `offset` is its version, `len` the server's boot id.
+    Access = 10,
+    /// Asks something of a handoff ([`crate::handoff::message`]).
+    Handoff = 11,
+    /// Shows the anchor's decision; the connection goes on under the winner's
+    /// epoch, and what follows on it waits for that.
+    Open = 12,
 }
 
 impl Opcode {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 12] = [
         Self::Hello,
         Self::Read,
         Self::Write,
@@ -42,6 +50,9 @@ impl Opcode {
         Self::Ping,
         Self::Event,
         Self::Release,
+        Self::Access,
+        Self::Handoff,
+        Self::Open,
     ];
 
     /// The opcode with this number.
@@ -93,7 +104,9 @@ impl AccessMode {
     #[must_use]
     pub const fn permits(self, opcode: Opcode) -> bool {
         match opcode {
-            Opcode::Hello | Opcode::Ping | Opcode::Event => true,
+            Opcode::Hello | Opcode::Ping | Opcode::Event | Opcode::Access => true,
+            // Who may ask what is the access record's to say.
+            Opcode::Handoff | Opcode::Open => matches!(self, Self::Owner | Self::Standby),
             Opcode::Read | Opcode::Flush => matches!(self, Self::Owner | Self::ReadOnly),
             Opcode::Write | Opcode::Discard | Opcode::WriteZeroes | Opcode::Release => {
                 matches!(self, Self::Owner)
@@ -111,6 +124,15 @@ impl Features {
     /// Payload checksums (CRC-32C). The headers have the room; no side of this
     /// version offers it yet.
     pub const CHECKSUM: Self = Self(1 << 0);
+
+    /// ACCESS, HANDOFF and OPEN.
+    pub const HANDOFF: Self = Self(1 << 1);
+
+    /// Whether all of `other` are set.
+    #[must_use]
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
 
     /// Those that both sides set.
     #[must_use]
@@ -577,8 +599,8 @@ mod tests {
         };
         use Opcode::*;
         assert_eq!(permitted(AccessMode::Owner), Opcode::ALL);
-        assert_eq!(permitted(AccessMode::Standby), [Hello, Ping, Event]);
-        assert_eq!(permitted(AccessMode::ReadOnly), [Hello, Read, Flush, Ping, Event]);
+        assert_eq!(permitted(AccessMode::Standby), [Hello, Ping, Event, Access, Handoff, Open]);
+        assert_eq!(permitted(AccessMode::ReadOnly), [Hello, Read, Flush, Ping, Event, Access]);
     }
 
     #[test]
@@ -588,7 +610,7 @@ mod tests {
             assert_eq!(Opcode::from_number(number), Some(opcode));
         }
         assert_eq!(Opcode::from_number(0), None);
-        assert_eq!(Opcode::from_number(10), None);
+        assert_eq!(Opcode::from_number(13), None);
     }
 
     proptest! {

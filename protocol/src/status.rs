@@ -48,10 +48,14 @@ pub enum Status {
     /// The volume was deleted while the session was open.
     #[error("the volume was deleted")]
     Gone = 12,
+    /// HELLO: the claimant is a side of a handoff that is not decided; it may
+    /// stand by.
+    #[error("a handoff of the volume is not decided; stand by")]
+    InHandoff = 13,
 }
 
 impl Status {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Ok,
         Self::Protocol,
         Self::StaleEpoch,
@@ -65,6 +69,7 @@ impl Status {
         Self::Checksum,
         Self::Busy,
         Self::Gone,
+        Self::InHandoff,
     ];
 
     /// The status with this number.
@@ -90,6 +95,6 @@ mod tests {
             assert_eq!(status as u16, number);
             assert_eq!(Status::from_number(number), Some(status));
         }
-        assert_eq!(Status::from_number(13), None);
+        assert_eq!(Status::from_number(14), None);
     }
 }

@@ -40,7 +40,7 @@ fn the_whole_matrix() {
     for (state_name, state) in &states {
         for (input_name, input) in &inputs {
             let outcome = match state.step(*input) {
-                Ok(Step { record, changed }) => format!(
+                Ok(Step { record, changed, .. }) => format!(
                     "{:?} e{} {}{}{}",
                     record.phase,
                     record.epoch,
@@ -53,6 +53,7 @@ fn the_whole_matrix() {
                 Err(Refusal::StaleEpoch { current }) => format!("Stale, now e{current}"),
                 Err(Refusal::StaleTerm { .. }) => "StaleTerm".to_owned(),
                 Err(Refusal::BadName) => "BadName".to_owned(),
+                Err(other) => format!("{other:?}"),
             };
             table.push_str(&format!("{state_name} + {input_name} -> {outcome}\n"));
         }
@@ -121,21 +122,23 @@ fn an_older_coordinator_is_refused() {
 #[test]
 fn golden_record_format_1() {
     let record = AccessRecord {
-        volume: VolumeId(0x0102),
         version: 3,
         epoch: Epoch(4),
+        next_epoch: Epoch(5),
         phase: Phase::Owned,
         owner: Some(Owner { name: "h".to_owned(), session: SessionId(5) }),
         barred: Some("bb".to_owned()),
         coordinator_term: 6,
+        ..AccessRecord::new(VolumeId(0x0102))
     };
     let mut golden = vec![1, 1, 0, 0, 1, 0, 2, 0, 2, 1, 0, 0, 0, 0, 0, 0];
     for number in [3u64, 4, 6, 5] {
         golden.extend_from_slice(&number.to_le_bytes());
     }
     golden.extend_from_slice(b"hbb");
-    assert_eq!(record.encode(), golden);
-    assert_eq!(AccessRecord::decode(&golden), Ok(record));
+    // Written by servers before handoffs existed; read for ever.
+    assert_eq!(AccessRecord::decode(&golden), Ok(record.clone()));
+    assert_eq!(AccessRecord::decode(&record.encode()), Ok(record));
 }
 
 proptest! {

@@ -7,12 +7,13 @@ use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::{Json, http::header, response::IntoResponse};
 use baton_protocol::AccessMode;
-use baton_protocol::access::{AccessRecord, Phase};
+use baton_protocol::access::AccessRecord;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::Api;
 use super::problem::Problem;
+use super::record::HandoffView;
 use crate::volumes::{Connection, Request, RunningVolume};
 
 /// A volume.
@@ -39,7 +40,7 @@ pub(super) struct VolumeView {
 struct AccessView {
     /// Only requests of this epoch are admitted.
     epoch: u64,
-    /// `free` or `owned`.
+    /// `free`, `owned`, `armed`, `sealed`, `active`, `reclaimed` or `frozen`.
     phase: &'static str,
     /// Name of the owner, or of the nominee of a fence who has not come yet.
     owner: Option<String>,
@@ -49,6 +50,8 @@ struct AccessView {
     barred: Option<String>,
     /// Highest coordinator term seen.
     coordinator_term: u64,
+    /// Under way; all of it is at `/v1/volumes/{name}/access`.
+    handoff: Option<HandoffView>,
 }
 
 /// A connection.
@@ -136,14 +139,12 @@ impl AccessView {
         let owner = record.owner.as_ref();
         Self {
             epoch: record.epoch.0,
-            phase: match record.phase {
-                Phase::Free => "free",
-                Phase::Owned => "owned",
-            },
+            phase: record.phase.name(),
             owner: owner.map(|owner| owner.name.clone()),
             session: owner.filter(|o| o.session.0 != 0).map(|o| o.session.to_string()),
             barred: record.barred.clone(),
             coordinator_term: record.coordinator_term,
+            handoff: record.handoff.as_ref().map(HandoffView::from),
         }
     }
 }
@@ -165,16 +166,16 @@ impl SessionView {
     }
 }
 
-fn find(api: &Api, name: &str) -> Result<Arc<RunningVolume>, Problem> {
+pub(super) fn find(api: &Api, name: &str) -> Result<Arc<RunningVolume>, Problem> {
     api.volumes.get(name).ok_or_else(|| {
         let shown: String = name.chars().take(80).collect();
         crate::store::VolumeError::NotFound { name: shown }.into()
     })
 }
 
-type Body<T> = Result<Json<T>, JsonRejection>;
+pub(super) type Body<T> = Result<Json<T>, JsonRejection>;
 
-fn body<T>(body: Body<T>) -> Result<T, Problem> {
+pub(super) fn body<T>(body: Body<T>) -> Result<T, Problem> {
     body.map(|Json(value)| value).map_err(|error| Problem::bad_request(error.body_text()))
 }
 

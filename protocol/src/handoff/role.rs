@@ -1,0 +1,770 @@
+//! The backend's half of a handoff: one machine for all volumes of a VM, as the
+//! source, the destination, or both in turn. Pure: facts in, what to send and
+//! what the data path may do out.
+//!
+//! ```text
+//!                     rings stop under            all SEALED
+//!           (armed)   a migration                                winner: destination
+//!  SERVING ---------> SEALING ----------> SEALED ---------------------------> PARKED
+//!     ^                  |                  |  rings start again
+//!     |  reclaim won     v                  v
+//!     +------------- RECLAIMING <-----------+
+//!
+//!            all members armed   all SEALED, rings start      granted
+//!  STANDBY ---------> READY ----------> ACTIVATING ------------------> SERVING
+//!                       |                   |  lost, abdicated
+//!                       +-------------------+------------------------> PARKED
+//! ```
+//!
+//! Rules:
+//! - Nothing is decided here. The anchor's record decides; this machine asks,
+//!   repeats what was not answered, and obeys.
+//! - The data path of a volume is held from the moment its seal is sent until
+//!   the storage has granted an epoch again. Parked means held for ever: the
+//!   guest sees no error.
+//! - The source never says that it did not seal a volume to which it has sent a
+//!   seal. The destination never activates what it has not seen sealed whole,
+//!   nor after it has abdicated, nor abdicates after it has activated.
+//!
+//! Does not know rings, sockets or clocks. Each ask may be repeated by the
+//! transport at will: all are idempotent.
+
+use serde::Serialize;
+
+use super::message::{Answer, Outcome};
+use super::{Handoff, Members, Proof, Side, Try};
+use crate::access::{AccessRecord, Phase};
+use crate::units::{Epoch, SessionId, VolumeId};
+
+/// What the edge tells the machine. `member` is a volume's position in the list
+/// given to [`Role::new`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// The access record of a member, as its server pushed it.
+    View {
+        /// Whose.
+        member: usize,
+        /// The server's incarnation.
+        boot_id: u64,
+        /// As shown to clients.
+        record: Box<AccessRecord>,
+    },
+    /// The data path of a member was granted an epoch when it was opened.
+    Claimed {
+        /// Whose.
+        member: usize,
+        /// Which.
+        epoch: Epoch,
+    },
+    /// The VMM has started a member's first ring.
+    Started {
+        /// Whose.
+        member: usize,
+    },
+    /// The VMM has stopped a member's rings; what was taken from them is on its
+    /// way and nothing more will be.
+    Stopped {
+        /// Whose.
+        member: usize,
+        /// While a migration ran: the dirty log was on.
+        migrating: bool,
+    },
+    /// An ask was answered.
+    Answered {
+        /// By whom.
+        member: usize,
+        /// In which handoff.
+        attempt: Try,
+        /// What was asked.
+        ask: Asked,
+        /// The answer.
+        answer: Box<Answer>,
+    },
+    /// An OPEN was answered.
+    Opened {
+        /// By whom.
+        member: usize,
+        /// The epoch granted; `None`: refused.
+        epoch: Option<Epoch>,
+    },
+    /// Requests in flight at a member were refused after its seal: a connection
+    /// broke at the wrong moment. They can only be finished as the owner.
+    Stuck {
+        /// At which.
+        member: usize,
+    },
+    /// Somebody outside says so (explicit mode).
+    Order(Order),
+}
+
+/// What an agent can order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Order {
+    /// Source: seal as soon as the rings have stopped.
+    Seal,
+    /// Destination: activate without waiting for the rings.
+    Activate,
+    /// Destination: never activate this handoff.
+    Abdicate,
+    /// Source: come back.
+    Reclaim,
+}
+
+/// What can be asked of a member, without the data that the edge adds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Asked {
+    /// With the counts of the member's queues.
+    Seal,
+    /// At the anchor.
+    Activate,
+    /// At the anchor.
+    Reclaim,
+    /// At the anchor.
+    Abdicate,
+    /// Of this incarnation of the server.
+    Unfreeze {
+        /// Which.
+        boot_id: u64,
+    },
+}
+
+/// What the edge is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Ask a member; the answer comes back as [`Input::Answered`].
+    Ask {
+        /// Whom.
+        member: usize,
+        /// In which handoff.
+        attempt: Try,
+        /// What.
+        ask: Asked,
+    },
+    /// Show a member the decision on the control connection; the answer comes
+    /// back as [`Input::Opened`].
+    Open {
+        /// To whom.
+        member: usize,
+        /// In which handoff.
+        attempt: Try,
+        /// The decision.
+        proof: Proof,
+    },
+    /// Take no new requests to this member until [`Output::Go`].
+    Hold {
+        /// Which.
+        member: usize,
+    },
+    /// The data path of a member may go on under `epoch`. With `open`, its
+    /// connections that were in standby show the decision first.
+    Go {
+        /// Which.
+        member: usize,
+        /// The epoch of every request from now on.
+        epoch: Epoch,
+        /// What connections in standby show.
+        open: Option<(Try, Proof)>,
+    },
+    /// The other side has the volumes: everything stays held for ever.
+    Park(Parked),
+}
+
+/// Why the VM's volumes are parked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, thiserror::Error)]
+#[serde(rename_all = "kebab-case")]
+pub enum Parked {
+    /// The anchor decided for the other side.
+    #[error("the handoff was decided for the other host: this VM must not run here")]
+    Lost,
+    /// This destination promised not to activate.
+    #[error("this host gave up the handoff: this VM must not run here")]
+    Abdicated,
+    /// The handoff was ended or fenced by somebody.
+    #[error(
+        "the handoff is over and this host does not hold the volumes: this VM must not run here"
+    )]
+    Over,
+}
+
+/// How the VM stands, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Standing {
+    /// It holds its volumes.
+    Serving,
+    /// It waits; not all volumes are armed for it.
+    Standby,
+    /// It waits; all volumes are armed for it.
+    Ready,
+    /// Some volume's seal is on its way.
+    Sealing,
+    /// All volumes are sealed: the destination may activate.
+    Sealed,
+    /// The source wants its volumes back.
+    Reclaiming,
+    /// The destination runs and waits for the volumes.
+    Activating,
+    /// Held for ever.
+    Parked,
+}
+
+/// One volume of the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Member {
+    volume: VolumeId,
+    /// Epoch under which the data path may send.
+    granted: Option<Epoch>,
+    /// The VMM's rings run.
+    running: bool,
+    /// The rings were stopped under a migration and not started since.
+    stopped: bool,
+    /// New requests are held.
+    held: bool,
+    /// To which try a seal was sent.
+    seal_sent: Option<Try>,
+    /// Which try, with which destination epoch, was seen sealed.
+    sealed: Option<(Try, Epoch)>,
+    /// Number of the grant of the last OPEN that was answered well.
+    opened: Option<u64>,
+    asks: [Ask; KINDS],
+}
+
+/// How one kind of ask stands: it is repeated only when the record has changed
+/// since its answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+struct Ask {
+    outstanding: bool,
+    /// Incarnation of the server and version of the record at the answer.
+    answered_at: Option<(u64, u64)>,
+}
+
+const KINDS: usize = 6;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Seal = 0,
+    Activate = 1,
+    Reclaim = 2,
+    Abdicate = 3,
+    Unfreeze = 4,
+    Open = 5,
+}
+
+impl From<Asked> for Kind {
+    fn from(ask: Asked) -> Self {
+        match ask {
+            Asked::Seal => Self::Seal,
+            Asked::Activate => Self::Activate,
+            Asked::Reclaim => Self::Reclaim,
+            Asked::Abdicate => Self::Abdicate,
+            Asked::Unfreeze { .. } => Self::Unfreeze,
+        }
+    }
+}
+
+/// A member's record as last heard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct View {
+    boot_id: u64,
+    record: AccessRecord,
+}
+
+/// See the module's documentation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Role {
+    name: String,
+    session: SessionId,
+    members: Vec<Member>,
+    views: Vec<Option<View>>,
+    /// The source wants to come back.
+    wants_back: bool,
+    /// The destination may activate without its rings.
+    ordered: bool,
+    seal_ordered: bool,
+    /// The try in which ACTIVATE was sent; it may have been carried out.
+    activate_sent: Option<Try>,
+    /// The try that this destination gave up.
+    abdicated: Option<Try>,
+    /// The only try in which this process may be the destination.
+    bound: Option<Try>,
+    won: Option<(Try, Proof)>,
+    parked: Option<Parked>,
+    out: Vec<Output>,
+}
+
+/// The handoff that concerns this VM, as its members' records show it.
+#[derive(Clone, Copy)]
+struct Focus {
+    attempt: Try,
+    side: Side,
+    /// Position of the anchor.
+    anchor: Option<usize>,
+}
+
+impl Role {
+    /// A VM with these volumes, whose backend has this owner name and
+    /// incarnation. Nothing is granted yet: say [`Input::Claimed`] for each
+    /// volume that was claimed when it was opened.
+    #[must_use]
+    pub fn new(name: &str, session: SessionId, volumes: &[VolumeId]) -> Self {
+        let member = |volume: &VolumeId| Member {
+            volume: *volume,
+            granted: None,
+            running: false,
+            stopped: false,
+            held: true,
+            seal_sent: None,
+            sealed: None,
+            opened: None,
+            asks: [Ask::default(); KINDS],
+        };
+        Self {
+            name: name.to_owned(),
+            session,
+            members: volumes.iter().map(member).collect(),
+            views: vec![None; volumes.len()],
+            wants_back: false,
+            ordered: false,
+            seal_ordered: false,
+            activate_sent: None,
+            abdicated: None,
+            bound: None,
+            won: None,
+            parked: None,
+            out: Vec::new(),
+        }
+    }
+
+    /// Takes a fact and says what is to be done. A member that does not exist is
+    /// passed over.
+    pub fn step(&mut self, input: Input) -> Vec<Output> {
+        self.learn(input);
+        if self.parked.is_none() {
+            self.decide();
+        }
+        std::mem::take(&mut self.out)
+    }
+
+    /// Why everything is held for ever, if it is.
+    #[must_use]
+    pub fn parked(&self) -> Option<Parked> {
+        self.parked
+    }
+
+    /// Whether new requests of a member are held.
+    #[must_use]
+    pub fn is_held(&self, member: usize) -> bool {
+        self.members.get(member).is_none_or(|member| member.held)
+    }
+
+    /// The epoch that a member's requests carry.
+    #[must_use]
+    pub fn granted(&self, member: usize) -> Option<Epoch> {
+        self.members.get(member)?.granted
+    }
+
+    /// The handoff that concerns this VM now.
+    #[must_use]
+    pub fn attempt(&self) -> Option<Try> {
+        self.focus().map(|focus| focus.attempt)
+    }
+
+    /// How the VM stands.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        let all = |test: fn(&Member) -> bool| self.members.iter().all(test);
+        let focus = self.focus();
+        let sealed = focus.is_some_and(|focus| self.all_sealed(focus.attempt));
+        if self.parked.is_some() {
+            Standing::Parked
+        } else if all(|member| !member.held) {
+            Standing::Serving
+        } else if focus.is_some_and(|focus| focus.side == Side::Destination) {
+            let running = self.ordered || self.members.iter().any(|member| member.running);
+            match (running, focus.is_some_and(|focus| self.is_ready(focus))) {
+                (true, _) => Standing::Activating,
+                (false, true) => Standing::Ready,
+                (false, false) => Standing::Standby,
+            }
+        } else if self.wants_back {
+            Standing::Reclaiming
+        } else if focus.is_some() {
+            if sealed { Standing::Sealed } else { Standing::Sealing }
+        } else {
+            Standing::Standby
+        }
+    }
+
+    fn learn(&mut self, input: Input) {
+        match input {
+            Input::View { member, boot_id, record } => self.see(member, boot_id, *record),
+            Input::Claimed { member, epoch } => {
+                if let Some(member) = self.members.get_mut(member) {
+                    member.granted = Some(epoch);
+                    member.held = false;
+                }
+            }
+            Input::Started { member: at } => {
+                let Some(member) = self.members.get_mut(at) else { return };
+                member.running = true;
+                member.stopped = false;
+                self.seal_ordered = false;
+                if member.held {
+                    self.come_back(at);
+                }
+            }
+            Input::Stopped { member, migrating } => {
+                let Some(member) = self.members.get_mut(member) else { return };
+                member.running = false;
+                member.stopped = migrating || self.seal_ordered;
+            }
+            Input::Answered { member, attempt, ask, answer } => {
+                self.answered(member, attempt, ask, *answer);
+            }
+            Input::Opened { member, epoch } => self.opened(member, epoch),
+            Input::Stuck { member } => {
+                if self.members.get(member).is_some_and(|member| member.held) {
+                    self.come_back(member);
+                }
+            }
+            Input::Order(order) => self.ordered(order),
+        }
+    }
+
+    /// The source side wants its volumes back; a destination's rings mean
+    /// something else.
+    fn come_back(&mut self, at: usize) {
+        let handoff = self.handoff_of(at);
+        let destination = handoff.is_some_and(|handoff| handoff.plan.to == self.name);
+        let sealed = self.members.get(at).is_some_and(|member| member.seal_sent.is_some());
+        if sealed || (!destination && handoff.is_some()) {
+            self.wants_back = true;
+        }
+    }
+
+    fn ordered(&mut self, order: Order) {
+        match order {
+            Order::Seal => {
+                self.seal_ordered = true;
+                for member in &mut self.members {
+                    member.stopped |= !member.running;
+                }
+            }
+            Order::Activate => self.ordered = true,
+            Order::Abdicate => {
+                if let Some(focus) = self.focus()
+                    && focus.side == Side::Destination
+                    && self.activate_sent != Some(focus.attempt)
+                {
+                    self.abdicated = Some(focus.attempt);
+                }
+            }
+            Order::Reclaim => self.wants_back = true,
+        }
+    }
+
+    fn see(&mut self, at: usize, boot_id: u64, record: AccessRecord) {
+        let Some(member) = self.members.get_mut(at) else { return };
+        if record.volume != member.volume {
+            return;
+        }
+        if let Some(handoff) = &record.handoff {
+            let sealed = match record.phase {
+                Phase::Sealed | Phase::Active => true,
+                Phase::Frozen => handoff.sealed,
+                _ => false,
+            };
+            let numbered = (handoff.plan.attempt, handoff.e_to);
+            if sealed {
+                member.sealed = Some(numbered);
+            } else if member.sealed.is_some_and(|seen| seen != numbered) {
+                // Another try, or the source was replaced before it sealed.
+                member.sealed = None;
+            }
+        }
+        self.views[at] = Some(View { boot_id, record });
+    }
+
+    fn answered(&mut self, at: usize, attempt: Try, ask: Asked, answer: Answer) {
+        let Answer { outcome, boot_id, proof, record } = answer;
+        if at >= self.members.len() {
+            return;
+        }
+        let stamp = (boot_id, record.version);
+        let owned = record.owner.as_ref().is_some_and(|owner| owner.session == self.session);
+        let epoch = record.epoch;
+        let winner = record.winner(attempt);
+        self.see(at, boot_id, record);
+        self.members[at].asks[Kind::from(ask) as usize] =
+            Ask { outstanding: false, answered_at: Some(stamp) };
+        match (ask, outcome) {
+            (Asked::Activate | Asked::Reclaim, Outcome::Granted) => {
+                let side = if ask == Asked::Activate { Side::Destination } else { Side::Source };
+                if let Some(proof) = proof
+                    && winner == Some(side)
+                    && owned
+                {
+                    self.won = Some((attempt, proof));
+                    self.members[at].opened = Some(proof.grant);
+                    self.go(at, epoch);
+                }
+            }
+            (Asked::Activate | Asked::Reclaim, Outcome::Lost) => self.park(Parked::Lost),
+            (Asked::Activate | Asked::Reclaim, Outcome::NoSuchHandoff | Outcome::NotNominated)
+                if !owned =>
+            {
+                self.park(Parked::Over)
+            }
+            // It can never be reached any more: finish as the owner.
+            (Asked::Seal, Outcome::NotSealed) => self.wants_back = true,
+            _ => {}
+        }
+    }
+
+    fn opened(&mut self, at: usize, epoch: Option<Epoch>) {
+        let Some(member) = self.members.get_mut(at) else { return };
+        let stamp = self.views[at].as_ref().map(|view| (view.boot_id, view.record.version));
+        member.asks[Kind::Open as usize] = Ask { outstanding: false, answered_at: stamp };
+        let Some(epoch) = epoch else { return };
+        member.opened = self.won.map(|(_, proof)| proof.grant);
+        self.go(at, epoch);
+    }
+
+    fn decide(&mut self) {
+        self.bind();
+        self.look_for_losses();
+        if self.parked.is_some() {
+            return;
+        }
+        for at in 0..self.members.len() {
+            self.decide_source(at);
+        }
+        if let Some(focus) = self.focus()
+            && let Some(anchor) = focus.anchor
+        {
+            match focus.side {
+                Side::Source => self.decide_reclaim(focus, anchor),
+                Side::Destination => self.decide_destination(focus, anchor),
+            }
+        }
+        self.decide_open();
+    }
+
+    /// A destination is good for one try only. A VMM that was given up in an
+    /// earlier one may still start its rings, with memory that is out of date.
+    fn bind(&mut self) {
+        let Some(focus) = self.focus() else { return };
+        if focus.side == Side::Destination {
+            match self.bound {
+                None => self.bound = Some(focus.attempt),
+                Some(bound) if bound != focus.attempt => self.park(Parked::Over),
+                Some(_) => {}
+            }
+        }
+    }
+
+    fn look_for_losses(&mut self) {
+        for at in 0..self.members.len() {
+            let Some(view) = &self.views[at] else { continue };
+            let record = &view.record;
+            let mine = record.owner.as_ref().is_some_and(|o| o.session == self.session);
+            let decided = !matches!(record.phase, Phase::Armed | Phase::Sealed | Phase::Frozen);
+            // It was ours and is somebody else's.
+            if decided && !mine && self.members[at].granted.is_some() {
+                return self.park(Parked::Lost);
+            }
+            let attempt = self.bound.or(self.focus().map(|focus| focus.attempt));
+            let winner = attempt.and_then(|attempt| record.winner(attempt));
+            let side = if attempt == self.bound { Side::Destination } else { Side::Source };
+            if winner.is_some_and(|winner| winner != side) {
+                return self.park(Parked::Lost);
+            }
+        }
+    }
+
+    /// Seal, or say that there was none.
+    fn decide_source(&mut self, at: usize) {
+        let Some(view) = &self.views[at] else { return };
+        let Some(handoff) = &view.record.handoff else { return };
+        let attempt = handoff.plan.attempt;
+        let owner = view.record.owner.as_ref().map(|owner| owner.session);
+        if handoff.plan.from != self.name || owner != Some(self.session) {
+            return;
+        }
+        let (phase, boot_id, sealed) = (view.record.phase, view.boot_id, handoff.sealed);
+        let undecided = matches!(phase, Phase::Armed | Phase::Frozen);
+        let member = &mut self.members[at];
+        if undecided && member.stopped && !sealed {
+            member.seal_sent = Some(attempt);
+            if !member.held {
+                member.held = true;
+                self.out.push(Output::Hold { member: at });
+            }
+            self.ask(at, attempt, Asked::Seal);
+        } else if phase == Phase::Frozen && member.seal_sent != Some(attempt) {
+            self.ask(at, attempt, Asked::Unfreeze { boot_id });
+        }
+    }
+
+    fn decide_reclaim(&mut self, focus: Focus, anchor: usize) {
+        if let Some(view) = &self.views[anchor]
+            && view.record.winner(focus.attempt) == Some(Side::Source)
+            && self.is_any_held()
+        {
+            // Somebody else reclaimed for us: fetch the proof.
+            self.wants_back = true;
+        }
+        if self.wants_back && self.won.is_none_or(|(attempt, _)| attempt != focus.attempt) {
+            self.ask(anchor, focus.attempt, Asked::Reclaim);
+        }
+    }
+
+    fn decide_destination(&mut self, focus: Focus, anchor: usize) {
+        let attempt = focus.attempt;
+        let frozen = self.views[anchor].as_ref().is_some_and(|v| v.record.phase == Phase::Frozen);
+        let asked_back = self.handoff_of(anchor).is_some_and(|handoff| handoff.wanted_back);
+        if asked_back && self.activate_sent != Some(attempt) {
+            self.abdicated = Some(attempt);
+        }
+        if self.abdicated == Some(attempt) {
+            self.ask(anchor, attempt, Asked::Abdicate);
+            // The promise is kept here whether or not it is heard there; but it
+            // must be heard, so asking goes on until the decision is seen.
+            return;
+        }
+        let won = self.won.is_some_and(|(won, _)| won == attempt);
+        let runs = self.ordered || self.members.iter().any(|member| member.running);
+        if runs && self.all_sealed(attempt) && self.is_complete(focus) && (!won || frozen) {
+            self.activate_sent = Some(attempt);
+            self.ask(anchor, attempt, Asked::Activate);
+        }
+    }
+
+    /// The winner shows the decision to the members that do not know it, or
+    /// have not heard it from this incarnation.
+    fn decide_open(&mut self) {
+        let Some((attempt, proof)) = self.won else { return };
+        for at in 0..self.members.len() {
+            let Some(view) = &self.views[at] else { continue };
+            let record = &view.record;
+            let handoff = record.handoff.as_ref().filter(|h| h.plan.attempt == attempt);
+            let over = record.decided.as_ref().is_some_and(|d| d.attempt == attempt);
+            if handoff.is_none() && !over {
+                continue;
+            }
+            let undecided = matches!(record.phase, Phase::Armed | Phase::Sealed | Phase::Frozen);
+            let is_anchor = handoff.is_some_and(|h| h.plan.anchor == self.members[at].volume);
+            if is_anchor || !(self.members[at].held || undecided) {
+                continue;
+            }
+            // The destination's first requests follow its OPEN on the same
+            // connection, so they need not wait for its answer; the epoch is
+            // known while the member is sealed.
+            let ahead = handoff
+                .filter(|_| proof.side == Side::Destination && record.phase == Phase::Sealed)
+                .map(|handoff| handoff.e_to);
+            self.open(at, attempt, proof);
+            if let Some(epoch) = ahead {
+                self.go(at, epoch);
+            }
+        }
+    }
+
+    fn go(&mut self, at: usize, epoch: Epoch) {
+        if self.parked.is_some() {
+            return;
+        }
+        let open = self.won;
+        let member = &mut self.members[at];
+        if !member.held && member.granted == Some(epoch) {
+            return;
+        }
+        member.held = false;
+        member.granted = Some(epoch);
+        member.seal_sent = None;
+        self.out.push(Output::Go { member: at, epoch, open });
+        if !self.is_any_held() {
+            self.wants_back = false;
+            self.ordered = false;
+        }
+    }
+
+    fn park(&mut self, why: Parked) {
+        if self.parked.is_none() {
+            self.parked = Some(why);
+            self.out.clear();
+            for at in 0..self.members.len() {
+                self.members[at].held = true;
+                self.out.push(Output::Hold { member: at });
+            }
+            self.out.push(Output::Park(why));
+        }
+    }
+
+    fn ask(&mut self, at: usize, attempt: Try, ask: Asked) {
+        if self.take_turn(at, ask.into()) {
+            self.out.push(Output::Ask { member: at, attempt, ask });
+        }
+    }
+
+    fn open(&mut self, at: usize, attempt: Try, proof: Proof) {
+        if self.take_turn(at, Kind::Open) {
+            self.out.push(Output::Open { member: at, attempt, proof });
+        }
+    }
+
+    /// Whether it is time to ask: nothing of the kind is on its way, and the
+    /// record has changed since the last answer.
+    fn take_turn(&mut self, at: usize, kind: Kind) -> bool {
+        let now = self.views[at].as_ref().map(|view| (view.boot_id, view.record.version));
+        let ask = &mut self.members[at].asks[kind as usize];
+        if ask.outstanding || (ask.answered_at.is_some() && ask.answered_at == now) {
+            return false;
+        }
+        ask.outstanding = true;
+        true
+    }
+
+    fn handoff_of(&self, at: usize) -> Option<&Handoff> {
+        self.views.get(at)?.as_ref()?.record.handoff.as_ref()
+    }
+
+    fn is_any_held(&self) -> bool {
+        self.members.iter().any(|member| member.held)
+    }
+
+    /// The newest try that names this VM's owner name and that any member shows.
+    fn focus(&self) -> Option<Focus> {
+        let mine = (0..self.members.len()).filter_map(|at| {
+            let handoff = self.handoff_of(at)?;
+            let side = if handoff.plan.from == self.name {
+                Side::Source
+            } else if handoff.plan.to == self.name {
+                Side::Destination
+            } else {
+                return None;
+            };
+            let anchor = self.members.iter().position(|m| m.volume == handoff.plan.anchor);
+            Some(Focus { attempt: handoff.plan.attempt, side, anchor })
+        });
+        mine.max_by_key(|focus| focus.attempt)
+    }
+
+    /// All members show this try, and they are the ones that were planned.
+    fn is_complete(&self, focus: Focus) -> bool {
+        let planned = Members::of(self.members.iter().map(|member| member.volume));
+        (0..self.members.len()).all(|at| {
+            self.handoff_of(at).is_some_and(|handoff| {
+                handoff.plan.attempt == focus.attempt && handoff.plan.members == planned
+            })
+        })
+    }
+
+    fn is_ready(&self, focus: Focus) -> bool {
+        focus.anchor.is_some() && self.is_complete(focus)
+    }
+
+    fn all_sealed(&self, attempt: Try) -> bool {
+        self.members.iter().all(|member| member.sealed.is_some_and(|(seen, _)| seen == attempt))
+    }
+}
