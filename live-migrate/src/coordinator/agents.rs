@@ -73,22 +73,21 @@ pub struct DiskView {
 pub struct VmView(pub Value);
 
 impl VmView {
-    fn inner(&self) -> &Value {
+    fn definition(&self) -> &Value {
+        // What was remembered is a definition alone.
         if self.0["definition"].is_object() { &self.0["definition"] } else { &self.0 }
     }
 
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.inner()["name"].as_str().or(self.0["name"].as_str()).unwrap_or_default()
+        self.definition()["name"].as_str().unwrap_or_default()
     }
 
     /// Its disks that it may write: only those move.
     #[must_use]
     pub fn disks(&self) -> Vec<DiskView> {
-        let inner = self.inner();
-        let disks = if inner["disks"].is_array() { &inner["disks"] } else { &inner["disk"] };
-        let disks = disks.as_array().map_or(&[][..], Vec::as_slice);
+        let disks = self.definition()["disk"].as_array().map_or(&[][..], Vec::as_slice);
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let writable = disks.iter().filter(|disk| disk["read_only"] != Value::Bool(true));
         writable
@@ -99,31 +98,30 @@ impl VmView {
     /// What defines it, for another host: nothing that is a path of this one.
     #[must_use]
     pub fn portable(&self) -> Value {
-        let mut vm = self.inner().clone();
+        const OF_THE_VM: [&str; 3] = ["name", "disk", "vmm"];
+        const OF_A_DISK: [&str; 5] = ["name", "volume", "read_only", "num_queues", "queue_size"];
+        let mut vm = self.definition().clone();
         if let Some(vm) = vm.as_object_mut() {
-            vm.retain(|key, _| matches!(key.as_str(), "name" | "disk" | "disks" | "vmm"));
-            if vm.get("vmm").is_some_and(|vmm| !vmm.is_string()) {
-                vm.remove("vmm");
-            }
-            for key in ["disk", "disks"] {
-                for disk in vm.get_mut(key).and_then(Value::as_array_mut).into_iter().flatten() {
-                    if let Some(disk) = disk.as_object_mut() {
-                        disk.retain(|key, _| {
-                            matches!(key.as_str(), "name" | "volume" | "read_only" | "num_queues" | "queue_size")
-                        });
-                    }
+            vm.retain(|key, _| OF_THE_VM.contains(&key.as_str()));
+            for disk in vm.get_mut("disk").and_then(Value::as_array_mut).into_iter().flatten() {
+                if let Some(disk) = disk.as_object_mut() {
+                    disk.retain(|key, _| OF_A_DISK.contains(&key.as_str()));
                 }
             }
         }
         vm
     }
 
-    /// The backend's part of the handoff, if it runs and says so.
+    /// What the backend says of itself; null when it does not answer.
+    #[must_use]
+    pub fn status(&self) -> &Value {
+        &self.0["status"]
+    }
+
+    /// The backend's part of the handoff.
     #[must_use]
     pub fn handoff(&self) -> &Value {
-        let backend = &self.0["backend"];
-        let nested = &backend["status"]["handoff"];
-        if nested.is_object() { nested } else { &backend["handoff"] }
+        &self.status()["handoff"]
     }
 
     /// What the backend does in the handoff.
@@ -132,40 +130,32 @@ impl VmView {
         self.handoff()["standing"].as_str()
     }
 
-    /// The backend's process is there.
+    /// The backend's process is there, or may be.
     #[must_use]
     pub fn backend_runs(&self) -> bool {
-        let backend = &self.0["backend"];
-        match backend["state"].as_str().or(backend["state"]["state"].as_str()) {
-            Some(state) => matches!(state, "running" | "starting" | "stopping" | "hung"),
-            None => self.standing_word().is_some(),
-        }
+        !matches!(self.0["backend"]["run"].as_str(), Some("stopped" | "failed"))
     }
 
     /// What the machine does, in the agent's words: `running`, `paused`, ...
     #[must_use]
     pub fn run(&self) -> &str {
-        let vmm = &self.0["vmm"];
-        let status = if vmm["status"].is_object() { &vmm["status"] } else { vmm };
-        status["run"].as_str().unwrap_or("unknown")
+        self.0["vmm"]["run"].as_str().unwrap_or("unknown")
     }
 
-    /// Phase of the machine's last migration.
+    /// The machine's last migration.
     #[must_use]
     pub fn migration(&self) -> &Value {
-        let vmm = &self.0["vmm"];
-        let status = if vmm["status"].is_object() { &vmm["status"] } else { vmm };
-        &status["migration"]
+        &self.0["vmm"]["migration"]
     }
 
     /// As the plan takes it, for one handoff.
     #[must_use]
     pub fn standing(&self, id: &str, attempt: u32) -> Standing {
-        let runs = matches!(self.run(), "running" | "unknown");
         if !self.backend_runs() {
-            // A machine that runs or does not say may have activated.
-            let vmm_there = self.0["vmm"].is_object();
-            return if vmm_there && runs { Standing::Unknown } else { Standing::Dead };
+            // A machine that runs, or of which nobody says how it is, may have
+            // activated before its backend died.
+            let runs = matches!(self.run(), "running" | "unknown");
+            return if runs { Standing::Unknown } else { Standing::Dead };
         }
         let handoff = self.handoff();
         let same = handoff["id"].as_str() == Some(id)
@@ -309,7 +299,8 @@ mod tests {
     #[test]
     fn what_an_agent_says_of_the_destination() {
         let backend = |standing: &str, id: &str| {
-            json!({"backend": {"state": "running", "handoff": {"standing": standing, "id": id, "attempt": 1}}})
+            json!({"backend": {"run": "running"}, "vmm": {"run": "incoming"},
+                "status": {"handoff": {"standing": standing, "id": id, "attempt": 1}}})
         };
         assert_eq!(standing(backend("ready", "ID")), Standing::Ready);
         assert_eq!(standing(backend("ready", "OTHER")), Standing::Starting);
@@ -317,21 +308,26 @@ mod tests {
         assert_eq!(standing(backend("activating", "ID")), Standing::Active);
         assert_eq!(standing(backend("serving", "OTHER")), Standing::Active);
         assert_eq!(standing(backend("parked", "ID")), Standing::Parked);
-        assert_eq!(standing(json!({"backend": null})), Standing::Dead);
-        // Not proven dead: its machine runs, or does not say.
-        assert_eq!(standing(json!({"backend": {"state": "stopped"}, "vmm": {"run": "running"}})), Standing::Unknown);
-        assert_eq!(standing(json!({"backend": {"state": "stopped"}, "vmm": {}})), Standing::Unknown);
-        assert_eq!(standing(json!({"backend": {"state": "stopped"}, "vmm": {"run": "gone"}})), Standing::Dead);
+        let stopped = |vmm: Value| standing(json!({"backend": {"run": "stopped"}, "vmm": vmm}));
+        assert_eq!(stopped(json!({"run": "gone"})), Standing::Dead);
+        assert_eq!(stopped(json!({"run": "incoming"})), Standing::Dead);
+        // Not proven: its machine runs, or nobody says.
+        assert_eq!(stopped(json!({"run": "running"})), Standing::Unknown);
+        assert_eq!(stopped(Value::Null), Standing::Unknown);
     }
 
     #[test]
     fn another_host_gets_no_paths_of_this_one() {
-        let vm = VmView(json!({"name": "web", "qmp": "/x", "vmm": "qemu", "backend": {},
+        let vm =
+            VmView(json!({"backend": {}, "definition": {"name": "web", "qmp": "/x", "vmm": "qemu",
             "disk": [{"name": "root", "volume": "baton://s:1/v", "socket": "/y", "num_queues": 2},
-                     {"name": "cd", "volume": "file:///z", "read_only": true}]}));
-        assert_eq!(vm.portable(), json!({"name": "web", "vmm": "qemu",
+                     {"name": "cd", "volume": "file:///z", "read_only": true}]}}));
+        assert_eq!(
+            vm.portable(),
+            json!({"name": "web", "vmm": "qemu",
             "disk": [{"name": "root", "volume": "baton://s:1/v", "num_queues": 2},
-                     {"name": "cd", "volume": "file:///z", "read_only": true}]}));
+                     {"name": "cd", "volume": "file:///z", "read_only": true}]})
+        );
         assert_eq!(vm.disks().len(), 1);
     }
 }

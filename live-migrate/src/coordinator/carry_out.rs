@@ -186,7 +186,8 @@ impl Work {
                 agent.stand_by(&self.row.vm).await?;
                 return Ok(Standing::Starting);
             }
-            Err(error) if error.is_missing() => return Ok(Standing::Dead),
+            // Its machine may run all the same.
+            Err(error) if error.is_missing() => return Ok(Standing::Unknown),
             Err(error) => return Err(error),
         };
         let standing = vm.standing(id, self.row.attempt);
@@ -216,7 +217,11 @@ impl Work {
             kind: "baton:destination-runs-vm".to_owned(),
             detail: format!(
                 "the backend of `{}` on {} serves already (its machine: {}); the source {} still owns the volumes: stop the one on {} first",
-                self.row.vm, self.row.to, vm.run(), self.row.from, self.row.to
+                self.row.vm,
+                self.row.to,
+                vm.run(),
+                self.row.from,
+                self.row.to
             ),
         }
     }

@@ -198,10 +198,18 @@ impl TryFrom<Raw> for Config {
             };
             let known = |data: &&String| storages.iter().any(|other| other.data.contains(data));
             if let Some(twice) = data.iter().find(known) {
-                return Err(value("storage.data", twice, "another storage server has this address"));
+                return Err(value(
+                    "storage.data",
+                    twice,
+                    "another storage server has this address",
+                ));
             }
             if data.iter().any(String::is_empty) || data.is_empty() {
-                return Err(value("storage.data", "", "write HOST:PORT as in the volume URIs, or unix:PATH"));
+                return Err(value(
+                    "storage.data",
+                    "",
+                    "write HOST:PORT as in the volume URIs, or unix:PATH",
+                ));
             }
             let admin = endpoint("storage.admin", &admin, tls.is_some())?;
             storages.push(Storage { data, admin });
@@ -209,7 +217,11 @@ impl TryFrom<Raw> for Config {
         let death = match (raw.danger_zone.die_before_write, raw.danger_zone.die_after_write) {
             (None, None) => None,
             _ if !raw.danger_zone.enabled => {
-                return Err(value("danger_zone.enabled", "false", "set it to true, or leave the section out"));
+                return Err(value(
+                    "danger_zone.enabled",
+                    "false",
+                    "set it to true, or leave the section out",
+                ));
             }
             (Some(write), _) => Some(Death { write, after: false }),
             (_, Some(write)) => Some(Death { write, after: true }),
@@ -229,9 +241,9 @@ impl TryFrom<Raw> for Config {
             call_timeout: millis("call_timeout_ms", raw.call_timeout_ms, 10_000)?,
             ready_timeout: millis("ready_timeout_ms", raw.ready_timeout_ms, 30_000)?,
             death,
-            log_level: level
-                .parse()
-                .map_err(|_| value("log.level", &level, "write error, warn, info, debug or trace"))?,
+            log_level: level.parse().map_err(|_| {
+                value("log.level", &level, "write error, warn, info, debug or trace")
+            })?,
             log_json,
         })
     }
@@ -284,7 +296,10 @@ mod tests {
             (format!("{GOOD}[[host]]\nname = \"a\"\nagent = \"unix:/x\"\n"), "unique"),
             (GOOD.replace("http://127.0.0.1:1", "https://h:1"), "[tls]"),
             (GOOD.replace("http://127.0.0.1:2", "http://192.0.2.1:2"), "plaintext"),
-            (format!("{GOOD}[[storage]]\ndata = [\"s:1\"]\nadmin = \"unix:/x\"\n"), "another storage"),
+            (
+                format!("{GOOD}[[storage]]\ndata = [\"s:1\"]\nadmin = \"unix:/x\"\n"),
+                "another storage",
+            ),
             (format!("{GOOD}[danger_zone]\ndie_after_write = 1\n"), "danger_zone"),
             (format!("{GOOD}[log]\nlevel = \"loud\"\n"), "loud"),
         ] {

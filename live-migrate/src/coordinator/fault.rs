@@ -31,7 +31,11 @@ pub struct Fault {
 /// Types of trouble that reach us as text, with title and status.
 const TROUBLES: [(&str, &str, StatusCode); 15] = [
     ("baton:agent-unreachable", "An agent cannot be reached", StatusCode::SERVICE_UNAVAILABLE),
-    ("baton:storage-unreachable", "A storage server cannot be reached", StatusCode::SERVICE_UNAVAILABLE),
+    (
+        "baton:storage-unreachable",
+        "A storage server cannot be reached",
+        StatusCode::SERVICE_UNAVAILABLE,
+    ),
     ("baton:destination-runs-vm", "The destination runs the VM already", StatusCode::CONFLICT),
     ("baton:handoff-in-progress", "Another handoff is under way", StatusCode::CONFLICT),
     ("baton:not-owner", "The source does not own the volumes", StatusCode::CONFLICT),

@@ -197,7 +197,11 @@ impl Journal {
     ///
     /// # Errors
     /// [`JournalError`].
-    pub fn events_after(&self, cursor: u64, limit: usize) -> Result<(Vec<Event>, u64), JournalError> {
+    pub fn events_after(
+        &self,
+        cursor: u64,
+        limit: usize,
+    ) -> Result<(Vec<Event>, u64), JournalError> {
         let database = self.database.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(database) = &*database else {
             return Err(failed(&self.path, &"it is being opened again"));
@@ -261,12 +265,20 @@ impl Writer {
 
 fn open(path: &Path) -> Result<Database, JournalError> {
     // Keys of handoffs are in it.
-    let file = std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false);
-    let file = { file }.mode(0o600).open(path).map_err(|error| Fault::Io(error).at(path))?;
-    Database::builder().create_file(file).map_err(|error| match error {
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(|error| Fault::Io(error).at(path))?;
+    let judge = |error| match error {
         redb::DatabaseError::DatabaseAlreadyOpen => JournalError::InUse(path.to_owned()),
         other => Fault::Redb(other.into()).at(path),
-    })
+    };
+    let backend = redb::backends::FileBackend::new(file).map_err(judge)?;
+    Database::builder().create_with_backend(backend).map_err(judge)
 }
 
 fn start(database: &Database, term_min: u64) -> Result<(Found, u64), Fault> {

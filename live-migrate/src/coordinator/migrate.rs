@@ -116,18 +116,20 @@ impl Driver {
     async fn run(&self, restarted: bool) {
         let switched = matches!(self.step().as_str(), "switch" | "activate" | "cleanup");
         let result = if restarted && !switched {
-            Err(trouble("the coordinator restarted before the switch, so the migration was rolled back"))
+            Err(trouble(
+                "the coordinator restarted before the switch, so the migration was rolled back",
+            ))
         } else if restarted {
-            self.from_switch().await
+            self.watch_switch().await
         } else {
-            self.from_start().await
+            self.begin().await
         };
         if let Err(trouble) = result {
             self.roll_back(trouble).await;
         }
     }
 
-    async fn from_start(&self) -> Result<(), Failed> {
+    async fn begin(&self) -> Result<(), Failed> {
         let (source, destination) = self.agents()?;
         let vm = self.row().vm.clone();
         self.until(State::Ready).await?;
@@ -141,10 +143,7 @@ impl Driver {
         let bandwidth = self.row().driven.as_ref().map_or(Value::Null, |n| n["bandwidth"].clone());
         let outgoing = json!({"uri": uri, "pause_before_switchover": true,
             "max_bandwidth_bytes_per_s": bandwidth});
-        source
-            .monitor(&vm, "migrate", &outgoing)
-            .await
-            .map_err(|error| error.trouble().clone())?;
+        source.monitor(&vm, "migrate", &outgoing).await.map_err(|error| error.trouble().clone())?;
         // The machine stops, its rings with it, and the backend seals by itself.
         let mut silent = 0;
         loop {
@@ -169,10 +168,10 @@ impl Driver {
             .monitor(&vm, "continue", &json!({}))
             .await
             .map_err(|error| error.trouble().clone())?;
-        self.from_switch().await
+        self.watch_switch().await
     }
 
-    async fn from_switch(&self) -> Result<(), Failed> {
+    async fn watch_switch(&self) -> Result<(), Failed> {
         let (source, destination) = self.agents()?;
         let vm = self.row().vm.clone();
         self.note("activate", json!({})).await;
@@ -265,11 +264,9 @@ impl Driver {
         let (source, destination) = tokio::join!(source.vm(&vm), destination.vm(&vm));
         let side = |view: Result<VmView, AgentError>| match view {
             Ok(view) => {
-                let status = &view.0["backend"]["status"];
-                let latency = if status["latency"].is_null() { &view.0["backend"]["latency"] } else { &status["latency"] };
                 let handoff = view.handoff();
                 json!({"timings": handoff["timings"], "events": handoff["events"],
-                    "latency": latency, "migration": view.migration()})
+                    "latency": view.status()["latency"], "migration": view.migration()})
             }
             Err(error) => json!({"error": error.to_string()}),
         };

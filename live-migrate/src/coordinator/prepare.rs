@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 
-use super::agents::{Agent, AgentError, DiskView, VmView};
+use super::agents::{Agent, DiskView, VmView};
 use super::core::{Core, unix_us};
 use super::fault::{Fault, owner_sentence};
 use super::keeper::Handle;
@@ -63,7 +63,11 @@ pub struct PrepareHandoff {
 pub fn duration(text: &str) -> Result<Duration, Fault> {
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
-    let wrong = || Fault::bad_request(format!("`{text}` is not a time; write 500ms, 30s or 2m, at most an hour"));
+    let wrong = || {
+        Fault::bad_request(format!(
+            "`{text}` is not a time; write 500ms, 30s or 2m, at most an hour"
+        ))
+    };
     let number: u64 = number.parse().map_err(|_| wrong())?;
     let factor = match unit {
         "ms" => 1,
@@ -92,7 +96,9 @@ pub fn vm_name(name: &str) -> Result<(), Fault> {
     if is_name(name) {
         Ok(())
     } else {
-        Err(Fault::bad_request("a VM's name has a letter or digit, then up to 63 of letters, digits, `.`, `_` and `-`"))
+        Err(Fault::bad_request(
+            "a VM's name has a letter or digit, then up to 63 of letters, digits, `.`, `_` and `-`",
+        ))
     }
 }
 
@@ -120,7 +126,11 @@ pub async fn prepare(
                 StatusCode::CONFLICT,
                 "baton:id-in-use",
                 "The id belongs to another request",
-                format!("handoff {id} of `{}` was asked for with another body; {}; choose a new id", row.vm, owner_sentence(&row)),
+                format!(
+                    "handoff {id} of `{}` was asked for with another body; {}; choose a new id",
+                    row.vm,
+                    owner_sentence(&row)
+                ),
             )
             .about(&row))
         };
@@ -133,7 +143,12 @@ pub async fn prepare(
             StatusCode::CONFLICT,
             "baton:handoff-in-progress",
             "Another handoff is under way",
-            format!("handoff {} of `{vm}` is {}; {}; cancel or finish it first", row.id, row.state, owner_sentence(&row)),
+            format!(
+                "handoff {} of `{vm}` is {}; {}; cancel or finish it first",
+                row.id,
+                row.state,
+                owner_sentence(&row)
+            ),
         )
         .about(&row));
     }
@@ -161,8 +176,11 @@ async fn plan(
         None => core.config.ready_timeout,
     };
     let fits = |text: &String| text.len() <= LABEL_BYTES_MAX;
-    if request.labels.len() > LABELS_MAX || !request.labels.iter().all(|(k, v)| fits(k) && fits(v)) {
-        return Err(Fault::bad_request(format!("at most {LABELS_MAX} labels of {LABEL_BYTES_MAX} bytes")));
+    if request.labels.len() > LABELS_MAX || !request.labels.iter().all(|(k, v)| fits(k) && fits(v))
+    {
+        return Err(Fault::bad_request(format!(
+            "at most {LABELS_MAX} labels of {LABEL_BYTES_MAX} bytes"
+        )));
     }
     agent(core, &request.to)?;
     let (view, hint) = view(core, vm, request.from.as_deref()).await?;
@@ -174,10 +192,18 @@ async fn plan(
         match owned_by {
             Some(name) if owner.as_ref().is_none_or(|owner| *owner == name) => owner = Some(name),
             Some(name) => {
-                return Err(not_owner(&member, &format!("belongs to `{name}`, the volume before it to another"), request.from.as_deref()));
+                return Err(not_owner(
+                    &member,
+                    &format!("belongs to `{name}`, the volume before it to another"),
+                    request.from.as_deref(),
+                ));
             }
             None => {
-                return Err(not_owner(&member, "belongs to nobody: the VM does not run", request.from.as_deref()));
+                return Err(not_owner(
+                    &member,
+                    "belongs to nobody: the VM does not run",
+                    request.from.as_deref(),
+                ));
             }
         }
         members.push(member);
@@ -195,18 +221,28 @@ async fn plan(
     }
     agent(core, &from)?;
     if from == request.to {
-        return Err(Fault::new(StatusCode::CONFLICT, "baton:destination-runs-vm", "The destination runs the VM already",
-            format!("{from} owns the volumes of `{vm}` and runs it; there is nothing to move")));
+        return Err(Fault::new(
+            StatusCode::CONFLICT,
+            "baton:destination-runs-vm",
+            "The destination runs the VM already",
+            format!("{from} owns the volumes of `{vm}` and runs it; there is nothing to move"),
+        ));
     }
-    if let Ok(there) = core.agents.of(&request.to).map_or_else(
-        || Err(AgentError::Unreachable(plan::Trouble { kind: String::new(), detail: String::new() })),
-        Ok,
-    ) && let Ok(other) = there.vm(vm).await
-        && (other.standing_word() == Some("serving") || other.run() == "running")
+    if let Ok(there) = agent(core, &request.to)?.vm(vm).await
+        && (there.standing_word() == Some("serving") || there.run() == "running")
     {
-        return Err(Fault::new(StatusCode::CONFLICT, "baton:destination-runs-vm", "The destination runs the VM already",
-            format!("`{vm}` runs on {} already (machine: {}, backend: {}), and the source {from} owns the volumes; stop the one on {} first",
-                request.to, other.run(), other.standing_word().unwrap_or("none"), request.to)));
+        return Err(Fault::new(
+            StatusCode::CONFLICT,
+            "baton:destination-runs-vm",
+            "The destination runs the VM already",
+            format!(
+                "`{vm}` runs on {} already (machine: {}, backend: {}), and the source {from} owns the volumes; stop the one on {} first",
+                request.to,
+                there.run(),
+                there.standing_word().unwrap_or("none"),
+                request.to
+            ),
+        ));
     }
     let key = plan::random_key().map_err(|error| {
         Fault::new(StatusCode::INTERNAL_SERVER_ERROR, "baton:failed", "No random bytes", error)
@@ -259,7 +295,9 @@ async fn view(
     if let Some(from) = from {
         return match agent(core, from)?.vm(vm).await {
             Ok(view) => Ok((view, Some(from.to_owned()))),
-            Err(error) if error.is_missing() => Err(unknown_vm(vm, &format!("the agent of {from} knows no such VM"))),
+            Err(error) if error.is_missing() => {
+                Err(unknown_vm(vm, &format!("the agent of {from} knows no such VM")))
+            }
             Err(error) => Err(error.into()),
         };
     }
@@ -282,24 +320,37 @@ fn chosen(view: &VmView, wanted: Option<&[String]>) -> Result<Vec<DiskView>, Fau
     let all = view.disks();
     let Some(wanted) = wanted else {
         return if all.is_empty() {
-            Err(Fault::new(StatusCode::CONFLICT, "baton:not-movable", "The VM has no disk to move",
-                format!("`{}` has no disk that it may write", view.name())))
+            Err(Fault::new(
+                StatusCode::CONFLICT,
+                "baton:not-movable",
+                "The VM has no disk to move",
+                format!("`{}` has no disk that it may write", view.name()),
+            ))
         } else {
             Ok(all)
         };
     };
     // Part of a VM's volumes here and part there is what nobody wants.
-    let names = |disk: &DiskView, wanted: &String| disk.name == *wanted || disk.volume.ends_with(&format!("/{wanted}"));
+    let names = |disk: &DiskView, wanted: &String| {
+        disk.name == *wanted || disk.volume.ends_with(&format!("/{wanted}"))
+    };
     let known = |wanted: &String| all.iter().any(|disk| names(disk, wanted));
     if let Some(foreign) = wanted.iter().find(|wanted| !known(wanted)) {
-        return Err(Fault::unknown("baton:unknown-volume", "There is no such volume",
-            format!("`{}` has no writable disk `{foreign}`; leave `volumes` out to move all", view.name())));
+        return Err(Fault::unknown(
+            "baton:unknown-volume",
+            "There is no such volume",
+            format!(
+                "`{}` has no writable disk `{foreign}`; leave `volumes` out to move all",
+                view.name()
+            ),
+        ));
     }
     let left = all.iter().find(|disk| !wanted.iter().any(|wanted| names(disk, wanted)));
     match left {
         Some(left) => Err(Fault::bad_request(format!(
             "disk `{}` of `{}` would stay behind; a VM's volumes move together: name all, or none",
-            left.name, view.name()
+            left.name,
+            view.name()
         ))),
         None => Ok(all),
     }
@@ -307,16 +358,27 @@ fn chosen(view: &VmView, wanted: Option<&[String]>) -> Result<Vec<DiskView>, Fau
 
 async fn member(core: &Core, disk: &DiskView) -> Result<(Member, Option<String>), Fault> {
     let not_movable = |why: String| {
-        Fault::new(StatusCode::CONFLICT, "baton:not-movable", "A disk cannot move", format!("disk `{}`: {why}", disk.name))
+        Fault::new(
+            StatusCode::CONFLICT,
+            "baton:not-movable",
+            "A disk cannot move",
+            format!("disk `{}`: {why}", disk.name),
+        )
     };
     let (data, volume) = place_of(&disk.volume).map_err(not_movable)?;
     let server = core.storages.at(&data).ok_or_else(|| {
-        not_movable(format!("no storage server {} is configured; add a [[storage]] section", data.join(",")))
+        not_movable(format!(
+            "no storage server {} is configured; add a [[storage]] section",
+            data.join(",")
+        ))
     })?;
     let found = server.show(&volume).await.map_err(|error| {
         if error.refusal() == "baton:no-such-volume" {
-            Fault::unknown("baton:unknown-volume", "There is no such volume",
-                format!("disk `{}`: {error}", disk.name))
+            Fault::unknown(
+                "baton:unknown-volume",
+                "There is no such volume",
+                format!("disk `{}`: {error}", disk.name),
+            )
         } else {
             error.into()
         }
@@ -343,21 +405,34 @@ pub fn agent<'a>(core: &'a Core, host: &str) -> Result<&'a Agent, Fault> {
 
 fn unknown_host(host: &str) -> Fault {
     let shown: String = host.chars().take(80).collect();
-    Fault::unknown("baton:unknown-host", "There is no such host",
-        format!("no host `{shown}` is configured; add a [[host]] section or correct the name"))
+    Fault::unknown(
+        "baton:unknown-host",
+        "There is no such host",
+        format!("no host `{shown}` is configured; add a [[host]] section or correct the name"),
+    )
 }
 
 /// No such VM.
 #[must_use]
 pub fn unknown_vm(vm: &str, why: &str) -> Fault {
-    Fault::unknown("baton:unknown-vm", "There is no such VM", format!("`{vm}`: {why}; GET /v1/vms lists what is known"))
+    Fault::unknown(
+        "baton:unknown-vm",
+        "There is no such VM",
+        format!("`{vm}`: {why}; GET /v1/vms lists what is known"),
+    )
 }
 
 fn not_owner(member: &Member, what: &str, from: Option<&str>) -> Fault {
     let from = from.unwrap_or("the source");
-    Fault::new(StatusCode::CONFLICT, "baton:not-owner", "The source does not own the volumes",
-        format!("volume `{}` at {} {what}; {from} has nothing to hand off: look at `access`, and fence if its owner is gone for good",
-            member.volume, member.storage))
+    Fault::new(
+        StatusCode::CONFLICT,
+        "baton:not-owner",
+        "The source does not own the volumes",
+        format!(
+            "volume `{}` at {} {what}; {from} has nothing to hand off: look at `access`, and fence if its owner is gone for good",
+            member.volume, member.storage
+        ),
+    )
 }
 
 #[cfg(test)]
@@ -366,7 +441,16 @@ mod tests {
 
     #[test]
     fn times_as_people_write_them() {
-        for (text, ms) in [("500ms", 500), ("30s", 30_000), ("2m", 120_000), ("7", 7000), ("1h", 0), ("", 0), ("99999999999999999999s", 0), ("61m", 0)] {
+        for (text, ms) in [
+            ("500ms", 500),
+            ("30s", 30_000),
+            ("2m", 120_000),
+            ("7", 7000),
+            ("1h", 0),
+            ("", 0),
+            ("99999999999999999999s", 0),
+            ("61m", 0),
+        ] {
             let parsed = duration(text).map(|time| time.as_millis());
             if ms == 0 {
                 assert!(parsed.is_err(), "{text}");

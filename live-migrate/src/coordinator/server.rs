@@ -77,9 +77,10 @@ pub async fn start(config: Config) -> Result<Coordinator, StartError> {
     let core = Arc::new(Core::new(config, term, journal, (storages, agents), vms));
     tracing::info!(term, handoffs = rows.len(), "taking up the journal");
     for row in rows {
-        let unfinished = row.driven.as_ref().is_some_and(|note| {
-            !matches!(note["step"].as_str(), Some("done" | "rolled-back"))
-        });
+        let unfinished = row
+            .driven
+            .as_ref()
+            .is_some_and(|note| !matches!(note["step"].as_str(), Some("done" | "rolled-back")));
         let handle = core.keep(row).await.map_err(StartError::Row)?;
         if unfinished {
             migrate::drive(&core, handle, true);

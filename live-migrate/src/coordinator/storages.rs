@@ -252,10 +252,13 @@ impl Storages {
             match server.call(Method::GET, "/v1/volumes", None).await {
                 Ok(list) => {
                     let volumes = list["volumes"].as_array().cloned().unwrap_or_default();
-                    let terms = volumes.iter().filter_map(|v| v["access"]["coordinator_term"].as_u64());
+                    let terms =
+                        volumes.iter().filter_map(|v| v["access"]["coordinator_term"].as_u64());
                     highest = terms.fold(highest, u64::max);
                 }
-                Err(error) => tracing::warn!(storage = server.name, %error, "cannot ask for its term"),
+                Err(error) => {
+                    tracing::warn!(storage = server.name, %error, "cannot ask for its term")
+                }
             }
         }
         highest
@@ -291,10 +294,9 @@ impl StorageServer {
         known: Option<&(String, u64)>,
     ) -> Result<(String, RecordView), StorageError> {
         let (query, more) = match known {
-            Some((boot, version)) => (
-                format!("?boot_id={boot}&version={version}&wait_ms={}", WATCH.as_millis()),
-                WATCH,
-            ),
+            Some((boot, version)) => {
+                (format!("?boot_id={boot}&version={version}&wait_ms={}", WATCH.as_millis()), WATCH)
+            }
             None => (String::new(), Duration::ZERO),
         };
         let path = format!("/v1/volumes/{volume}/access{query}");
@@ -331,7 +333,12 @@ impl StorageServer {
     ///
     /// # Errors
     /// [`StorageError`].
-    pub async fn reclaim(&self, row: &Row, volume: &str, term: u64) -> Result<Reclaimed, StorageError> {
+    pub async fn reclaim(
+        &self,
+        row: &Row,
+        volume: &str,
+        term: u64,
+    ) -> Result<Reclaimed, StorageError> {
         match self.post(volume, "reclaim", &attempt(row, term)).await {
             Ok(answer) if answer["outcome"] == "source" => {
                 Ok(Reclaimed::Source(self.grant(&answer)?))
@@ -359,8 +366,7 @@ impl StorageServer {
     /// # Errors
     /// [`StorageError`].
     pub async fn proof(&self, row: &Row, volume: &str) -> Result<Option<Grant>, StorageError> {
-        let path =
-            format!("/v1/volumes/{volume}/proof?id={}&attempt={}", row.id, row.attempt);
+        let path = format!("/v1/volumes/{volume}/proof?id={}&attempt={}", row.id, row.attempt);
         match self.call(Method::GET, &path, None).await {
             Ok(answer) => self.grant(&answer).map(Some),
             Err(error) if error.refusal() == "baton:undecided" => Ok(None),
@@ -455,7 +461,10 @@ impl StorageServer {
     fn foreign(&self, what: &str) -> StorageError {
         StorageError::Unreachable(Trouble {
             kind: "baton:storage-unreachable".to_owned(),
-            detail: format!("storage server {} answered with {what}; are the versions the same?", self.name),
+            detail: format!(
+                "storage server {} answered with {what}; are the versions the same?",
+                self.name
+            ),
         })
     }
 }

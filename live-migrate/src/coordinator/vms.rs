@@ -58,11 +58,8 @@ struct Volume<'a> {
 /// All VMs that any agent knows now, or knew.
 pub async fn list(core: &Arc<Core>) -> Value {
     let asked = core.agents.iter().map(|agent| async move { (agent, agent.vms().await) });
-    let mut vms: std::collections::BTreeMap<String, Vec<Value>> = core
-        .known_vms()
-        .into_iter()
-        .map(|name| (name, Vec::new()))
-        .collect();
+    let mut vms: std::collections::BTreeMap<String, Vec<Value>> =
+        core.known_vms().into_iter().map(|name| (name, Vec::new())).collect();
     let mut silent = Vec::new();
     for (agent, answer) in join_all(asked).await {
         match answer {
@@ -73,9 +70,8 @@ pub async fn list(core: &Arc<Core>) -> Value {
                     }
                     vms.entry(view.name().to_owned()).or_default().push(json!({
                         "host": agent.host.name,
-                        "machine": view.run(),
-                        "backend": view.backend_runs(),
-                        "standing": view.standing_word(),
+                        "backend": view.0["backend"]["run"],
+                        "role": view.0["backend"]["role"],
                     }));
                 }
             }
@@ -152,8 +148,12 @@ pub async fn access(core: &Arc<Core>, vm: &str) -> Result<Value, Fault> {
     let view = find(core, vm).await?;
     let volumes = volumes(core, &view).await?;
     let anchor = volumes.first().ok_or_else(|| {
-        Fault::new(StatusCode::CONFLICT, "baton:not-movable", "The VM has no disk to move",
-            format!("`{vm}` has no disk on a storage server"))
+        Fault::new(
+            StatusCode::CONFLICT,
+            "baton:not-movable",
+            "The VM has no disk to move",
+            format!("`{vm}` has no disk on a storage server"),
+        )
     })?;
     let record = anchor.record.as_ref().map_err(|error| Fault::from(error.clone()))?;
     let host_of = |record: &RecordView| {
@@ -231,7 +231,8 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
             "The host is not dead",
             format!(
                 "the agent of {dead_host} answers, and `{vm}` runs there (machine: {}, backend: {}) and owns its volumes; stop it there, migrate it, or fence with force",
-                there.run(), there.standing_word().unwrap_or("none")
+                there.run(),
+                there.standing_word().unwrap_or("none")
             ),
         ));
     }
@@ -265,7 +266,10 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
             StatusCode::SERVICE_UNAVAILABLE,
             "baton:fence-incomplete",
             "Not every volume is fenced",
-            format!("do not start `{vm}` elsewhere: {}; fence again when they answer", left.join("; ")),
+            format!(
+                "do not start `{vm}` elsewhere: {}; fence again when they answer",
+                left.join("; ")
+            ),
         ));
     }
     if let Some(handle) = core.latest(vm) {

@@ -82,7 +82,8 @@ async fn next(mut tail: Tail) -> Option<(Result<SseEvent, Infallible>, Tail)> {
         match tail.journal.events_after(tail.cursor, BATCH) {
             Ok((events, oldest)) => {
                 if tail.resumed && tail.cursor.saturating_add(1) < oldest {
-                    let lost = json!({"from": tail.cursor + 1, "to": oldest - 1, "kept": EVENTS_MAX});
+                    let lost =
+                        json!({"from": tail.cursor + 1, "to": oldest - 1, "kept": EVENTS_MAX});
                     let lost = cloud_event("baton.events.lost", oldest - 1, "", None, &lost);
                     let event = SseEvent::default().event("baton.events.lost");
                     tail.ready.push_back(event.data(lost.to_string()));
@@ -134,8 +135,13 @@ fn cloud_event(
 fn rfc_3339(time: OffsetDateTime) -> String {
     format!(
         "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:06}Z",
-        time.year(), u8::from(time.month()), time.day(),
-        time.hour(), time.minute(), time.second(), time.microsecond()
+        time.year(),
+        u8::from(time.month()),
+        time.day(),
+        time.hour(),
+        time.minute(),
+        time.second(),
+        time.microsecond()
     )
 }
 

@@ -55,7 +55,9 @@ impl Waiting {
             Until::Over
         } else {
             let state = HandoffState::from_name(wait).ok_or_else(|| {
-                Fault::bad_request(format!("`{wait}` is no state; write READY, SEALED, ACTIVE, SETTLED or OVER"))
+                Fault::bad_request(format!(
+                    "`{wait}` is no state; write READY, SEALED, ACTIVE, SETTLED or OVER"
+                ))
             })?;
             Until::State(state)
         };
@@ -67,7 +69,10 @@ impl Until {
     fn reached(self, row: &Row) -> bool {
         match self {
             // Who waits for READY must learn of a failure at once.
-            Self::State(state) => row.state.reached(state) || (row.back.is_some() && row.winner.is_none() && state == HandoffState::Ready),
+            Self::State(state) => {
+                row.state.reached(state)
+                    || (row.back.is_some() && row.winner.is_none() && state == HandoffState::Ready)
+            }
             Self::Over => row.is_over() && row.driven.as_ref().is_none_or(migration_is_over),
         }
     }
@@ -181,8 +186,11 @@ pub(super) async fn verb(
     waiting: Result<Query<Waiting>, QueryRejection>,
 ) -> Result<Response, Fault> {
     let Some((id, verb)) = id.split_once(':') else {
-        return Err(Fault::unknown("baton:no-such-route", "There is nothing here",
-            "write .../{id}:cancel, :finish, :switchover or :activate"));
+        return Err(Fault::unknown(
+            "baton:no-such-route",
+            "There is nothing here",
+            "write .../{id}:cancel, :finish, :switchover or :activate",
+        ));
     };
     let path = Path((vm, id.to_owned()));
     match verb {
@@ -192,8 +200,13 @@ pub(super) async fn verb(
         "cancel" => cancel(core, peer, path, waiting).await,
         other => {
             let other: String = other.chars().take(40).collect();
-            Err(Fault::unknown("baton:no-such-route", "There is nothing here",
-                format!("a handoff has no `:{other}`; there are :cancel, :finish, :switchover and :activate")))
+            Err(Fault::unknown(
+                "baton:no-such-route",
+                "There is nothing here",
+                format!(
+                    "a handoff has no `:{other}`; there are :cancel, :finish, :switchover and :activate"
+                ),
+            ))
         }
     }
 }
@@ -288,12 +301,23 @@ pub(super) async fn cancel(
 
 fn undecided(row: &Row) -> Fault {
     let fault = if row.unknown {
-        Fault::new(StatusCode::CONFLICT, "baton:unknown-frozen", "Nobody can say yet who owns the volumes",
-            owner_sentence(row))
+        Fault::new(
+            StatusCode::CONFLICT,
+            "baton:unknown-frozen",
+            "Nobody can say yet who owns the volumes",
+            owner_sentence(row),
+        )
     } else {
         let trouble = row.trouble.as_ref().map_or_else(String::new, |t| format!(" ({})", t.detail));
-        Fault::new(StatusCode::CONFLICT, "baton:not-ready", "Nothing is decided yet",
-            format!("handoff {} is {}{trouble}; the request is noted and carried out; ask again for the outcome", row.id, row.state))
+        Fault::new(
+            StatusCode::CONFLICT,
+            "baton:not-ready",
+            "Nothing is decided yet",
+            format!(
+                "handoff {} is {}{trouble}; the request is noted and carried out; ask again for the outcome",
+                row.id, row.state
+            ),
+        )
     };
     fault.about(row)
 }
@@ -309,9 +333,10 @@ pub(super) async fn list(
     may_look(&peer)?;
     let Filter { state, vm } = query(filter)?;
     let state = match state {
-        Some(name) => Some(HandoffState::from_name(&name).ok_or_else(|| {
-            Fault::bad_request(format!("`{name}` is no state of a handoff"))
-        })?),
+        Some(name) => Some(
+            HandoffState::from_name(&name)
+                .ok_or_else(|| Fault::bad_request(format!("`{name}` is no state of a handoff")))?,
+        ),
         None => None,
     };
     let rows = core.rows();

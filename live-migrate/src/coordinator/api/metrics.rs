@@ -55,12 +55,27 @@ fn page(core: &Api) -> String {
         &plain(unknown),
     );
     let hindered = rows.iter().filter(|row| row.trouble.is_some() && !row.state.is_over()).count();
-    family("baton_handoffs_hindered", "gauge", "Handoffs that something hinders.", &plain(hindered as u64));
+    family(
+        "baton_handoffs_hindered",
+        "gauge",
+        "Handoffs that something hinders.",
+        &plain(hindered as u64),
+    );
     let fences = core.metrics.fences.load(Ordering::Relaxed);
     family("baton_fences_total", "counter", "VMs fenced.", &plain(fences));
     let problems = core.metrics.problems.load(Ordering::Relaxed);
-    family("baton_problems_total", "counter", "Requests answered with a problem.", &plain(problems));
-    family("baton_journal_commits_total", "counter", "Commits of the journal.", &plain(core.journal.writes()));
+    family(
+        "baton_problems_total",
+        "counter",
+        "Requests answered with a problem.",
+        &plain(problems),
+    );
+    family(
+        "baton_journal_commits_total",
+        "counter",
+        "Commits of the journal.",
+        &plain(core.journal.writes()),
+    );
     let last = *core.journal.latest().borrow();
     family("baton_events_last", "gauge", "Number of the last event.", &plain(last));
     page

@@ -59,11 +59,11 @@ type Api = Arc<Core>;
 )]
 struct Document;
 
-type Method = fn() -> MethodRouter<Api>;
-
 /// Path of the router, the documented methods and paths behind it, handlers. A
 /// router's segment cannot end in `:verb`, so one route takes several.
-const ROUTES: [(&str, &[(&str, &str)], Method); 12] = [
+type Route = (&'static str, &'static [(&'static str, &'static str)], fn() -> MethodRouter<Api>);
+
+const ROUTES: [Route; 12] = [
     (
         "/v1/vms/{vm}/handoffs/{id}",
         &[
