@@ -127,6 +127,20 @@ impl TestVolume {
         });
     }
 
+    /// Waits until the queue's thread has taken what was released.
+    pub(crate) fn wait_taken(&self, lane: u16) {
+        self.wait_until("the queue to take its completions", |state| {
+            state.lanes.get(&lane).is_some_and(|l| l.released.is_empty()).then_some(())
+        });
+    }
+
+    /// Waits until queue `lane` is closed.
+    pub(crate) fn wait_closed_queue(&self, lane: u16) {
+        self.wait_until("the queue to be closed", |state| {
+            (!state.lanes.contains_key(&lane)).then_some(())
+        });
+    }
+
     /// Completes the held request at `position` (0 is the oldest).
     pub(crate) fn release(&self, lane: u16, position: usize) {
         let mut state = self.lock();

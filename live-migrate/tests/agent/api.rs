@@ -1,10 +1,13 @@
 //! What the API takes, what it refuses, and how it says so.
 
-use baton_live_migrate::client::Method;
+use std::sync::Arc;
+
+use baton_live_migrate::client::{Client, Method};
+use baton_live_migrate::tls::{Credentials, TlsFiles};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Agent, WEB, refused};
+use crate::support::{Agent, LIMIT, WEB, refused, wait};
 
 fn vm(volume: &str) -> Value {
     json!({"disks": [{"name": "root", "volume": volume}], "vmm": "qemu"})
@@ -164,4 +167,69 @@ async fn commands_of_a_handoff_reach_the_backend_and_its_words_come_back() {
         refused(agent.post("/v1/vms/web/backend/reclaim", json!({})).await);
     assert_eq!((status, kind.as_str()), (409, "baton:lost-race"));
     assert_eq!(detail, "the destination owns the volumes");
+}
+
+#[tokio::test]
+async fn only_coordinators_and_operators_come_in_by_network() {
+    let mut agent = Agent::with("exec_pretended \"$@\"", "", WEB);
+    let tls = agent.path("tls");
+    let made = std::process::Command::new(env!("CARGO_BIN_EXE_baton-agent"))
+        .args(["dev-ca", "--host", "host-a", "--host", "host-b", "--coordinator", "c"])
+        .args(["--operator", "me", "--dir"])
+        .arg(&tls)
+        .output()
+        .expect("dev-ca");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let files = |who: &str| TlsFiles {
+        ca: tls.join("ca.pem"),
+        cert: tls.join(format!("{who}.pem")),
+        key: tls.join(format!("{who}.key")),
+    };
+    let with_tls = |who: &str| {
+        let TlsFiles { ca, cert, key } = files(who);
+        format!(
+            "host = \"host-a\"\n[tls]\nca = \"{}\"\ncert = \"{}\"\nkey = \"{}\"\n",
+            ca.display(),
+            cert.display(),
+            key.display()
+        )
+    };
+    let config = std::fs::read_to_string(agent.path("agent.toml")).expect("read");
+    let unix = format!("unix:{}", agent.path("agent.sock").display());
+    let config = config.replace(&unix, "127.0.0.1:0");
+    let write = |who: &str| {
+        let config = config.replace("host = \"host-a\"\n", &with_tls(who));
+        std::fs::write(agent.path("agent.toml"), config).expect("write");
+    };
+    // With another host's certificate it does not even start.
+    write("host-host-b");
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_baton-agent"))
+        .arg("--config")
+        .arg(agent.path("agent.toml"))
+        .output()
+        .expect("agent");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("baton://host/host-b") && said.contains("host-a"), "{said}");
+
+    write("host-host-a");
+    agent.spawn();
+    let listening = async || agent.log().contains("listening api=");
+    wait("it listens", listening).await;
+    let log = agent.log();
+    let (_, address) = log.rsplit_once("listening api=").expect("address");
+    let address = address.lines().next().expect("a line");
+    let call = async |who: &str| {
+        let credentials = Arc::new(Credentials::load(&files(who)).expect("good"));
+        let endpoint = format!("https://{address}").parse().expect("endpoint");
+        let host = "baton://host/host-a".parse().expect("identity");
+        Client::new(host, endpoint, Some(credentials), LIMIT)
+            .call(Method::GET, "/v1/vms", None)
+            .await
+    };
+    assert_eq!(call("coordinator-c").await.expect("let in")["host"], "host-a");
+    assert_eq!(call("operator-me").await.expect("let in")["host"], "host-a");
+    let (status, kind, detail) = refused(call("host-host-b").await);
+    assert_eq!((status, kind.as_str()), (403, "baton:forbidden"));
+    assert!(detail.contains("coordinator or operator"), "{detail}");
 }

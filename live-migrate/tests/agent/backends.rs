@@ -3,7 +3,7 @@
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::support::{Agent, WEB, pid_of, refused, runs, signal, wait};
+use crate::support::{Agent, WEB, freeze, pid_of, refused, runs, signal, wait};
 
 #[tokio::test]
 async fn a_backend_is_started_shown_and_stopped() {
@@ -93,7 +93,7 @@ async fn a_backend_that_hangs_is_killed_and_started_again() {
     let mut agent = Agent::with("exec_pretended \"$@\"", "hang_ms = 800\n", WEB);
     agent.run().await;
     let pid = pid_of(&agent.start_backend("owner").await);
-    signal(pid, Signal::SIGSTOP);
+    freeze(pid).await;
     agent.wait_successor(pid).await;
     assert!(!runs(pid));
     let state = agent.backend().await;

@@ -5,7 +5,7 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::support::{Agent, WEB, pid_of, refused, signal, wait};
+use crate::support::{Agent, WEB, freeze, pid_of, refused, signal, wait};
 
 /// A machine without a guest, stopped, that waits for a migration.
 const QEMU: &str = r#"["qemu-system-x86_64", "-name", "{vm}", "-accel", "tcg", "-machine", "q35", "-m", "64M", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "unix:{qmp},server=on,wait=off", "-incoming", "defer"]"#;
@@ -49,7 +49,7 @@ async fn continue_is_refused_until_every_disk_is_drained() {
     assert_eq!((status, kind.as_str()), (409, "baton:not-drained"));
     assert!(detail.contains("root, data"), "{detail}");
     std::fs::write(&drained, "").expect("write");
-    signal(pid, Signal::SIGSTOP);
+    freeze(pid).await;
     let (_, kind, detail) = refused(source.post("/v1/vms/web/vmm/continue", json!({})).await);
     assert_eq!(kind, "baton:not-drained", "{detail}");
     signal(pid, Signal::SIGCONT);

@@ -56,6 +56,12 @@ impl Agent {
     }
 
     pub(crate) async fn run(&mut self) {
+        self.spawn();
+        wait("the agent answers", async || self.get("/healthz").await.is_ok()).await;
+    }
+
+    /// Starts it without waiting.
+    pub(crate) fn spawn(&mut self) {
         let log = std::fs::OpenOptions::new()
             .create(true)
             .append(true)
@@ -70,7 +76,6 @@ impl Agent {
             .spawn()
             .expect("agent");
         self.child = Some(child);
-        wait("the agent answers", async || self.get("/healthz").await.is_ok()).await;
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
@@ -179,6 +184,19 @@ pub(crate) fn runs(pid: i32) -> bool {
 
 pub(crate) fn signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).expect("signal");
+}
+
+/// Stops a process. The signal takes effect in one thread after the other.
+pub(crate) async fn freeze(pid: i32) {
+    signal(pid, Signal::SIGSTOP);
+    wait("frozen", async || {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("threads");
+        threads.filter_map(|thread| Some(thread.ok()?.path().join("stat"))).all(|stat| {
+            let stat = std::fs::read_to_string(stat).unwrap_or_default();
+            stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with('T'))
+        })
+    })
+    .await;
 }
 
 /// Waits for what must happen sooner or later.
