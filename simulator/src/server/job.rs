@@ -4,7 +4,7 @@
 use baton_protocol::access::{By, Input, Phase, Refusal, Step, Store};
 use baton_protocol::handoff::role::Asked;
 use baton_protocol::handoff::{Ask, HandoffRequest, Open, Outcome, Side, Try};
-use baton_protocol::{QueueId, Seq, SessionId};
+use baton_protocol::{Epoch, QueueId, Seq, SessionId};
 
 use super::{Server, Volume, WaitingSeal, answer, host_of, owner_name};
 use crate::agenda::MS;
@@ -70,7 +70,7 @@ impl Volume {
             Call::Reclaim(_) => stage.reached(Point::ReclaimArrived),
             Call::Abdicate(_) => stage.reached(Point::AbdicateArrived),
             Call::Settle(..) => stage.reached(Point::SettleArrived),
-            Call::View => {}
+            Call::View | Call::Fence(_) => {}
         }
         self.jobs.push_back(Job::Call { coordinator, term, call });
         self.work(stage, server);
@@ -200,6 +200,9 @@ impl Volume {
                 let (term, by) = (*term, By::Coordinator { term: *term });
                 match call {
                     Call::View => (Ok(None), None),
+                    // Twice would fence the nominee that has claimed since.
+                    Call::Fence(name) if self.belongs_to(name) => (Ok(None), None),
+                    Call::Fence(name) => step(Input::Fence { term: None, nominee: Some(name) }),
                     Call::Arm(plan) => step(Input::Arm { plan, term, generation: 0 }),
                     Call::Reclaim(attempt) => step(Input::Reclaim { attempt: *attempt, by }),
                     Call::Abdicate(attempt) => step(Input::Abdicate { attempt: *attempt, by }),
@@ -243,20 +246,14 @@ impl Volume {
 
     /// What is about to be told.
     fn watch(&self, stage: &mut Stage) {
-        let Some(handoff) = &self.record.handoff else { return };
-        let closed = match self.record.phase {
-            Phase::Sealed => Some(self.record.epoch),
-            Phase::Frozen if handoff.sealed => Some(self.record.epoch),
-            _ => None,
+        let sealed = match self.record.phase {
+            Phase::Sealed => true,
+            Phase::Frozen => self.record.handoff.as_ref().is_some_and(|handoff| handoff.sealed),
+            _ => false,
         };
-        let below = self.record.admits().owner.map(|epoch| {
-            let mut below = epoch;
-            below.0 -= 1;
-            below
-        });
-        if let Some(epoch) = closed.or(below) {
-            stage.watch.closed(self.number, epoch);
-        }
+        let below = if sealed { 0 } else { 1 };
+        stage.watch.closed(self.number, Epoch(self.record.epoch.0.saturating_sub(below)));
+        let Some(handoff) = &self.record.handoff else { return };
         let plan = &handoff.plan;
         if plan.anchor == self.record.volume
             && let Some(winner) = self.record.winner(plan.attempt)
@@ -300,7 +297,7 @@ impl Volume {
                     Call::Reclaim(attempt) | Call::Abdicate(attempt) | Call::Settle(attempt, _) => {
                         Some(*attempt)
                     }
-                    Call::View => None,
+                    Call::View | Call::Fence(_) => None,
                 };
                 let attempt = attempt.or(self.record.handoff.as_ref().map(|h| h.plan.attempt));
                 let decided = attempt.and_then(|attempt| {

@@ -131,6 +131,12 @@ impl Volume {
         }
     }
 
+    /// Nobody else may have it, and no handoff of it is under way.
+    pub(crate) fn belongs_to(&self, name: &str) -> bool {
+        let owner = self.record.owner.as_ref().is_some_and(|owner| owner.name == name);
+        owner && self.record.phase == Phase::Owned
+    }
+
     /// The server's process ends. What its kernel has of a request may still
     /// reach the disk; nothing does after the next process has started.
     pub(crate) fn crash(&mut self, stage: &mut Stage, power: bool) {
