@@ -268,7 +268,7 @@ impl Stage {
         self.network.connections.len() - 1
     }
 
-    pub(crate) fn to_server(&mut self, connection: usize, message: ToServer) {
+    pub(crate) fn send_to_server(&mut self, connection: usize, message: ToServer) {
         let hop = self.hop();
         let known = &self.network.connections[connection];
         if !known.client_open || known.is_cut {
@@ -280,7 +280,7 @@ impl Stage {
         self.agenda.put(at, Event::ToServer { connection, message });
     }
 
-    pub(crate) fn to_client(&mut self, connection: usize, message: ToClient) {
+    pub(crate) fn send_to_client(&mut self, connection: usize, message: ToClient) {
         let hop = self.hop();
         let known = &self.network.connections[connection];
         if known.is_cut {
@@ -294,7 +294,7 @@ impl Stage {
 
     /// The client's end is over; the server hears of it, unless it is cut.
     pub(crate) fn hang_up(&mut self, connection: usize) {
-        self.to_server(connection, ToServer::End);
+        self.send_to_server(connection, ToServer::End);
         self.network.connections[connection].client_open = false;
     }
 }

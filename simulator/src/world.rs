@@ -274,7 +274,7 @@ impl World {
                     self.volumes[volume].hear(stage, &self.servers[at], connection, message);
                 } else {
                     stage.network.connections[connection].server_open = false;
-                    stage.to_client(connection, crate::stage::ToClient::End);
+                    stage.send_to_client(connection, crate::stage::ToClient::End);
                 }
             }
             Event::ToClient { connection, message } => {
@@ -374,7 +374,7 @@ impl World {
             backend.take(stage, vm);
         }
         let late = stage.now - self.round_from > 150 * MS;
-        let pause = if late || !vm.running { 8 * MS } else { stage.between(100, 1500) };
+        let pause = if late || !vm.running { 5 * MS } else { stage.between(30, 300) };
         stage.after(pause, Event::Guest { host });
     }
 
@@ -623,7 +623,7 @@ impl World {
 
     fn plan_faults(&mut self) {
         self.calm_from = self.stage.now;
-        for _ in 0..self.stage.rng.usize(0..=4) {
+        for _ in 0..self.stage.rng.usize(0..=7) {
             let fault = Fault::ALL[self.stage.rng.usize(..Fault::ALL.len())];
             if self.stage.setting.overlaps && fault.forgets() {
                 continue;

@@ -159,9 +159,7 @@ impl Volume {
 
     /// What the record says. `None`: it has no say.
     fn judge(&self, server: &Server, job: &Job) -> (Result<Option<Step>, Refusal>, Option<Point>) {
-        let step = |input: Input<'_>| {
-            (self.record.step(input).map(Some), reached_by(&input))
-        };
+        let step = |input: Input<'_>| (self.record.step(input).map(Some), reached_by(&input));
         match job {
             Job::Greet { connection, greeting } => {
                 let Some(peer) = self.peers.get(connection) else { return (Ok(None), None) };
@@ -287,7 +285,7 @@ impl Volume {
                     self.arriving.push(*connection);
                 } else if let Some(peer) = self.peers.get_mut(connection) {
                     let behind = peer.behind_open.take().unwrap_or_default();
-                    stage.to_client(*connection, ToClient::Opened(None));
+                    stage.send_to_client(*connection, ToClient::Opened(None));
                     self.run_behind(stage, server, *connection, behind);
                 }
             }
@@ -334,11 +332,11 @@ impl Volume {
         };
         if let Some(refused) = refused {
             self.peers.remove(&connection);
-            stage.to_client(connection, ToClient::Refused(refused));
+            stage.send_to_client(connection, ToClient::Refused(refused));
             stage.network.connections[connection].server_open = false;
         } else if greeting == Greeting::Standby {
             let epoch = self.record.epoch;
-            stage.to_client(connection, ToClient::Welcome { epoch, owner: false });
+            stage.send_to_client(connection, ToClient::Welcome { epoch, owner: false });
         } else {
             self.arriving.push(connection);
         }
@@ -377,7 +375,7 @@ impl Volume {
     ) {
         note!(stage, "volume {} answers {asked:?}: {outcome:?}", self.number);
         let answer = Box::new(answer(server.boot, &self.record, outcome, proof));
-        stage.to_client(connection, ToClient::Handoff { asked, attempt, answer });
+        stage.send_to_client(connection, ToClient::Handoff { asked, attempt, answer });
     }
 
     fn seal_asked(
