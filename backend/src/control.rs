@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use baton_protocol::handoff::role::Order;
 use baton_remote_client::VolumeState;
@@ -13,9 +14,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::handoff::{OrderError, Shown, VmHandoff};
+use crate::latency::SLICE;
 use crate::queue::Disk;
 
 pub mod server;
+
+/// Longest time for which requests are timed by one command, seconds.
+const WATCH_S_MAX: u32 = 3600;
 
 /// What may be asked. `cmd` names it; the other keys are its fields.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -23,6 +28,12 @@ pub mod server;
 pub enum Command {
     /// What every disk is doing.
     Status,
+    /// How long requests took, and to go on timing them for a while.
+    Latency {
+        /// For so long from now, seconds; at most an hour.
+        #[serde(default)]
+        watch_s: u32,
+    },
     /// How the VM stands in a handoff.
     Handoff,
     /// Source: seal as soon as the rings have stopped.
@@ -131,6 +142,7 @@ impl Vm {
     pub fn run(&self, command: Command) -> Result<Value, Refusal> {
         match command {
             Command::Status => Ok(serde_json::json!(self.status())),
+            Command::Latency { watch_s } => Ok(self.latency(watch_s)),
             Command::Handoff => self.ordered(None),
             Command::Seal => self.ordered(Some(Order::Seal)),
             Command::Activate => self.ordered(Some(Order::Activate)),
@@ -140,6 +152,21 @@ impl Vm {
                 Err(Refusal::new(RefusalKind::UnknownCommand, "there is no such command"))
             }
         }
+    }
+
+    fn latency(&self, watch_s: u32) -> Value {
+        let time = Duration::from_secs(u64::from(watch_s.min(WATCH_S_MAX)));
+        let disks: serde_json::Map<String, Value> = self
+            .disks
+            .iter()
+            .map(|VmDisk { disk, .. }| {
+                if !time.is_zero() {
+                    disk.status.latency.watch(time);
+                }
+                (disk.name.clone(), serde_json::json!(disk.status.latency.slices()))
+            })
+            .collect();
+        serde_json::json!({ "slice_ms": SLICE.as_millis(), "disks": disks })
     }
 
     fn status(&self) -> Status<'_> {

@@ -16,6 +16,7 @@
 //! | [`status`] | what a disk is doing, for who only looks |
 //! | [`handoff`] | the VM's part when its volumes move to another host |
 //! | [`control`] | the control socket: commands of the operator and the agent |
+//! | [`latency`] | how long requests took, around a handoff |
 //! | [`log_limit`] | bounds what a guest can make us log |
 
 pub mod config;
@@ -25,6 +26,7 @@ pub mod disk;
 pub mod handoff;
 pub mod inflight;
 pub mod iovecs;
+pub mod latency;
 pub mod log_limit;
 pub mod memory;
 pub mod queue;
