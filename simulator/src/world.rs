@@ -461,8 +461,7 @@ impl World {
             }
             Migration::Precopy { until } if now >= until => {
                 note!(self.stage, "the VM stops on host {from}");
-                self.vms[from].running = false;
-                self.vms[from].migrating = true;
+                self.vms[from].stop();
                 self.migration = Migration::Stopping { told: None, until: now + 100 * MS };
                 self.stop_rings();
             }
