@@ -1,8 +1,9 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo test bench check
+.PHONY: help build demo demo-splitbrain test bench check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
+	@echo 'make demo-splitbrain   what a live migration gone wrong does to a volume, on real guests (a minute after the build)'
 	@echo 'make test    every test, as CI runs them'
 	@echo 'make bench   side by side with qemu-storage-daemon, as a table of ratios'
 	@echo 'make check   formatting and lints'
@@ -13,6 +14,9 @@ build:
 
 demo:
 	@scripts/demo.sh
+
+demo-splitbrain:
+	@scripts/demo-splitbrain.sh
 
 test:
 	@.ci/run

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Installs what the tests, the demo and the benchmark need on a Debian machine, and nothing else.
 #
-#   scripts/setup.sh [--check] [--demo] [--test] [--bench]
+#   scripts/setup.sh [--check] [--demo] [--test] [--bench] [--libvirt]
 #
 #   --demo           a QEMU that boots guests, plus a guest kernel and busybox (unpacked, never installed)
 #   --bench          qemu-storage-daemon and qemu-nbd, the peers of the side-by-side benchmark
-#   --test           both, for the harness is tested on the peers, and a C++ compiler for the fuzzer's runtime
+#   --libvirt        libvirtd for QEMU and virsh, without the system's own daemon: tests start theirs
+#   --test           all three, for the harness is tested on the peers, and a C++ compiler for the fuzzer's runtime
 #   --check          change nothing; list what is missing and exit 1 if anything is
 #   (no purpose)     everything
 #
@@ -25,15 +26,16 @@ qemu_min=9.2
 # In the order in which the guest's init loads them: virtio.ko needs virtio_ring.ko.
 modules=(virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk)
 
-check=0 want_guest=0 want_bench=0 want_fuzz=0
+check=0 want_guest=0 want_bench=0 want_fuzz=0 want_libvirt=0
 for arg in "$@"; do
     case $arg in
     --check) check=1 ;;
     --demo) want_guest=1 ;;
-    --test) want_guest=1 want_bench=1 want_fuzz=1 ;;
+    --test) want_guest=1 want_bench=1 want_fuzz=1 want_libvirt=1 ;;
     --bench) want_bench=1 ;;
+    --libvirt) want_libvirt=1 ;;
     -h | --help)
-        sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
     *)
@@ -42,7 +44,7 @@ for arg in "$@"; do
         ;;
     esac
 done
-if ((want_guest + want_bench == 0)); then want_guest=1 want_bench=1 want_fuzz=1; fi
+if ((want_guest + want_bench + want_libvirt == 0)); then want_guest=1 want_bench=1 want_fuzz=1 want_libvirt=1; fi
 
 say() { echo "setup: $*" >&2; }
 die() {
@@ -71,6 +73,14 @@ missing=()
 ((want_guest)) && { ! have qemu-system-x86_64 || ! new_enough qemu-system-x86; } && missing+=(qemu-system-x86)
 ((want_bench)) && { ! have qemu-storage-daemon || ! have qemu-nbd; } && missing+=(qemu-utils)
 ((want_fuzz)) && ! have c++ && ! have g++ && ! have clang++ && missing+=(g++)
+if ((want_libvirt)); then
+    # Its folder is not in everybody's PATH.
+    have libvirtd || [[ -x /usr/sbin/libvirtd ]] || missing+=(libvirt-daemon)
+    have virsh || missing+=(libvirt-clients)
+    compgen -G '/usr/lib*/*/libvirt/connection-driver/libvirt_driver_qemu.so' >/dev/null ||
+        compgen -G '/usr/lib*/libvirt/connection-driver/libvirt_driver_qemu.so' >/dev/null ||
+        missing+=(libvirt-daemon-driver-qemu)
+fi
 need_guest=0
 ((want_guest)) && ! guest_ok && need_guest=1
 if ((need_guest)); then
@@ -160,10 +170,11 @@ qemu_good() {
 if ((${#missing[@]})); then
     say "missing: ${missing[*]}"
     lists_present "${missing[0]}" || apt_update
-    words=()
+    # What QEMU needs may come from backports; everything else comes from where the machine gets it anyway.
+    words=() plain=()
     for p in "${missing[@]}"; do
         if [[ $p != qemu-* ]]; then
-            words+=("$p")
+            plain+=("$p")
             continue
         fi
         if ! qemu_good "$p"; then
@@ -193,22 +204,31 @@ if ((${#missing[@]})); then
         fi
     done
     opts=(--no-install-recommends -y)
-    [[ -e $backports_file ]] && opts+=(-t "$(sed -n 's/^Suites: //p' "$backports_file")")
-    # -t lets the dependencies follow; packages of the stable suite named without a version stay at their best candidate.
-    cmd=(apt-get install "${opts[@]}" "${words[@]}")
+    backports=()
+    [[ -e $backports_file ]] && backports=(-t "$(sed -n 's/^Suites: //p' "$backports_file")")
+    # -t lets the dependencies follow.
+    cmd=(apt-get install "${opts[@]}" "${backports[@]}" "${words[@]}")
+    plain_cmd=(apt-get install "${opts[@]}" "${plain[@]}")
     if ((!root)); then
         say "root is needed. Run:"
-        echo "    sudo apt-get update && sudo ${cmd[*]}" >&2
+        echo "    sudo apt-get update" >&2
+        if ((${#words[@]})); then echo "    sudo ${cmd[*]}" >&2; fi
+        if ((${#plain[@]})); then echo "    sudo ${plain_cmd[*]}" >&2; fi
         exit 2
     fi
-    say "installing: ${words[*]}"
-    log=$(mktemp)
-    if ! DEBIAN_FRONTEND=noninteractive "${sudo[@]}" "${cmd[@]}" </dev/null >"$log" 2>&1; then
-        tail -n 20 "$log" >&2
+    apt_install() {
+        local log
+        log=$(mktemp)
+        if ! DEBIAN_FRONTEND=noninteractive "${sudo[@]}" "$@" </dev/null >"$log" 2>&1; then
+            tail -n 20 "$log" >&2
+            rm -f "$log"
+            die "apt could not install this; the lines above say why. The command was: $*"
+        fi
         rm -f "$log"
-        die "apt could not install ${words[*]}; the lines above say why. The command was: ${cmd[*]}"
-    fi
-    rm -f "$log"
+    }
+    say "installing: ${words[*]} ${plain[*]}"
+    if ((${#words[@]})); then apt_install "${cmd[@]}"; fi
+    if ((${#plain[@]})); then apt_install "${plain_cmd[@]}"; fi
 fi
 
 # ---- the guest's kernel, modules and busybox -------------------------------------------------------------

@@ -57,6 +57,12 @@ pub struct Args {
     /// Group of the socket, name or number
     #[arg(long, value_name = "GROUP")]
     socket_group: Option<String>,
+    /// Unix socket for status and control, for this process's user only
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+    /// Do not claim the volumes; wait until a handoff grants them
+    #[arg(long)]
+    standby: bool,
     /// Name under which the volumes are claimed, the same after a restart and
     /// different for every other VM [default: HOSTNAME:SOCKET or HOSTNAME:CONFIG]
     #[arg(long, value_name = "NAME")]
@@ -111,6 +117,10 @@ pub struct DiskConfig {
 pub struct Config {
     /// Name under which volumes are claimed.
     pub owner: String,
+    /// Volumes are not claimed: a handoff grants them.
+    pub standby: bool,
+    /// Control socket, if there is to be one.
+    pub control: Option<PathBuf>,
     /// At least one.
     pub disks: Vec<DiskConfig>,
 }
@@ -161,6 +171,9 @@ pub enum ConfigError {
         /// Its value.
         value: String,
     },
+    /// The control socket is a disk's.
+    #[error("the control socket {0} is a disk's socket too; give it a path of its own")]
+    SharedControl(PathBuf),
     /// A file without disks.
     #[error("{0} names no disk; add a [[disk]] section")]
     NoDisks(PathBuf),
@@ -176,6 +189,9 @@ pub enum ConfigError {
 #[serde(deny_unknown_fields)]
 struct RawConfig {
     owner: Option<String>,
+    control: Option<PathBuf>,
+    #[serde(default)]
+    standby: bool,
     #[serde(default)]
     disk: Vec<RawDisk>,
 }
@@ -200,10 +216,12 @@ impl Config {
     /// # Errors
     /// [`ConfigError`].
     pub fn from_args(args: &Args, activated: bool) -> Result<Self, ConfigError> {
-        match &args.config {
+        let config = match &args.config {
             Some(path) => Self::from_file(path, args, activated),
             None => Self::from_flags(args, activated),
-        }
+        }?;
+        refuse_shared_control(&config)?;
+        Ok(config)
     }
 
     fn from_flags(args: &Args, activated: bool) -> Result<Self, ConfigError> {
@@ -234,6 +252,8 @@ impl Config {
         };
         Ok(Self {
             owner: owner(args.owner.as_deref(), &identity)?,
+            standby: args.standby,
+            control: args.control.clone(),
             disks: vec![check(raw, socket)?],
         })
     }
@@ -259,7 +279,9 @@ impl Config {
         }
         refuse_duplicates(&disks)?;
         let named = args.owner.as_deref().or(raw.owner.as_deref());
-        Ok(Self { owner: owner(named, &absolute(path))?, disks })
+        let control = args.control.clone().or(raw.control);
+        let standby = args.standby || raw.standby;
+        Ok(Self { owner: owner(named, &absolute(path))?, standby, control, disks })
     }
 }
 
@@ -309,6 +331,16 @@ fn refuse_duplicates(disks: &[DiskConfig]) -> Result<(), ConfigError> {
                 });
             }
         }
+    }
+    Ok(())
+}
+
+fn refuse_shared_control(config: &Config) -> Result<(), ConfigError> {
+    let Some(control) = &config.control else { return Ok(()) };
+    let is_control =
+        |disk: &DiskConfig| matches!(&disk.socket, SocketSource::Path(path) if path == control);
+    if config.disks.iter().any(is_control) {
+        return Err(ConfigError::SharedControl(control.clone()));
     }
     Ok(())
 }
@@ -403,6 +435,7 @@ mod tests {
         assert!(with(&["--num-queues", "0"]).contains("1 to 64"));
         assert!(with(&["--queue-size", "100"]).contains("power of two"));
         assert!(with(&["--socket-mode", "9z"]).contains("octal"));
+        assert!(with(&["--control", "/s"]).contains("path of its own"));
         assert!(with(&["--owner", ""]).contains("--owner NAME"));
         assert!(message(&["--config", "/no/such"]).contains("/no/such"));
         for conflicting in [["--fd", "3"], ["--config", "x"], ["--blk-file", "y"]] {
@@ -417,6 +450,10 @@ mod tests {
         let made = file(two).expect("good");
         assert_eq!(made.owner, "h/v");
         assert_eq!(made.disks.len(), 2);
+        assert_eq!((made.control, made.standby), (None, false));
+        assert!(file(&format!("standby = true\n{two}")).expect("good").standby);
+        let made = file(&format!("control = \"/c\"\n{two}")).expect("good");
+        assert_eq!(made.control, Some(PathBuf::from("/c")));
         let message = |text: &str| file(text).expect_err("refused").to_string();
         assert!(message("").contains("names no disk"));
         assert!(message("[[disk]]\nname = 1\n").contains("invalid type"));

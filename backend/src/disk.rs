@@ -10,9 +10,12 @@ use baton_remote_client::{Volume, VolumeEvent, VolumeState};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::handoff::MemberHandle;
 use crate::log_limit::LogLimit;
-use crate::queue::{Disk, QueueHandle};
+use crate::queue::Disk;
+use crate::queue::mailbox::QueueHandle;
 use crate::socket::FrontEnds;
+use crate::status::DiskStatus;
 use crate::vhost_user::connection::{Connection, ConnectionError};
 use crate::vhost_user::message::has_own_answer;
 use crate::vhost_user::session::{DrainLimit, Reply, Session};
@@ -79,7 +82,11 @@ impl DiskServer {
     ///
     /// # Errors
     /// When the process is out of threads or descriptors.
-    pub fn new(volume: Arc<dyn Volume>, options: &DiskOptions) -> io::Result<Self> {
+    pub fn new(
+        volume: Arc<dyn Volume>,
+        options: &DiskOptions,
+        member: Option<MemberHandle>,
+    ) -> io::Result<Self> {
         let geometry = volume.geometry();
         let news = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let disk = Arc::new(Disk {
@@ -88,6 +95,8 @@ impl DiskServer {
             size_bytes: AtomicU64::new(geometry.size_bytes),
             read_only: options.read_only || geometry.read_only,
             id: geometry.id,
+            status: DiskStatus::new(options.num_queues),
+            member,
         });
         let (weak, waker) = (Arc::downgrade(&disk), Arc::clone(&news));
         disk.volume.set_listener(Arc::new(move |event| {
@@ -100,7 +109,19 @@ impl DiskServer {
         let queues = (0..options.num_queues)
             .map(|index| QueueHandle::spawn(index, Arc::clone(&disk)))
             .collect::<io::Result<Vec<_>>>()?;
+        // A destination's connections stand before its rings start.
+        if disk.volume.handoff().is_some_and(|port| port.is_held()) {
+            for queue in &queues {
+                queue.prepare(usize::from(options.queue_size));
+            }
+        }
         Ok(Self { disk, queues, queue_size: options.queue_size, news })
+    }
+
+    /// The disk, for who only looks at it.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
     }
 
     /// Serves front-ends until `shutdown` is set, or the only one is gone.
@@ -150,6 +171,9 @@ impl DiskServer {
                 }
             }
         };
+        if !matches!(ended, None | Some(ConnectionError::Closed)) {
+            session.forget_stop();
+        }
         let was_running = session.is_running();
         session.end(DrainLimit { hurry: &|| true, grace: DRAIN_GRACE });
         match ended {
@@ -180,6 +204,8 @@ impl DiskServer {
                 || is_readable(connection.as_fd(), PollFlags::POLLHUP) || shutdown.is_set();
             session.handle(request, DrainLimit { hurry: &hung_up, grace: DRAIN_GRACE })
         };
+        // Before the answer: whoever asks after it must find it so.
+        session.show_status();
         let number = header.request;
         match answer {
             Ok(Reply::Ack) if !header.need_reply => {}
@@ -221,6 +247,9 @@ fn on_event(disk: &Disk, news: &EventFd, event: VolumeEvent) {
         VolumeEvent::State(VolumeState::Reconnecting) => {
             tracing::warn!(disk = disk.name, "storage does not answer; guest I/O waits");
         }
+        // Said once for all disks, and why.
+        VolumeEvent::State(VolumeState::Fenced)
+            if disk.member.as_ref().is_some_and(MemberHandle::is_parked) => {}
         VolumeEvent::State(VolumeState::Fenced) => {
             tracing::error!(
                 disk = disk.name,
@@ -242,7 +271,8 @@ enum Wake {
     Message,
 }
 
-fn wait_readable(fd: std::os::fd::BorrowedFd<'_>, shutdown: &Shutdown) -> bool {
+/// Waits until `fd` is readable (true) or `shutdown` is set.
+pub(crate) fn wait_readable(fd: std::os::fd::BorrowedFd<'_>, shutdown: &Shutdown) -> bool {
     loop {
         let mut fds = [
             PollFd::new(shutdown.0.as_fd(), PollFlags::POLLIN),

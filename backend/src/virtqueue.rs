@@ -242,6 +242,18 @@ impl Virtqueue {
         self.next_used
     }
 
+    /// Whether the available entries from the used index to the next one to
+    /// take are exactly `heads`: then everything older is used, and the used
+    /// index is where a device that knows nothing else may go on.
+    #[must_use]
+    pub fn ends_with(&self, heads: &[u16]) -> bool {
+        usize::from(self.next_avail.wrapping_sub(self.next_used)) == heads.len()
+            && (0..).zip(heads).all(|(at, head)| {
+                let slot = usize::from(self.next_used.wrapping_add(at) & (self.ring.size - 1));
+                self.ring.avail_u16(4 + 2 * slot).load(Ordering::Relaxed) == *head
+            })
+    }
+
     /// Takes the head of the next request, if there is one.
     ///
     /// # Errors

@@ -114,7 +114,18 @@ impl Storage {
         format!("http://{}{path}", self.admin)
     }
 
-    fn post(&self, path: &str, body: &Value) -> Result<Value> {
+    /// Asks something of the admin API.
+    pub fn get(&self, path: &str) -> Result<Value> {
+        let mut response = agent().get(self.url(path)).call()?;
+        let text = response.body_mut().read_to_string()?;
+        if !response.status().is_success() {
+            bail!("GET {path}: {} {text}", response.status());
+        }
+        Ok(serde_json::from_str(&text)?)
+    }
+
+    /// Says something to the admin API.
+    pub fn post(&self, path: &str, body: &Value) -> Result<Value> {
         let mut response = agent().post(self.url(path)).send_json(body)?;
         let text = response.body_mut().read_to_string()?;
         if !response.status().is_success() {

@@ -175,6 +175,25 @@ impl Daemon {
         kill(pid, signal).with_context(|| format!("cannot send {signal} to {}", self.name))
     }
 
+    /// Whether a thread with this name is inside this system call right now.
+    pub fn thread_is_in(&self, thread: &str, syscall: libc::c_long) -> Result<bool> {
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let task = task?.path();
+            // A thread may end while we look.
+            let name = fs::read_to_string(task.join("comm")).unwrap_or_default();
+            if name.trim() != thread {
+                continue;
+            }
+            // "running", or the number of the call and its arguments.
+            let now = fs::read_to_string(task.join("syscall"))
+                .with_context(|| format!("cannot see what thread {thread} does"))?;
+            if now.split_whitespace().next() == Some(&syscall.to_string()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Resident memory in bytes.
     pub fn resident_bytes(&self) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;

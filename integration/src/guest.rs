@@ -61,7 +61,12 @@ pub fn skip_without_program(test: &str, name: &str) -> bool {
     skip_if(test, system_program(name).err().map(|e| format!("{e:#}")))
 }
 
-fn skip_if(test: &str, why: Option<String>) -> bool {
+/// [`skip_without_qemu`] for a test that cannot run because of `why`.
+///
+/// # Panics
+/// When there is a reason and `BATON_REQUIRE_QEMU=1` forbids it.
+#[must_use]
+pub fn skip_if(test: &str, why: Option<String>) -> bool {
     let Some(why) = why else { return false };
     assert!(
         std::env::var_os("BATON_REQUIRE_QEMU").is_none_or(|v| v != "1"),

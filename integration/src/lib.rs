@@ -1,8 +1,8 @@
 //! What the end-to-end tests, the demo and the benchmark are made of.
 //!
-//! Starts real processes (`daemon`, `baton`), real guests (`guest`, `qemu`, `qmp`) and plays the other side of a vhost-user
-//! socket without a guest (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`) or of a bad
-//! network (`proxy`). Knows the command lines of Baton's programs;
+//! Starts real processes (`daemon`, `baton`, `qsd`), real guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them
+//! (`migration`) and lets that go wrong (`splitbrain`). Plays the other side of a vhost-user socket without a guest (`vhost_user`,
+//! `memory`, `ring`, `raw_frontend`, `blk`) or of a bad network (`proxy`, `wire`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
 
 pub mod baton;
@@ -10,11 +10,18 @@ pub mod bench;
 pub mod blk;
 pub mod daemon;
 pub mod guest;
+pub mod handoff;
+pub mod libvirt;
 pub mod memory;
+pub mod migration;
+pub mod probe;
 pub mod proxy;
 pub mod qemu;
 pub mod qmp;
+pub mod qsd;
 pub mod raw_frontend;
 pub mod ring;
+pub mod splitbrain;
 pub mod vhost_user;
+pub mod wire;
 pub mod workspace;

@@ -5,16 +5,15 @@
 
 use crate::daemon::Daemon;
 use crate::guest::GuestFiles;
+use crate::probe::{ASK_TIMEOUT, Probe};
 use crate::qmp::Qmp;
 use crate::workspace::{TestDir, system_program, target_dir};
 use anyhow::{Context, Result, bail};
-use baton_probe::load::Totals;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
-use std::time::{Duration, Instant};
+use std::sync::OnceLock;
+use std::time::Duration;
 
 /// A boot under TCG takes 2.5 s on an idle machine; this is for a busy one.
 pub const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
@@ -22,8 +21,8 @@ pub const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
 /// A kernel under KVM says its first words in well under a second.
 const KVM_TRIAL_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// For one command to the probe.
-pub const ASK_TIMEOUT: Duration = Duration::from_secs(60);
+/// For the guest's kernel, which would otherwise check that an emulated timer ticks in time, and panic on a busy machine.
+pub(crate) const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet no_timer_check";
 
 /// What to boot.
 #[derive(Clone, Debug)]
@@ -70,7 +69,8 @@ impl GuestConfig {
         let memory = format!("{}M", self.memory_mib);
         let mut args: Vec<String> = [
             "-name",
-            &self.name,
+            // Names QEMU's threads, so that a test can see what one of them waits for.
+            &format!("{},debug-threads=on", self.name),
             "-accel",
             accelerator(),
             "-machine",
@@ -95,7 +95,7 @@ impl GuestConfig {
             "-initrd",
             &files.initramfs.display().to_string(),
             "-append",
-            "console=ttyS0 panic=-1 quiet",
+            COMMAND_LINE,
             "-chardev",
             &format!("file,id=console,path={}", path("console")),
             "-serial",
@@ -132,34 +132,34 @@ impl GuestConfig {
     }
 }
 
-/// Lines that the probe said, and those that were looked at already.
-#[derive(Debug, Default)]
-struct Heard {
-    lines: Vec<String>,
-    closed: bool,
-}
-
-#[derive(Debug, Default)]
-struct Ear {
-    heard: Mutex<Heard>,
-    news: Condvar,
-}
-
-/// A running guest. Dropping it kills QEMU.
+/// A running guest. Dropping it kills QEMU. What it is asked goes to its [`Probe`].
 #[derive(Debug)]
 pub struct Guest {
     qemu: Daemon,
-    probe: UnixStream,
-    ear: Arc<Ear>,
+    probe: Probe,
     console: PathBuf,
     qmp_path: PathBuf,
+}
+
+impl Deref for Guest {
+    type Target = Probe;
+
+    fn deref(&self) -> &Probe {
+        &self.probe
+    }
+}
+
+impl DerefMut for Guest {
+    fn deref_mut(&mut self) -> &mut Probe {
+        &mut self.probe
+    }
 }
 
 impl Guest {
     /// Boots, and waits for the probe inside to be ready.
     pub fn boot(dir: &Path, config: &GuestConfig) -> Result<Self> {
         let guest = Self::start(dir, config)?;
-        guest.wait_for(BOOT_TIMEOUT, 0, |line| line == "ready").with_context(|| {
+        guest.wait_ready(BOOT_TIMEOUT).with_context(|| {
             format!(
                 "the guest did not come up; its console:\n{}\nQEMU:\n{}",
                 guest.console(),
@@ -175,101 +175,11 @@ impl Guest {
         let program = system_program("qemu-system-x86_64")?;
         let mut qemu = Daemon::start(dir, &config.name, &program, config.arguments(dir, &files))?;
         let path = |suffix: &str| dir.join(format!("{}.{suffix}", config.name));
-        // Created in this order by QEMU; from here the probe's first word cannot be missed.
+        // The guest does not run before QEMU has made both, so the probe's first word cannot be missed.
         qemu.wait_socket(&path("probe"), BOOT_TIMEOUT)?;
-        let probe = UnixStream::connect(path("probe"))
-            .context("cannot connect to the guest's serial line")?;
-        let ear = Arc::new(Ear::default());
-        let (listening, from) = (Arc::clone(&ear), probe.try_clone()?);
-        let mut log = fs::File::create(path("probe.log"))?;
-        std::thread::spawn(move || listen(from, &mut log, &listening));
-        Ok(Self { qemu, probe, ear, console: path("console"), qmp_path: path("qmp") })
-    }
-
-    /// Gives the probe one command and returns its answer without the "ok"; an "err" is an error.
-    pub fn ask(&mut self, command: &str) -> Result<String> {
-        self.ask_within(command, ASK_TIMEOUT)
-    }
-
-    /// [`Self::ask`] for a command that takes long, or must not.
-    pub fn ask_within(&mut self, command: &str, timeout: Duration) -> Result<String> {
-        let from = self.heard_so_far();
-        self.probe
-            .write_all(format!("{command}\n").as_bytes())
-            .context("cannot write to the guest's serial line")?;
-        let is_answer =
-            |line: &str| line == "ok" || line.starts_with("ok ") || line.starts_with("err ");
-        let answer = self
-            .wait_for(timeout, from, is_answer)
-            .with_context(|| format!("asked the guest: {command}"))?;
-        match answer.strip_prefix("err ") {
-            Some(why) => bail!("{command}: {why}"),
-            None => Ok(answer.trim_start_matches("ok").trim().to_owned()),
-        }
-    }
-
-    /// Number of lines heard from the probe; a later [`Self::wait_for`] can start there.
-    #[must_use]
-    pub fn heard_so_far(&self) -> usize {
-        self.ear.heard.lock().expect("the listener does not panic").lines.len()
-    }
-
-    /// Waits for a line of the probe, of those from number `from` on.
-    pub fn wait_for(
-        &self,
-        timeout: Duration,
-        from: usize,
-        wanted: impl Fn(&str) -> bool,
-    ) -> Result<String> {
-        let deadline = Instant::now() + timeout;
-        let mut heard = self.ear.heard.lock().expect("the listener does not panic");
-        let mut next = from;
-        loop {
-            if let Some(line) =
-                heard.lines[next.min(heard.lines.len())..].iter().find(|l| wanted(l))
-            {
-                return Ok(line.clone());
-            }
-            next = heard.lines.len();
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || heard.closed {
-                let last = heard.lines.last().map_or("nothing", String::as_str);
-                let why = if heard.closed {
-                    "QEMU is gone".to_owned()
-                } else {
-                    format!("{timeout:?} are over")
-                };
-                bail!("the line did not come: {why}; the probe last said: {last}");
-            }
-            heard = self.ear.news.wait_timeout(heard, left).expect("the listener does not panic").0;
-        }
-    }
-
-    /// The probe's complaints so far ("bad ..." lines).
-    #[must_use]
-    pub fn complaints(&self) -> Vec<String> {
-        let heard = self.ear.heard.lock().expect("the listener does not panic");
-        heard.lines.iter().filter(|l| l.starts_with("bad ")).cloned().collect()
-    }
-
-    /// Waits until the running load has completed `more` requests from now on, and returns its counters.
-    pub fn wait_progress(&self, more: u64, timeout: Duration) -> Result<Totals> {
-        // Not from the beginning: an earlier load may have counted further.
-        let from = self.heard_so_far();
-        let first = self.wait_for(timeout, from, |l| l.starts_with("io "))?;
-        let goal = parse_totals(&first)?.ops + more;
-        let reached =
-            |l: &str| l.starts_with("io ") && parse_totals(l).is_ok_and(|t| t.ops >= goal);
-        parse_totals(&self.wait_for(timeout, from, reached)?)
-    }
-
-    /// Stops the load and returns its counters, or an error with what it found if it found anything bad.
-    pub fn stop_load(&mut self) -> Result<Totals> {
-        let totals = parse_totals(&self.ask("stop")?)?;
-        if totals.errs + totals.stale + totals.corrupt > 0 {
-            bail!("the load found bad data: {totals}\n{}", self.complaints().join("\n"));
-        }
-        Ok(totals)
+        qemu.wait_socket(&path("qmp"), BOOT_TIMEOUT)?;
+        let probe = Probe::connect(&path("probe"), &path("probe.log"))?;
+        Ok(Self { qemu, probe, console: path("console"), qmp_path: path("qmp") })
     }
 
     /// What the kernel printed.
@@ -299,37 +209,6 @@ impl Guest {
             bail!("QEMU ended with {status}:\n{}", self.qemu.log())
         }
     }
-}
-
-/// Reads a line of counters, as [`Totals`] prints them, with or without a word before.
-fn parse_totals(line: &str) -> Result<Totals> {
-    let mut totals = Totals::default();
-    for (name, value) in line.split_whitespace().filter_map(|w| w.split_once('=')) {
-        let value =
-            value.parse().with_context(|| format!("{name}={value} in '{line}' is not a number"))?;
-        match name {
-            "ops" => totals.ops = value,
-            "errs" => totals.errs = value,
-            "stale" => totals.stale = value,
-            "corrupt" => totals.corrupt = value,
-            "max_gap_ms" => totals.max_gap_ms = value,
-            _ => bail!("unknown counter {name} in '{line}'"),
-        }
-    }
-    Ok(totals)
-}
-
-fn listen(from: UnixStream, log: &mut fs::File, ear: &Ear) {
-    for line in BufReader::new(from).split(b'\n') {
-        let Ok(line) = line else { break };
-        let line = String::from_utf8_lossy(&line).trim_end_matches('\r').to_owned();
-        // The log is for people; the test goes on without it.
-        let _ = writeln!(log, "{line}");
-        ear.heard.lock().expect("nobody panics with the lines").lines.push(line);
-        ear.news.notify_all();
-    }
-    ear.heard.lock().expect("nobody panics with the lines").closed = true;
-    ear.news.notify_all();
 }
 
 /// "kvm" where a guest kernel starts under it, else "tcg".
@@ -370,16 +249,4 @@ fn kvm_works() -> Result<bool> {
     let args = args.split(' ').chain(["console=ttyS0 panic=-1", "-kernel", &kernel]);
     let mut qemu = Daemon::start(dir.path(), "kvm", &system_program("qemu-system-x86_64")?, args)?;
     Ok(qemu.wait_line("Linux version", KVM_TRIAL_TIMEOUT).is_ok())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn counters_survive_the_serial_line() {
-        let totals = Totals { ops: 10, errs: 1, stale: 2, corrupt: 3, max_gap_ms: 40 };
-        assert_eq!(parse_totals(&format!("io {totals}")).unwrap(), totals);
-        assert!(parse_totals("io ops=x").is_err());
-    }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sys::socket::{self, ControlMessage, ControlMessageOwned, MsgFlags};
 
 use super::message::{BODY_BYTES_MAX, HEADER_BYTES, Header, MessageError, Request};
-use super::session::Refused;
+use super::refused::Refused;
 
 /// How long the rest of a message may take once its first byte is there, and a
 /// reply to be taken: a front-end that stalls in between is broken.

@@ -5,6 +5,7 @@
 //! | [`message`] | bytes and descriptors to a [`message::Request`] and back; pure |
 //! | [`connection`] | the socket: frames, passed descriptors, replies |
 //! | [`features`] | the feature bits this back-end has |
+//! | [`refused`] | why a message is refused |
 //! | [`session`] | one front-end: what it negotiated, what its rings look like |
 //!
 //! Why an own message layer and not the `vhost` crate's: see
@@ -13,4 +14,5 @@
 pub mod connection;
 pub mod features;
 pub mod message;
+pub mod refused;
 pub mod session;

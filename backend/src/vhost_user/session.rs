@@ -6,6 +6,13 @@
 //!             +--- ENABLE(0), GET_VRING_BASE, RESET, gone -------+  drains first
 //! ```
 //!
+//! Front-ends stop rings one by one. While a dirty log is kept, the first stop
+//! begins to drain all of them, so that the drains overlap and nothing new is
+//! sent to the storage from then on. A ring drained early runs on for the
+//! front-end: it answers its own stop, and starts again when it is enabled or
+//! gets a kick event instead. No front-end of a block device stops one ring in
+//! the middle of a migration and goes on with the others.
+//!
 //! A ring never starts on KICK alone: a front-end that restarts a ring during a
 //! migration sends the dirty log between KICK and ENABLE. A changed memory
 //! table, log, feature or address goes to running rings whole, and is answered
@@ -23,10 +30,14 @@ use super::features::{self, protocol, virtio};
 use super::message::{
     InflightDescription, MEM_SLOTS_MAX, Region, Request, StateDirection, VringAddr,
 };
+use super::refused::Refused;
 use crate::dirty_log::DirtyLog;
+use crate::handoff::MemberHandle;
 use crate::inflight::InflightRegion;
 use crate::memory::{GuestMemory, MemoryRegion};
-use crate::queue::{Disk, DrainState, QueueHandle, RingSetup, RingStart};
+use crate::queue::mailbox::{DrainState, Draining, QueueHandle};
+use crate::queue::{Disk, RingSetup, RingStart};
+use crate::status::RingsStatus;
 use crate::virtio_blk::config_space;
 use crate::virtqueue::{QUEUE_SIZE_MAX, RingAddresses};
 
@@ -53,65 +64,6 @@ pub enum Reply {
     WithFd(Vec<u8>, OwnedFd),
 }
 
-/// Why a request was refused. The connection goes on: the front-end is told if
-/// it asked to be.
-#[derive(Debug, thiserror::Error)]
-pub enum Refused {
-    /// A ring this disk does not have.
-    #[error("the front-end named ring {index}; this disk has {queues} queues (raise num-queues)")]
-    NoSuchRing {
-        /// Its index.
-        index: u32,
-        /// How many there are.
-        queues: u16,
-    },
-    /// Feature bits that were not offered.
-    #[error("the front-end asked for feature bits {0:#x}, which were not offered")]
-    Features(u64),
-    /// A ring size that is not a power of two up to 32768.
-    #[error("the front-end asked for a ring of {0} entries")]
-    RingSize(u32),
-    /// The size of a running ring.
-    #[error(
-        "the front-end changed the size of ring {0} while it runs; it has to stop the ring first"
-    )]
-    Running(u32),
-    /// A region, log or table that cannot be mapped.
-    #[error("cannot map {what} of the front-end")]
-    Map {
-        /// What it is.
-        what: &'static str,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// Regions that overlap, or more than there are slots.
-    #[error("the front-end's memory table is not usable")]
-    MemoryTable,
-    /// A region that is not there.
-    #[error("the front-end removed a memory region that it had not added")]
-    NoSuchRegion,
-    /// A configuration field that a driver may not write.
-    #[error("the front-end wrote configuration bytes {0}.., which a driver may not change")]
-    ConfigWrite(u32),
-    /// A ring that should run cannot.
-    #[error("ring {index} cannot start")]
-    Start {
-        /// Its index.
-        index: usize,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// A descriptor that is missing.
-    #[error("ring {0} came without a kick event, and this back-end does not poll")]
-    NoKick(u32),
-    /// Device state that is not empty.
-    #[error("the front-end loads device state, of which this device has none")]
-    DeviceState,
-    /// A request this back-end does not have.
-    #[error("vhost-user request {0} is not supported")]
-    Unknown(u32),
-}
-
 /// What the front-end said of a ring.
 #[derive(Debug, Default)]
 struct Ring {
@@ -122,7 +74,22 @@ struct Ring {
     call: Option<Arc<OwnedFd>>,
     err: Option<Arc<OwnedFd>>,
     enabled: bool,
+    /// Started and not stopped by the front-end.
     running: bool,
+    /// It runs for the front-end and takes no more requests.
+    draining: Option<Draining>,
+}
+
+/// How the stop of all rings went, since a ring last started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    /// No ring was stopped that counts.
+    None,
+    /// The front-end stopped rings while a dirty log was kept, and no request
+    /// was given up.
+    Clean,
+    /// Requests were given up.
+    Abandoned,
 }
 
 /// How the wait for a drain ends early.
@@ -155,12 +122,16 @@ pub struct Session<'a> {
     /// had stopped: a front-end stops them one by one, and the wait for dead
     /// storage is not to add up.
     stopping: Option<(Instant, Instant)>,
+    stop: Stop,
+    /// The VM's handoff was told that rings run.
+    told_running: bool,
 }
 
 impl<'a> Session<'a> {
     /// A front-end that has said nothing yet.
     #[must_use]
     pub fn new(disk: &'a Arc<Disk>, queues: &'a [QueueHandle], queue_size: u16) -> Self {
+        disk.status.set_rings(RingsStatus::default());
         Self {
             disk,
             queues,
@@ -174,6 +145,8 @@ impl<'a> Session<'a> {
             log: None,
             channel: None,
             stopping: None,
+            stop: Stop::None,
+            told_running: false,
         }
     }
 
@@ -254,7 +227,7 @@ impl<'a> Session<'a> {
             }
             Request::GetVringBase { index } => {
                 self.ring(index)?;
-                self.stop(index as usize, limit);
+                self.stop_asked(index as usize, limit);
                 let ring = self.ring(index)?;
                 ring.kick = None;
                 let base = u32::from(ring.base);
@@ -282,9 +255,12 @@ impl<'a> Session<'a> {
             Request::SetVringEnable { index, enable } => {
                 self.ring(index)?.enabled = enable;
                 if enable {
+                    if self.ring(index)?.draining.is_some() {
+                        self.stop(index as usize, limit);
+                    }
                     self.start_if_ready(index as usize)?;
                 } else {
-                    self.stop(index as usize, limit);
+                    self.stop_asked(index as usize, limit);
                 }
             }
             Request::SetBackendReqFd(fd) => self.channel = Some(BackendChannel::new(fd)),
@@ -323,11 +299,36 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Shows what the rings are doing to who only looks.
+    pub fn show_status(&self) {
+        let takes = |ring: &&Ring| ring.running && ring.draining.is_none();
+        self.disk.status.set_rings(RingsStatus {
+            running: self.rings.iter().filter(takes).count(),
+            logging: self.is_migrating(),
+            drained: self.stop == Stop::Clean && !self.is_running(),
+        });
+    }
+
+    /// An answer may not have reached the front-end, so it cannot be said that
+    /// the rings were stopped.
+    pub fn forget_stop(&mut self) {
+        self.stop = Stop::None;
+    }
+
     /// Stops all rings: the front-end is gone or the process ends.
     pub fn end(&mut self, limit: DrainLimit<'_>) {
+        if self.is_running() {
+            // The front-end has no answer to the stop of these.
+            self.stop = Stop::None;
+        }
+        self.drain_all();
         for index in 0..self.rings.len() {
             self.stop(index, limit);
         }
+        // Nobody said that the guest has stopped.
+        self.tell_stopped(false);
+        self.log = None;
+        self.show_status();
     }
 
     fn queue_count(&self) -> u16 {
@@ -432,6 +433,7 @@ impl<'a> Session<'a> {
 
     fn reset(&mut self, limit: DrainLimit<'_>) {
         self.end(limit);
+        self.stop = Stop::None;
         self.rings = self.queues.iter().map(|_| Ring::default()).collect();
         self.inflight = None;
         self.log = None;
@@ -493,11 +495,64 @@ impl<'a> Session<'a> {
         let inflight =
             self.inflight.as_ref().and_then(|region| region.ring(number, setup.addresses.size()));
         let start = RingStart { setup, kick, base: self.rings[index].base, inflight };
+        // Before the guest's first request: what was drained is so no more.
+        self.stop = Stop::None;
+        self.show_status();
         self.queues[index].start(start).map_err(|source| Refused::Start { index, source })?;
         self.stopping = None;
         self.rings[index].running = true;
+        if !std::mem::replace(&mut self.told_running, true)
+            && let Some(member) = &self.disk.member
+        {
+            member.started();
+        }
         tracing::debug!(disk = self.disk.name, queue = index, "ring started");
         Ok(())
+    }
+
+    /// A dirty log is kept.
+    fn is_migrating(&self) -> bool {
+        self.log.is_some() && self.features & virtio::LOG_ALL != 0
+    }
+
+    /// The front-end stops a ring, and during a migration means all of them.
+    fn stop_asked(&mut self, index: usize, limit: DrainLimit<'_>) {
+        let migrating = self.is_migrating();
+        if !self.rings[index].running {
+            return;
+        }
+        if migrating {
+            self.drain_all();
+            // The seal goes out while the drain is under way.
+            self.tell_stopped(true);
+        }
+        self.stop(index, limit);
+        if !self.is_running() {
+            self.tell_stopped(migrating);
+            if let Some(member) = &self.disk.member {
+                member.drained();
+            }
+        }
+        if migrating && self.stop == Stop::None {
+            self.stop = Stop::Clean;
+        }
+    }
+
+    fn tell_stopped(&mut self, migrating: bool) {
+        if std::mem::take(&mut self.told_running)
+            && let Some(member) = &self.disk.member
+        {
+            member.stopped(migrating);
+        }
+    }
+
+    /// Begins to drain every ring that runs.
+    fn drain_all(&mut self) {
+        for (ring, queue) in self.rings.iter_mut().zip(self.queues) {
+            if ring.running && ring.draining.is_none() {
+                ring.draining = Some(queue.drain());
+            }
+        }
     }
 
     /// Stops a ring when everything in flight has been answered. While storage
@@ -509,7 +564,7 @@ impl<'a> Session<'a> {
             return;
         }
         let queue = &self.queues[index];
-        let draining = queue.drain();
+        let draining = self.rings[index].draining.take().unwrap_or_else(|| queue.drain());
         let now = Instant::now();
         let begun = match self.stopping {
             Some((begun, latest)) if now.duration_since(latest) < STOPPING_TOGETHER => begun,
@@ -520,14 +575,18 @@ impl<'a> Session<'a> {
                 break next_avail;
             }
             let never = matches!(self.disk.volume.state(), VolumeState::Fenced | VolumeState::Lost);
-            let migrating = self.log.is_some();
+            let migrating = self.is_migrating();
             let may_give_up = (self.inflight.is_some() && !migrating) || (limit.hurry)();
-            if never || (may_give_up && begun.elapsed() > limit.grace) {
+            // Who waits for a decision need not be answered by the end.
+            let held = self.disk.member.as_ref().is_some_and(MemberHandle::is_held);
+            let soon = held && (limit.hurry)();
+            if never || soon || (may_give_up && begun.elapsed() > limit.grace) {
                 tracing::warn!(
                     disk = self.disk.name,
                     queue = index,
                     "stopping a ring whose requests the storage has not answered"
                 );
+                self.stop = Stop::Abandoned;
                 break queue.abandon();
             }
         };

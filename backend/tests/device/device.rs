@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use baton_backend::disk::{DiskOptions, DiskServer, Shutdown};
+use baton_backend::queue::Disk;
 use baton_backend::socket::{FrontEnds, Permissions};
 use baton_integration::raw_frontend::{Options, Queue, RawFrontend};
 use baton_integration::vhost_user::{protocol, request};
@@ -23,7 +24,8 @@ pub(crate) const A_WHILE: Duration = Duration::from_millis(150);
 pub(crate) struct Device {
     pub(crate) volume: Arc<TestVolume>,
     shutdown: Arc<Shutdown>,
-    socket: PathBuf,
+    pub(crate) socket: PathBuf,
+    pub(crate) disk: Arc<Disk>,
     server: Option<JoinHandle<()>>,
     _dir: TestDir,
 }
@@ -41,13 +43,14 @@ impl Device {
         };
         let permissions = Permissions { mode: 0o600, group: None };
         let front_ends = FrontEnds::bind(&socket, &permissions).unwrap();
-        let server = DiskServer::new(Arc::<TestVolume>::clone(&volume), &options).unwrap();
+        let server = DiskServer::new(Arc::<TestVolume>::clone(&volume), &options, None).unwrap();
         let shutdown = Arc::new(Shutdown::new().unwrap());
+        let disk = Arc::clone(server.disk());
         let server = {
             let shutdown = Arc::clone(&shutdown);
             std::thread::spawn(move || server.run(front_ends, &shutdown))
         };
-        Self { volume, shutdown, socket, server: Some(server), _dir: dir }
+        Self { volume, shutdown, socket, disk, server: Some(server), _dir: dir }
     }
 
     pub(crate) fn connect(&self, options: Options) -> RawFrontend {

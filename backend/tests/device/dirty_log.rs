@@ -12,14 +12,14 @@ use crate::device::{Device, SOON, verified_load};
 use crate::volume::Mode;
 
 /// A read whose header, data and status have pages of their own.
-struct Read {
+pub(crate) struct Read {
     header: u64,
     data: u64,
-    status: u64,
+    pub(crate) status: u64,
 }
 
 impl Read {
-    fn new(front_end: &RawFrontend) -> Self {
+    pub(crate) fn new(front_end: &RawFrontend) -> Self {
         let memory = front_end.memory();
         let page = || memory.alloc(4096, 4096).unwrap();
         let read = Self { header: page(), data: page(), status: page() };
@@ -27,7 +27,7 @@ impl Read {
         read
     }
 
-    fn submit(&self, front_end: &mut RawFrontend) {
+    pub(crate) fn submit(&self, front_end: &mut RawFrontend) {
         let chain = [
             Descriptor::readable(self.header, 16),
             Descriptor::writable(self.data, 4096),
@@ -37,12 +37,12 @@ impl Read {
         front_end.queue(0).kick().unwrap();
     }
 
-    fn finish(front_end: &mut RawFrontend) {
+    pub(crate) fn finish(front_end: &mut RawFrontend) {
         let used = front_end.queue(0).wait_used(SOON).unwrap().expect("a completion");
         front_end.queue(0).ring.release(used.head).unwrap();
     }
 
-    fn assert_in(&self, marked: &[u64]) {
+    pub(crate) fn assert_in(&self, marked: &[u64]) {
         for page in [self.data, self.status] {
             assert!(marked.contains(&page), "{page:#x} is not in {marked:x?}");
         }

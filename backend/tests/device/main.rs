@@ -3,10 +3,12 @@
 //! Everything runs in this process: the disk server on threads of its own, the front-end in the test.
 
 mod broken;
+mod control;
 mod device;
 mod dirty_log;
 mod drain;
 mod memory;
+mod order;
 mod restart;
 mod volume;
 mod write_cache;

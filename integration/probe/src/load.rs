@@ -68,6 +68,8 @@ impl Default for LoadConfig {
 pub struct Totals {
     /// Completed reads, writes and flushes, with or without an error.
     pub ops: u64,
+    /// Writes that were acknowledged; part of `ops`.
+    pub writes: u64,
     /// Requests that failed.
     pub errs: u64,
     /// Acknowledged data that was missing: old versions, zeros, and memory that went back in time.
@@ -80,8 +82,11 @@ pub struct Totals {
 
 impl std::fmt::Display for Totals {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { ops, errs, stale, corrupt, max_gap_ms } = self;
-        write!(f, "ops={ops} errs={errs} stale={stale} corrupt={corrupt} max_gap_ms={max_gap_ms}")
+        let Self { ops, writes, errs, stale, corrupt, max_gap_ms } = self;
+        write!(
+            f,
+            "ops={ops} writes={writes} errs={errs} stale={stale} corrupt={corrupt} max_gap_ms={max_gap_ms}"
+        )
     }
 }
 
@@ -90,6 +95,7 @@ struct Shared {
     stop: AtomicBool,
     started: Instant,
     ops: AtomicU64,
+    writes: AtomicU64,
     errs: AtomicU64,
     stale: AtomicU64,
     corrupt: AtomicU64,
@@ -142,6 +148,7 @@ impl Shared {
         let open_gap = self.now_ns().saturating_sub(self.last_done_ns.load(Relaxed));
         Totals {
             ops: self.ops.load(Relaxed),
+            writes: self.writes.load(Relaxed),
             errs: self.errs.load(Relaxed),
             stale: self.stale.load(Relaxed),
             corrupt: self.corrupt.load(Relaxed),
@@ -158,12 +165,13 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts the workers.
-    pub fn start(disk: &Arc<dyn Disk>, config: &LoadConfig) -> Self {
+    /// Starts the workers: as many as `config` says on each of the disks. The stamps' volume counts the disks.
+    pub fn start(disks: &[Arc<dyn Disk>], config: &LoadConfig) -> Self {
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
             started: Instant::now(),
             ops: AtomicU64::new(0),
+            writes: AtomicU64::new(0),
             errs: AtomicU64::new(0),
             stale: AtomicU64::new(0),
             corrupt: AtomicU64::new(0),
@@ -171,13 +179,14 @@ impl Load {
             max_gap_ns: AtomicU64::new(0),
             findings: Mutex::new(Vec::new()),
         });
-        let workers = (0..config.workers)
-            .map(|index| {
-                let mut worker =
-                    Worker::new(index, Arc::clone(disk), Arc::clone(&shared), config.clone());
-                std::thread::spawn(move || worker.run())
-            })
-            .collect();
+        let mut workers = Vec::new();
+        for (volume, disk) in (config.volume..).zip(disks) {
+            for index in 0..config.workers {
+                let config = LoadConfig { volume, ..config.clone() };
+                let mut worker = Worker::new(index, Arc::clone(disk), Arc::clone(&shared), config);
+                workers.push(std::thread::spawn(move || worker.run()));
+            }
+        }
         Self { shared, workers }
     }
 
@@ -318,7 +327,10 @@ impl Worker {
         let done = self.disk.write_at(&self.write_buf, sector * SECTOR as u64);
         self.shared.completed();
         match done {
-            Ok(()) => self.blocks[block].acked = self.version,
+            Ok(()) => {
+                self.blocks[block].acked = self.version;
+                self.shared.writes.fetch_add(1, Relaxed);
+            }
             Err(e) => self.shared.failed("write", sector, &e),
         }
         if self.config.flush_every > 0

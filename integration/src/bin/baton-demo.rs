@@ -228,7 +228,7 @@ impl Loads<'_> {
 }
 
 fn seen_in(totals: &Totals) -> String {
-    let Totals { ops, errs, stale, corrupt, max_gap_ms } = totals;
+    let Totals { ops, errs, stale, corrupt, max_gap_ms, .. } = totals;
     let bad = stale + corrupt;
     format!("{ops} requests, {errs} errors, {bad} with wrong data, longest pause {max_gap_ms} ms")
 }

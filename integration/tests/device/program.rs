@@ -8,6 +8,7 @@ use baton_integration::raw_frontend::{Options, RawFrontend};
 use baton_integration::vhost_user::{Channel, request};
 use baton_integration::workspace::{TestDir, program};
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
@@ -342,4 +343,43 @@ fn a_killed_process_leaves_a_socket_that_the_next_one_takes_over() {
             == 1
     })
     .unwrap();
+}
+
+/// What the process says of itself on its control socket, from before the VMM connects to its end.
+#[test]
+fn the_control_socket_tells_what_the_disk_is_doing() {
+    let dir = TestDir::new("ctl").unwrap();
+    let control = dir.join("control.sock");
+    let arg = control.to_str().unwrap().to_owned();
+    let mut stack = Stack::start(&["--control", &arg, "--num-queues", "2", "--owner", "h:vm"]);
+    let status = || {
+        let mut stream = UnixStream::connect(&control).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        stream.write_all(b"{\"cmd\":\"status\"}\n").unwrap();
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        serde_json::from_str::<serde_json::Value>(&line).unwrap()
+    };
+    let told = status();
+    assert_eq!(told["pid"], stack.backend.daemon.pid());
+    assert_eq!(told["owner"], "h:vm");
+    let disk = &told["disks"][0];
+    assert_eq!(disk["socket"], stack.backend.socket.to_str().unwrap());
+    assert_eq!(disk["volume"], format!("file://{}", image(stack.dir.path()).display()));
+    assert_eq!((&disk["queues"], &disk["size_bytes"]), (&2.into(), &DISK_BYTES.into()));
+    let mut front_end = stack.front_end();
+    front_end.start_logging().unwrap();
+    front_end.queue(0).write(0, &[1; 512]).unwrap();
+    let disk = &status()["disks"][0];
+    assert_eq!((&disk["rings_running"], &disk["logging"]), (&1.into(), &true.into()));
+    assert_eq!(disk["drained"], false);
+    assert_eq!(front_end.get_vring_base(0).unwrap(), 1);
+    assert_eq!(status()["disks"][0]["drained"], true);
+    // A killed process leaves the file, and the next one takes the place.
+    stack.backend.kill_and_restart().unwrap();
+    front_end.reconnect().unwrap();
+    assert_eq!(status()["disks"][0]["drained"], false);
+    assert_eq!(front_end.queue(0).read(0, 512).unwrap(), [1; 512]);
+    assert!(stack.backend.daemon.terminate(SOON).unwrap().success());
+    assert!(!control.exists(), "removed at the end");
 }

@@ -81,7 +81,7 @@ fn run(lie: Lie) -> (Totals, Vec<String>) {
     };
     let bytes = Mutex::new(vec![0; 16 * config.block_bytes]);
     let disk: Arc<dyn Disk> = Arc::new(Liar { lie, count: AtomicUsize::new(0), nth: 40, bytes });
-    let load = Load::start(&disk, &config);
+    let load = Load::start(&[disk], &config);
     let deadline = Instant::now() + Duration::from_secs(20);
     while load.totals().ops < 2000 && Instant::now() < deadline {
         std::thread::yield_now();
@@ -99,6 +99,8 @@ fn an_honest_disk_passes() {
     let (totals, findings) = run(Lie::None);
     assert_eq!((totals.errs, totals.stale, totals.corrupt), (0, 0, 0), "{findings:?}");
     assert!(totals.ops >= 2000, "{totals}");
+    // Every write is read back, and another block is read.
+    assert!(totals.writes > totals.ops / 5 && totals.writes < totals.ops / 2, "{totals}");
 }
 
 #[test]
@@ -164,6 +166,7 @@ fn shared() -> Arc<Shared> {
         stop: AtomicBool::new(false),
         started: Instant::now(),
         ops: AtomicU64::new(0),
+        writes: AtomicU64::new(0),
         errs: AtomicU64::new(0),
         stale: AtomicU64::new(0),
         corrupt: AtomicU64::new(0),

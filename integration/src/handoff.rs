@@ -1,0 +1,346 @@
+//! Plays the coordinator of one VM's handoffs, without a coordinator: arms, watches and settles over the storage servers'
+//! admin API, and talks to backends on their control sockets. For tests that put accidents between two steps.
+//!
+//! ```text
+//!   Fleet: storage servers, volumes            Host: a backend with all disks of the VM
+//!     arm(from, to) ──> Attempt ── settle         status(), order("reclaim"), socket(disk)
+//! ```
+//!
+//! Knows the wire of neither; what it says is what `docs/handoff.md` and the admin API's document say.
+
+use crate::baton::{READY_TIMEOUT, Storage, wait_until};
+use crate::daemon::Daemon;
+use crate::workspace::program;
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// For one step of a handoff, on a busy machine.
+pub const STEP_TIMEOUT: Duration = Duration::from_secs(30);
+/// For an answer on a control socket.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A volume of the VM and the server that has it.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Position of its server in the fleet.
+    pub server: usize,
+    /// Its name.
+    pub volume: String,
+    /// Its id, 16 hexadecimal digits.
+    pub id: String,
+}
+
+/// Storage servers with the volumes of one VM.
+#[derive(Debug)]
+pub struct Fleet {
+    /// The servers.
+    pub servers: Vec<Storage>,
+    /// The VM's volumes; the first is the anchor.
+    pub members: Vec<Member>,
+    /// "fast" or "base".
+    pub mode: &'static str,
+    term: u64,
+}
+
+/// One try of a handoff.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// A ULID.
+    pub id: String,
+    /// From 1.
+    pub attempt: u32,
+}
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+impl Fleet {
+    /// Servers in `dir/storage-N`, and volumes on them in turn.
+    pub fn start(dir: &Path, servers: usize, volumes: usize, size_bytes: u64) -> Result<Self> {
+        let servers = (0..servers)
+            .map(|n| {
+                let dir = dir.join(format!("storage-{n}"));
+                fs::create_dir_all(&dir)?;
+                Storage::start(&dir, &[])
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let members = (0..volumes)
+            .map(|n| {
+                let server = n % servers.len();
+                let volume = format!("disk{n}");
+                let made = servers[server].create(&volume, size_bytes)?;
+                let id = made["id"].as_str().context("a volume has an id")?.to_owned();
+                Ok(Member { server, volume, id })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self { servers, members, mode: "fast", term: 1 })
+    }
+
+    /// The server of a member.
+    #[must_use]
+    pub fn server(&self, member: usize) -> &Storage {
+        &self.servers[self.members[member].server]
+    }
+
+    /// URI of a member.
+    #[must_use]
+    pub fn uri(&self, member: usize) -> String {
+        self.server(member).uri(&self.members[member].volume, None)
+    }
+
+    /// Plans a move of all volumes between two owner names: the anchor first, then the others.
+    pub fn arm(&self, from: &str, to: &str) -> Result<Attempt> {
+        let number = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        let attempt = Attempt { id: ulid(number), attempt: 1 };
+        let plan = self.plan(&attempt, from, to);
+        for member in 0..self.members.len() {
+            self.post(member, "arm", &json!({ "plan": plan }))?;
+        }
+        Ok(attempt)
+    }
+
+    /// The plan of a try, as ARM takes it.
+    #[must_use]
+    pub fn plan(&self, attempt: &Attempt, from: &str, to: &str) -> Value {
+        let ids: Vec<u64> = self.members.iter().map(|m| hex(&m.id)).collect();
+        json!({
+            "id": attempt.id,
+            "attempt": attempt.attempt,
+            "vm": "vm",
+            "from": from,
+            "to": to,
+            "anchor": self.members[0].id,
+            "members": { "count": ids.len(), "hash": members_hash(&ids) },
+            "mode": self.mode,
+            "key": format!("{:064x}", hex(&self.members[0].id) | 1),
+        })
+    }
+
+    /// Says something to a member as the coordinator; the term is added.
+    pub fn post(&self, member: usize, what: &str, body: &Value) -> Result<Value> {
+        let mut body = body.clone();
+        body["term"] = json!(self.term);
+        let path = format!("/v1/volumes/{}/{what}", self.members[member].volume);
+        self.server(member).post(&path, &body)
+    }
+
+    /// The access record of a member.
+    pub fn record(&self, member: usize) -> Result<Value> {
+        let path = format!("/v1/volumes/{}/access", self.members[member].volume);
+        let mut answer = self.server(member).get(&path)?;
+        Ok(answer["record"].take())
+    }
+
+    /// "armed", "sealed", ...
+    pub fn phase(&self, member: usize) -> Result<String> {
+        let record = self.record(member)?;
+        Ok(record["phase"].as_str().context("a record has a phase")?.to_owned())
+    }
+
+    /// Waits until all members are in one of these phases.
+    pub fn wait_phase(&self, phases: &[&str]) -> Result<()> {
+        let what = format!("all members are {}", phases.join(" or "));
+        wait_until(&what, STEP_TIMEOUT, || {
+            (0..self.members.len())
+                .all(|m| self.phase(m).is_ok_and(|phase| phases.contains(&&*phase)))
+        })
+    }
+
+    /// Calls the handoff off: the anchor decides. "source" or "unknown"; an error when the destination won.
+    pub fn reclaim(&self, attempt: &Attempt) -> Result<Value> {
+        let body = json!({ "id": attempt.id, "attempt": attempt.attempt });
+        self.post(0, "reclaim", &body)
+    }
+
+    /// Ends a decided handoff at all members, and says who won.
+    pub fn settle(&self, attempt: &Attempt) -> Result<String> {
+        let path = format!(
+            "/v1/volumes/{}/proof?id={}&attempt={}",
+            self.members[0].volume, attempt.id, attempt.attempt
+        );
+        let decision = self.server(0).get(&path)?;
+        let winner = decision["winner"].as_str().context("a decision has a winner")?.to_owned();
+        for member in 0..self.members.len() {
+            let body = json!({
+                "id": attempt.id,
+                "attempt": attempt.attempt,
+                "session": decision["session"],
+                "proof": decision["proof"],
+            });
+            self.post(member, "settle", &body)?;
+        }
+        Ok(winner)
+    }
+
+    /// The owner of a member and its phase, as a person would say it.
+    pub fn owner(&self, member: usize) -> Result<String> {
+        let record = self.record(member)?;
+        Ok(record["owner"]["name"].as_str().unwrap_or("nobody").to_owned())
+    }
+}
+
+/// A backend with all disks of the VM, as one host runs it. Killed when dropped.
+#[derive(Debug)]
+pub struct Host {
+    /// Its process.
+    pub daemon: Daemon,
+    /// Its owner name.
+    pub owner: String,
+    sockets: Vec<PathBuf>,
+    control: PathBuf,
+    config: PathBuf,
+    dir: PathBuf,
+    label: String,
+}
+
+/// How a backend begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// It claims the volumes.
+    Claim,
+    /// It waits for a handoff.
+    Standby,
+}
+
+impl Host {
+    /// Starts a backend `label` with owner name `owner` on all volumes of `fleet`.
+    pub fn start(
+        dir: &Path,
+        label: &str,
+        owner: &str,
+        fleet: &Fleet,
+        begin: Begin,
+    ) -> Result<Self> {
+        Self::start_with(dir, label, owner, fleet, begin, 1)
+    }
+
+    /// [`Self::start`] with so many queues for each disk.
+    pub fn start_with(
+        dir: &Path,
+        label: &str,
+        owner: &str,
+        fleet: &Fleet,
+        begin: Begin,
+        queues: u16,
+    ) -> Result<Self> {
+        let control = dir.join(format!("{label}.control"));
+        let mut text = format!("owner = \"{owner}\"\ncontrol = \"{}\"\n", control.display());
+        if begin == Begin::Standby {
+            text.push_str("standby = true\n");
+        }
+        let mut sockets = Vec::new();
+        for (n, member) in fleet.members.iter().enumerate() {
+            let socket = dir.join(format!("{label}-{n}.sock"));
+            write!(
+                text,
+                "\n[[disk]]\nname = \"{}\"\nvolume = \"{}\"\nsocket_path = \"{}\"\nnum_queues = {queues}\n",
+                member.volume,
+                fleet.uri(n),
+                socket.display()
+            )?;
+            sockets.push(socket);
+        }
+        let config = dir.join(format!("{label}.toml"));
+        fs::write(&config, text)?;
+        let daemon = launch(dir, label, &config)?;
+        let (dir, label, owner) = (dir.to_owned(), label.to_owned(), owner.to_owned());
+        Ok(Self { daemon, owner, sockets, control, config, dir, label })
+    }
+
+    /// Starts it again with the same configuration, after a kill or an end.
+    pub fn restart(&mut self) -> Result<()> {
+        self.daemon = launch(&self.dir, &self.label, &self.config)?;
+        Ok(())
+    }
+
+    /// Where a VMM connects for disk `n`.
+    #[must_use]
+    pub fn socket(&self, n: usize) -> &Path {
+        &self.sockets[n]
+    }
+
+    /// All of them, in the order of the disks.
+    #[must_use]
+    pub fn sockets(&self) -> Vec<PathBuf> {
+        self.sockets.clone()
+    }
+
+    /// Says a command on the control socket.
+    pub fn order(&self, command: &str) -> Result<Value> {
+        let stream = UnixStream::connect(&self.control)
+            .with_context(|| format!("no control socket at {}", self.control.display()))?;
+        stream.set_read_timeout(Some(CONTROL_TIMEOUT))?;
+        writeln!(&stream, "{}", json!({ "cmd": command }))?;
+        let mut line = String::new();
+        BufReader::new(&stream).read_line(&mut line)?;
+        let answer: Value = serde_json::from_str(&line)
+            .with_context(|| format!("`{command}` was answered `{line}`"))?;
+        if answer.get("error").is_some() {
+            bail!("`{command}` was refused: {}", answer["error"]);
+        }
+        Ok(answer)
+    }
+
+    /// What it says of itself.
+    pub fn status(&self) -> Result<Value> {
+        self.order("status")
+    }
+
+    /// "serving", "ready", "sealed", "parked", ...
+    pub fn standing(&self) -> Result<String> {
+        let status = self.status()?;
+        let standing = status["handoff"]["standing"].as_str();
+        Ok(standing.context("a status has a standing")?.to_owned())
+    }
+
+    /// Waits until it stands so.
+    pub fn wait_standing(&self, standing: &str) -> Result<()> {
+        let what = format!("{} is {standing}", self.label);
+        wait_until(&what, STEP_TIMEOUT, || self.standing().is_ok_and(|now| now == standing))
+            .with_context(|| format!("it is {:?}", self.standing()))
+    }
+}
+
+fn launch(dir: &Path, label: &str, config: &Path) -> Result<Daemon> {
+    let args: Vec<OsString> = vec!["--config".into(), config.into()];
+    let mut daemon = Daemon::start(dir, label, &program("baton-backend")?, args)?;
+    daemon.wait_line("listening socket=", READY_TIMEOUT)?;
+    Ok(daemon)
+}
+
+/// A ULID whose time is now and whose random part is `number` and this process.
+fn ulid(number: u64) -> String {
+    const DIGITS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let ms = now.map_or(0, |since| since.as_millis()) & ((1 << 48) - 1);
+    let id = ms << 80 | u128::from(std::process::id()) << 48 | u128::from(number);
+    (0..26)
+        .rev()
+        .map(|place| {
+            let digit = usize::try_from(id >> (5 * place) & 31).expect("5 bits");
+            char::from(DIGITS[digit])
+        })
+        .collect()
+}
+
+fn hex(text: &str) -> u64 {
+    u64::from_str_radix(text, 16).expect("an id has 16 hexadecimal digits")
+}
+
+/// FNV-1a over the ids in rising order: the plan's guard against a mistake.
+fn members_hash(ids: &[u64]) -> String {
+    let mut ids = ids.to_vec();
+    ids.sort_unstable();
+    let hash =
+        ids.iter().flat_map(|id| id.to_le_bytes()).fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    format!("{hash:016x}")
+}
