@@ -112,7 +112,7 @@ fn sessions(connections: &[Value]) -> Vec<[String; 5]> {
     clients.into_iter().map(row).collect()
 }
 
-fn items(list: &Value) -> &[Value] {
+pub(crate) fn items(list: &Value) -> &[Value] {
     list.as_array().map_or(&[], Vec::as_slice)
 }
 
@@ -153,14 +153,18 @@ pub(crate) fn text(value: &Value) -> String {
     raw.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
+/// Of a column.
 #[derive(Clone, Copy)]
-enum Align {
+pub(crate) enum Align {
     Left,
     Right,
 }
 use Align::{Left, Right};
 
-fn table<const N: usize>(rows: impl IntoIterator<Item = [String; N]>, align: [Align; N]) -> String {
+pub(crate) fn table<const N: usize>(
+    rows: impl IntoIterator<Item = [String; N]>,
+    align: [Align; N],
+) -> String {
     let rows: Vec<_> = rows.into_iter().collect();
     let width =
         |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
