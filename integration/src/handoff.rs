@@ -108,13 +108,19 @@ impl Fleet {
 
     /// Plans a move of all volumes between two owner names: the anchor first, then the others.
     pub fn arm(&self, from: &str, to: &str) -> Result<Attempt> {
-        let number = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        let attempt = Attempt { id: ulid(number), attempt: 1 };
+        let attempt = self.name_attempt();
         let plan = self.plan(&attempt, from, to);
         for member in 0..self.members.len() {
             self.post(member, "arm", &json!({ "plan": plan }))?;
         }
         Ok(attempt)
+    }
+
+    /// Names a handoff that nobody knows yet.
+    #[must_use]
+    pub fn name_attempt(&self) -> Attempt {
+        let number = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        Attempt { id: ulid(number), attempt: 1 }
     }
 
     /// The plan of a try, as ARM takes it.
@@ -170,13 +176,18 @@ impl Fleet {
         self.post(0, "reclaim", &body)
     }
 
-    /// Ends a decided handoff at all members, and says who won.
-    pub fn settle(&self, attempt: &Attempt) -> Result<String> {
+    /// How the anchor decided: "winner", "session", "proof". An error while it has not.
+    pub fn proof(&self, attempt: &Attempt) -> Result<Value> {
         let path = format!(
             "/v1/volumes/{}/proof?id={}&attempt={}",
             self.members[0].volume, attempt.id, attempt.attempt
         );
-        let decision = self.server(0).get(&path)?;
+        self.server(0).get(&path)
+    }
+
+    /// Ends a decided handoff at all members, and says who won.
+    pub fn settle(&self, attempt: &Attempt) -> Result<String> {
+        let decision = self.proof(attempt)?;
         let winner = decision["winner"].as_str().context("a decision has a winner")?.to_owned();
         for member in 0..self.members.len() {
             let body = json!({

@@ -15,6 +15,12 @@ use std::time::Duration;
 const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Where the history of the process with this number is.
+#[must_use]
+pub fn history_path(dir: &Path, number: u64) -> PathBuf {
+    dir.join(format!("vmm-{number}.history"))
+}
+
 /// The process. Killed when dropped.
 #[derive(Debug)]
 pub struct Stub {
@@ -29,7 +35,7 @@ impl Stub {
     pub fn start(dir: &Path, number: u64, sockets: &[PathBuf]) -> Result<Self> {
         let name = format!("vmm-{number}");
         let control = dir.join(format!("{name}.control"));
-        let history = dir.join(format!("{name}.history"));
+        let history = history_path(dir, number);
         let mut command = Command::new(program("baton-vmm-stub")?);
         command.args(["--number", &number.to_string()]);
         command.arg("--control").arg(&control).arg("--history").arg(&history);
