@@ -6,14 +6,19 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use baton_remote_client::VolumeState;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::latency::SLICE;
 use crate::queue::Disk;
 
 pub mod server;
+
+/// Longest time for which requests are timed by one command, seconds.
+const WATCH_S_MAX: u32 = 3600;
 
 /// What may be asked. `cmd` names it; the other keys are its fields.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -21,6 +26,12 @@ pub mod server;
 pub enum Command {
     /// What every disk is doing.
     Status,
+    /// How long requests took, and to go on timing them for a while.
+    Latency {
+        /// For so long from now, seconds; at most an hour.
+        #[serde(default)]
+        watch_s: u32,
+    },
     /// Anything else; refused.
     #[serde(other)]
     Unknown,
@@ -109,10 +120,26 @@ impl Vm {
     pub fn run(&self, command: Command) -> Result<Value, Refusal> {
         match command {
             Command::Status => Ok(serde_json::json!(self.status())),
+            Command::Latency { watch_s } => Ok(self.latency(watch_s)),
             Command::Unknown => {
                 Err(Refusal::new(RefusalKind::UnknownCommand, "there is no such command"))
             }
         }
+    }
+
+    fn latency(&self, watch_s: u32) -> Value {
+        let time = Duration::from_secs(u64::from(watch_s.min(WATCH_S_MAX)));
+        let disks: serde_json::Map<String, Value> = self
+            .disks
+            .iter()
+            .map(|VmDisk { disk, .. }| {
+                if !time.is_zero() {
+                    disk.status.latency.watch(time);
+                }
+                (disk.name.clone(), serde_json::json!(disk.status.latency.slices()))
+            })
+            .collect();
+        serde_json::json!({ "slice_ms": SLICE.as_millis(), "disks": disks })
     }
 
     fn status(&self) -> Status<'_> {

@@ -15,6 +15,7 @@
 //! | [`dirty_log`] | pages written during a migration |
 //! | [`status`] | what a disk is doing, for who only looks |
 //! | [`control`] | the control socket: commands of the operator and the agent |
+//! | [`latency`] | how long requests took, around a handoff |
 //! | [`log_limit`] | bounds what a guest can make us log |
 
 pub mod config;
@@ -23,6 +24,7 @@ pub mod dirty_log;
 pub mod disk;
 pub mod inflight;
 pub mod iovecs;
+pub mod latency;
 pub mod log_limit;
 pub mod memory;
 pub mod queue;

@@ -7,6 +7,8 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::latency::Latency;
+
 /// The rings of a disk, as the front-end that is (or was last) connected left
 /// them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,13 +33,19 @@ struct Gauge(AtomicUsize);
 pub struct DiskStatus {
     rings: Mutex<RingsStatus>,
     in_flight: Box<[Gauge]>,
+    /// How long requests take, while somebody watches.
+    pub latency: Latency,
 }
 
 impl DiskStatus {
     /// Of a disk with `queues` queues to which nobody is connected.
     #[must_use]
     pub fn new(queues: u16) -> Self {
-        Self { rings: Mutex::default(), in_flight: (0..queues).map(|_| Gauge::default()).collect() }
+        Self {
+            rings: Mutex::default(),
+            in_flight: (0..queues).map(|_| Gauge::default()).collect(),
+            latency: Latency::new(queues),
+        }
     }
 
     /// Queues the disk has.

@@ -86,6 +86,127 @@ impl FlushMetrics {
     }
 }
 
+/// What may be asked of an access record. Numbers are places in a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names of the record's inputs")]
+pub enum AccessStep {
+    Claim,
+    Rejoin,
+    Release,
+    Fence,
+    Arm,
+    Seal,
+    Sealed,
+    Activate,
+    Reclaim,
+    Abdicate,
+    Open,
+    Unfreeze,
+    Settle,
+}
+
+impl AccessStep {
+    const ALL: [Self; 13] = [
+        Self::Claim,
+        Self::Rejoin,
+        Self::Release,
+        Self::Fence,
+        Self::Arm,
+        Self::Seal,
+        Self::Sealed,
+        Self::Activate,
+        Self::Reclaim,
+        Self::Abdicate,
+        Self::Open,
+        Self::Unfreeze,
+        Self::Settle,
+    ];
+
+    /// As people and programs read it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Claim => "claim",
+            Self::Rejoin => "rejoin",
+            Self::Release => "release",
+            Self::Fence => "fence",
+            Self::Arm => "arm",
+            Self::Seal => "seal",
+            Self::Sealed => "sealed",
+            Self::Activate => "activate",
+            Self::Reclaim => "reclaim",
+            Self::Abdicate => "abdicate",
+            Self::Open => "open",
+            Self::Unfreeze => "unfreeze",
+            Self::Settle => "settle",
+        }
+    }
+}
+
+/// How it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StepResult {
+    /// The record changed.
+    Changed,
+    /// It was so already.
+    Same,
+    /// The record says no.
+    Refused,
+}
+
+impl StepResult {
+    const ALL: [Self; 3] = [Self::Changed, Self::Same, Self::Refused];
+
+    /// As people and programs read it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Changed => "changed",
+            Self::Same => "same",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// What is asked of access records, and how often they are stored.
+#[derive(Debug, Default)]
+pub struct AccessMetrics {
+    steps: [[AtomicU64; StepResult::ALL.len()]; AccessStep::ALL.len()],
+    /// Records made durable before anybody was told.
+    pub stored_first: AtomicU64,
+    /// Transactions in the background, each with what had gathered.
+    pub stored_later: AtomicU64,
+}
+
+impl AccessMetrics {
+    pub(crate) fn stepped(&self, step: AccessStep, result: StepResult) {
+        self.steps[step as usize][result as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn stored_first(&self) {
+        self.stored_first.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn stored_later(&self) {
+        self.stored_later.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// All counts that are not zero.
+    #[must_use]
+    pub fn steps(&self) -> Vec<(AccessStep, StepResult, u64)> {
+        let mut out = Vec::new();
+        for step in AccessStep::ALL {
+            for result in StepResult::ALL {
+                let count = self.steps[step as usize][result as usize].load(Ordering::Relaxed);
+                if count != 0 {
+                    out.push((step, result, count));
+                }
+            }
+        }
+        out
+    }
+}
+
 /// What the listeners and the handshake count.
 #[derive(Debug, Default)]
 pub struct AcceptMetrics {
@@ -135,7 +256,20 @@ mod tests {
             }
         }
         let all = answers(std::iter::once(&metrics));
-        assert_eq!(all.len(), 9 * 13);
+        assert_eq!(all.len(), 12 * 14);
+        assert!(all.iter().all(|(_, _, count)| *count == 1));
+    }
+
+    #[test]
+    fn every_step_and_result_has_a_counter_of_its_own() {
+        let metrics = AccessMetrics::default();
+        for step in AccessStep::ALL {
+            for result in StepResult::ALL {
+                metrics.stepped(step, result);
+            }
+        }
+        let all = metrics.steps();
+        assert_eq!(all.len(), 13 * 3);
         assert!(all.iter().all(|(_, _, count)| *count == 1));
     }
 

@@ -112,7 +112,7 @@ pub async fn start(config: Config) -> Result<Server, StartError> {
             }
         })
     };
-    let volumes = Arc::new(Volumes::new(Arc::clone(&store), config.workers, announce)?);
+    let volumes = Arc::new(Volumes::new(Arc::clone(&store), config.workers, boot_id()?, announce)?);
 
     let io_uring = config.io_uring && io_uring_works(&store);
     let flusher = Arc::new(Flusher::default());
@@ -152,7 +152,6 @@ pub async fn start(config: Config) -> Result<Server, StartError> {
         desks: mailboxes.iter().map(desk).collect(),
         permits: Arc::new(Semaphore::new(config.connections_max)),
         hello_timeout: config.hello_timeout,
-        boot_id: boot_id()?,
         metrics: Arc::clone(&accept_metrics),
         next_id: AtomicU64::new(1),
     });
@@ -215,6 +214,7 @@ impl Server {
             parts.pool.stop();
             parts.flusher.stop();
             joined(parts.helpers);
+            volumes.keep_all();
             volumes.store().sync()?;
             volumes.store().close()
         });

@@ -8,10 +8,11 @@
 use baton_protocol::frame::{
     FLAG_CRC, FLAG_UNMAP, PAYLOAD_BYTES_MAX, REQUEST_HEADER_BYTES, REQUEST_MAGIC,
 };
+use baton_protocol::handoff::message::{ASK_BYTES_MAX, HandoffBodyError, OPEN_BYTES};
 use baton_protocol::units::SECTOR_BYTES;
 use baton_protocol::window::{Arrival, Window};
 use baton_protocol::{
-    AccessMode, Epoch, FrameError, Opcode, QueueId, RequestHeader, Seq, SessionId, Status,
+    AccessMode, Epoch, Features, FrameError, Opcode, QueueId, RequestHeader, Seq, SessionId, Status,
 };
 
 /// What stands at the front of the received bytes.
@@ -77,9 +78,18 @@ pub enum Violation {
     /// A number too far ahead.
     #[error("sequence number {0} is further ahead than the window is wide")]
     TooNew(u64),
-    /// One EVENT is parked at a time.
-    #[error("a second EVENT while one is parked")]
-    SecondEvent,
+    /// One EVENT and one ACCESS are parked at a time.
+    #[error("a second {0:?} while one is parked")]
+    SecondParked(Opcode),
+    /// A request that is about no range names one.
+    #[error("{0:?} has no offset and no length")]
+    Range(Opcode),
+    /// A body that cannot be read.
+    #[error(transparent)]
+    Body(#[from] HandoffBodyError),
+    /// A client waits for one SEAL before it sends the next; a few are let be.
+    #[error("more SEALs wait than a client ever has")]
+    TooManySeals,
 }
 
 /// Looks at the front of the received bytes. A request that could never be
@@ -107,9 +117,17 @@ pub fn front(received: &[u8]) -> Front {
 /// What the header alone must satisfy.
 fn shape(header: &RequestHeader) -> Result<(), Violation> {
     let RequestHeader { opcode, len, payload_len: payload, flags, .. } = *header;
-    let expected = if opcode == Opcode::Write { len } else { 0 };
-    if u64::from(payload) != expected {
+    let fits = match opcode {
+        Opcode::Write => u64::from(payload) == len,
+        Opcode::Handoff => payload as usize <= ASK_BYTES_MAX,
+        Opcode::Open => payload as usize == OPEN_BYTES,
+        _ => payload == 0,
+    };
+    if !fits {
         return Err(Violation::Payload { opcode, len, payload });
+    }
+    if matches!(opcode, Opcode::Handoff | Opcode::Open) && (len, header.offset) != (0, 0) {
+        return Err(Violation::Range(opcode));
     }
     if opcode == Opcode::Read && len > u64::from(PAYLOAD_BYTES_MAX) {
         return Err(Violation::ReadTooLong(len));
@@ -146,6 +164,15 @@ pub struct Identity {
     pub queue: QueueId,
     /// What it may do.
     pub mode: AccessMode,
+    /// What both sides can.
+    pub features: Features,
+}
+
+impl Identity {
+    fn permits(&self, opcode: Opcode) -> bool {
+        let of_handoffs = matches!(opcode, Opcode::Access | Opcode::Handoff | Opcode::Open);
+        self.mode.permits(opcode) && (!of_handoffs || self.features.contains(Features::HANDOFF))
+    }
 }
 
 /// What to do with a request.
@@ -172,7 +199,7 @@ pub fn judge(
     if session != identity.session || queue != identity.queue {
         return Verdict::Break(Violation::Identity { session, queue });
     }
-    if !identity.mode.permits(opcode) {
+    if !identity.permits(opcode) {
         return Verdict::Answer(Status::NotPermitted);
     }
     if touches_data(opcode) && !admitted(header.epoch) {

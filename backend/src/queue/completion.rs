@@ -44,7 +44,10 @@ impl Worker {
             }
             return;
         }
-        let Pending { data, written, status, memory, .. } = std::mem::take(pending);
+        let Pending { data, written, status, memory, begun, .. } = std::mem::take(pending);
+        if let Some(begun) = begun {
+            self.disk.status.latency.end(self.index, begun);
+        }
         self.in_flight -= 1;
         if let Err(error) = completion.result
             && let Some(suppressed) = self.guest_errors.permit()

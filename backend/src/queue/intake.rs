@@ -127,6 +127,7 @@ impl Worker {
             if mutation && ring.setup.write_through { Stage::ThenFlush } else { Stage::Last };
         let read_bytes = if matches!(op, Op::Read { .. }) { writable_bytes } else { 0 };
         pending.written = u32::try_from(read_bytes).unwrap_or(u32::MAX - 1).saturating_add(1);
+        pending.begun = self.disk.status.latency.begin();
         pending.status = Some(status);
         pending.memory = Some(Rc::clone(&ring.memory));
         // SAFETY: the buffers lie in guest memory that `pending.memory` keeps

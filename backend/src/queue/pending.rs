@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::memory::GuestMemory;
 
@@ -30,6 +31,8 @@ pub(super) struct Pending {
     pub(super) stage: Stage,
     /// Rises with every request taken; says which is older.
     pub(super) taken: u64,
+    /// When it was taken, while somebody watches the latency.
+    pub(super) begun: Option<Instant>,
     /// READ: what the storage fills, kept to be marked in the dirty log.
     pub(super) data: Vec<libc::iovec>,
     /// Bytes the device writes, status included.

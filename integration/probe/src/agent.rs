@@ -17,7 +17,7 @@ use crate::stamp::{Expect, SECTOR, Stamp, Version, check_block, encode_block};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -75,16 +75,31 @@ impl Args<'_> {
     }
 
     fn device_path(&self) -> PathBuf {
-        match self.device_name() {
+        Self::path_of(self.device_name())
+    }
+
+    fn path_of(name: &str) -> PathBuf {
+        match name {
             path if path.starts_with('/') => PathBuf::from(path),
             name => PathBuf::from("/dev").join(name),
         }
     }
 
     fn open(&self) -> Result<Device, String> {
-        let path = self.device_path();
+        self.open_at(&self.device_path())
+    }
+
+    /// All devices of `dev=vda,vdb`.
+    fn open_all(&self) -> Result<Vec<Arc<dyn Disk>>, String> {
+        let open = |name| -> Result<Arc<dyn Disk>, String> {
+            Ok(Arc::new(self.open_at(&Self::path_of(name))?))
+        };
+        self.device_name().split(',').map(open).collect()
+    }
+
+    fn open_at(&self, path: &Path) -> Result<Device, String> {
         let direct = self.number("direct", 1)? != 0;
-        Device::open(&path, direct).map_err(|e| format!("cannot open {}: {e}", path.display()))
+        Device::open(path, direct).map_err(|e| format!("cannot open {}: {e}", path.display()))
     }
 
     fn sysfs(&self, file: &str) -> Result<String, String> {
@@ -300,12 +315,12 @@ impl Agent {
         {
             return Err("bs must be a positive multiple of 512, and blocks positive".to_owned());
         }
-        let disk: Arc<dyn Disk> = Arc::new(args.open()?);
-        let load = Arc::new(Mutex::new(Some(Load::start(&disk, &config))));
+        let disks = args.open_all()?;
+        let load = Arc::new(Mutex::new(Some(Load::start(&disks, &config))));
         let (reported, output) = (Arc::clone(&load), Arc::clone(&self.output));
         let reporter = std::thread::spawn(move || report(&reported, &output));
         self.load = Some(Running { load, reporter });
-        Ok(format!("workers={}", config.workers))
+        Ok(format!("workers={}", config.workers * disks.len()))
     }
 
     fn stop_load(&mut self) -> Result<String, String> {

@@ -165,8 +165,8 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts the workers.
-    pub fn start(disk: &Arc<dyn Disk>, config: &LoadConfig) -> Self {
+    /// Starts the workers: as many as `config` says on each of the disks. The stamps' volume counts the disks.
+    pub fn start(disks: &[Arc<dyn Disk>], config: &LoadConfig) -> Self {
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
             started: Instant::now(),
@@ -179,13 +179,14 @@ impl Load {
             max_gap_ns: AtomicU64::new(0),
             findings: Mutex::new(Vec::new()),
         });
-        let workers = (0..config.workers)
-            .map(|index| {
-                let mut worker =
-                    Worker::new(index, Arc::clone(disk), Arc::clone(&shared), config.clone());
-                std::thread::spawn(move || worker.run())
-            })
-            .collect();
+        let mut workers = Vec::new();
+        for (volume, disk) in (config.volume..).zip(disks) {
+            for index in 0..config.workers {
+                let config = LoadConfig { volume, ..config.clone() };
+                let mut worker = Worker::new(index, Arc::clone(disk), Arc::clone(&shared), config);
+                workers.push(std::thread::spawn(move || worker.run()));
+            }
+        }
         Self { shared, workers }
     }
 

@@ -1,5 +1,6 @@
 //! The metrics page, in Prometheus's text format.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -60,6 +61,7 @@ fn page(api: &Api) -> String {
     workers(&mut page, api);
     accept(&mut page, api);
     flush(&mut page, api);
+    access(&mut page, api);
 
     let usage = api.volumes.store().usage();
     page.single("baton_volumes", "gauge", "Volumes.", api.volumes.list().len() as u64);
@@ -130,6 +132,31 @@ fn flush(page: &mut Page, api: &Api) {
     let requests = flush.requests.load(Ordering::Relaxed);
     let help = "FLUSH requests answered by syncs.";
     page.single("baton_flush_requests_total", "counter", help, requests);
+}
+
+fn access(page: &mut Page, api: &Api) {
+    let metrics = api.volumes.metrics();
+    let name = "baton_access_steps_total";
+    page.family(name, "counter", "What was asked of access records.");
+    for (step, result, count) in metrics.steps() {
+        let (step, result) = (step.name(), result.name());
+        page.line(format_args!("{name}{{step=\"{step}\",result=\"{result}\"}} {count}"));
+    }
+    let name = "baton_access_stores_total";
+    page.family(name, "counter", "Times access records were made durable.");
+    for (when, count) in [("first", &metrics.stored_first), ("later", &metrics.stored_later)] {
+        let count = count.load(Ordering::Relaxed);
+        page.line(format_args!("{name}{{when=\"{when}\"}} {count}"));
+    }
+    let name = "baton_volumes_in_phase";
+    page.family(name, "gauge", "Volumes by the phase of their access record.");
+    let mut phases = BTreeMap::new();
+    for volume in api.volumes.list() {
+        *phases.entry(volume.record().phase.name()).or_insert(0u64) += 1;
+    }
+    for (phase, count) in phases {
+        page.line(format_args!("{name}{{phase=\"{phase}\"}} {count}"));
+    }
 }
 
 fn seconds(us: u64) -> String {

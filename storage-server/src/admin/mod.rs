@@ -1,11 +1,14 @@
-//! The admin API: volumes, fences, the pool, health, metrics.
+//! The admin API: volumes, fences, handoffs, the pool, health, metrics.
 //!
 //! JSON over HTTP; errors are RFC 9457 documents. The table [`ROUTES`] is the
 //! router, and a test holds it against the OpenAPI document. No authentication:
 //! it listens on loopback unless told otherwise.
 
+mod handoffs;
 mod metrics;
+mod numbers;
 mod problem;
+mod record;
 mod volumes;
 
 use std::sync::Arc;
@@ -50,7 +53,7 @@ impl Api {
 #[openapi(
     info(
         title = "Baton storage server",
-        description = "Volumes, fences, the pool, health and metrics."
+        description = "Volumes, fences, handoffs, the pool, health and metrics."
     ),
     paths(
         volumes::list,
@@ -59,6 +62,13 @@ impl Api {
         volumes::delete,
         volumes::resize,
         volumes::fence,
+        handoffs::access,
+        handoffs::arm,
+        handoffs::reclaim,
+        handoffs::abdicate,
+        handoffs::proof,
+        handoffs::settle,
+        handoffs::audit,
         pool,
         health,
         metrics::metrics,
@@ -70,11 +80,18 @@ struct Document;
 type Method = fn() -> MethodRouter<Arc<Api>>;
 
 /// Path, methods, handlers.
-const ROUTES: [(&str, &[&str], Method); 8] = [
+const ROUTES: [(&str, &[&str], Method); 15] = [
     ("/v1/volumes", &["get", "post"], || get(volumes::list).post(volumes::create)),
     ("/v1/volumes/{name}", &["get", "delete"], || get(volumes::show).delete(volumes::delete)),
     ("/v1/volumes/{name}/resize", &["post"], || post(volumes::resize)),
     ("/v1/volumes/{name}/fence", &["post"], || post(volumes::fence)),
+    ("/v1/volumes/{name}/access", &["get"], || get(handoffs::access)),
+    ("/v1/volumes/{name}/arm", &["post"], || post(handoffs::arm)),
+    ("/v1/volumes/{name}/reclaim", &["post"], || post(handoffs::reclaim)),
+    ("/v1/volumes/{name}/abdicate", &["post"], || post(handoffs::abdicate)),
+    ("/v1/volumes/{name}/proof", &["get"], || get(handoffs::proof)),
+    ("/v1/volumes/{name}/settle", &["post"], || post(handoffs::settle)),
+    ("/v1/volumes/{name}/audit", &["get"], || get(handoffs::audit)),
     ("/v1/pool", &["get"], || get(pool)),
     ("/healthz", &["get"], || get(health)),
     ("/metrics", &["get"], || get(metrics::metrics)),

@@ -3,7 +3,6 @@
 use axum::Json;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use baton_protocol::access::Refusal;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -22,6 +21,9 @@ pub(super) struct Problem {
     pub status: u16,
     /// What happened here and what to do.
     pub detail: String,
+    /// ULID of the handoff that is in the way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub handoff: Option<String>,
 }
 
 impl Problem {
@@ -31,7 +33,12 @@ impl Problem {
         title: &'static str,
         detail: impl ToString,
     ) -> Self {
-        Self { kind, title, status: status.as_u16(), detail: detail.to_string() }
+        Self { kind, title, status: status.as_u16(), detail: detail.to_string(), handoff: None }
+    }
+
+    pub(super) fn of_handoff(mut self, id: String) -> Self {
+        self.handoff = Some(id);
+        self
     }
 
     pub(super) fn bad_request(detail: impl ToString) -> Self {
@@ -115,19 +122,7 @@ impl From<DeleteError> for Problem {
 impl From<ChangeError> for Problem {
     fn from(error: ChangeError) -> Self {
         match error {
-            ChangeError::Refused(refusal @ Refusal::StaleTerm { .. }) => Self::new(
-                StatusCode::CONFLICT,
-                "baton:stale-term",
-                "A newer coordinator has spoken",
-                refusal,
-            ),
-            ChangeError::Refused(refusal @ Refusal::BadName) => Self::bad_request(refusal),
-            ChangeError::Refused(refusal) => Self::new(
-                StatusCode::CONFLICT,
-                "baton:refused",
-                "The access record does not allow it",
-                refusal,
-            ),
+            ChangeError::Refused(refusal) => refusal.into(),
             ChangeError::Store(error) => error.into(),
             ChangeError::Deleted => Self::new(
                 StatusCode::NOT_FOUND,

@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 
 use super::Api;
 use super::problem::Problem;
+use super::record::HandoffView;
 use crate::volumes::{Connection, Request, RunningVolume};
 
 /// A volume.
@@ -49,6 +50,8 @@ struct AccessView {
     barred: Option<String>,
     /// Highest coordinator term seen.
     coordinator_term: u64,
+    /// Under way; all of it is at `/v1/volumes/{name}/access`.
+    handoff: Option<HandoffView>,
 }
 
 /// A connection.
@@ -141,6 +144,7 @@ impl AccessView {
             session: owner.filter(|o| o.session.0 != 0).map(|o| o.session.to_string()),
             barred: record.barred.clone(),
             coordinator_term: record.coordinator_term,
+            handoff: record.handoff.as_ref().map(HandoffView::from),
         }
     }
 }
@@ -162,16 +166,16 @@ impl SessionView {
     }
 }
 
-fn find(api: &Api, name: &str) -> Result<Arc<RunningVolume>, Problem> {
+pub(super) fn find(api: &Api, name: &str) -> Result<Arc<RunningVolume>, Problem> {
     api.volumes.get(name).ok_or_else(|| {
         let shown: String = name.chars().take(80).collect();
         crate::store::VolumeError::NotFound { name: shown }.into()
     })
 }
 
-type Body<T> = Result<Json<T>, JsonRejection>;
+pub(super) type Body<T> = Result<Json<T>, JsonRejection>;
 
-fn body<T>(body: Body<T>) -> Result<T, Problem> {
+pub(super) fn body<T>(body: Body<T>) -> Result<T, Problem> {
     body.map(|Json(value)| value).map_err(|error| Problem::bad_request(error.body_text()))
 }
 

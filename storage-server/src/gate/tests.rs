@@ -46,10 +46,12 @@ mod plain {
         while Gate::admit(&*gate, 0, Principal::Owner, Epoch(1)).is_some() {
             std::thread::yield_now();
         }
+        assert!(!gate.try_close(), "one is inside");
         assert!(told.recv_timeout(Duration::from_millis(100)).is_err(), "one is inside");
         drop(elsewhere);
         told.recv_timeout(Duration::from_secs(10)).expect("drained");
         closer.join().expect("no panic");
+        assert!(gate.try_close(), "nobody is");
     }
 }
 
@@ -85,7 +87,11 @@ mod proof {
     /// Requests of epoch 1 run against a close and the first request of epoch
     /// 2. An old request that is inside after the close is a data race.
     fn takeover<R: Rules + Send + 'static>() {
-        loom::model(|| {
+        takeover_by::<R>(|gate| gate.close(|_| ()));
+    }
+
+    fn takeover_by<R: Rules + Send + 'static>(close: fn(&Gate<R>)) {
+        loom::model(move || {
             let world = Arc::new(World { gate: Gate::<R>::new(2), disk: UnsafeCell::new(0) });
             world.gate.open(Some(Epoch(1)), Some(Epoch(1)));
             let old = thread::spawn({
@@ -97,7 +103,7 @@ mod proof {
                     }
                 }
             });
-            world.gate.close(|_| ());
+            close(&world.gate);
             world.gate.open(Some(Epoch(2)), Some(Epoch(2)));
             let pass = Gate::admit(&world.gate, 1, Principal::Owner, Epoch(2)).expect("open");
             // SAFETY: loom checks that nobody else is at it.
@@ -110,6 +116,26 @@ mod proof {
     #[test]
     fn no_old_request_is_inside_after_close() {
         takeover::<Real>();
+    }
+
+    /// The way of a change that would rather not block.
+    #[test]
+    fn no_old_request_is_inside_after_a_close_that_was_tried_first() {
+        takeover_by::<Real>(|gate| {
+            if !gate.try_close() {
+                gate.close(|_| ());
+            }
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "Causality violation")]
+    fn the_model_sees_a_try_that_may_be_old() {
+        takeover_by::<PlainLook>(|gate| {
+            if !gate.try_close() {
+                gate.close(|_| ());
+            }
+        });
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! What a HELLO asks for, and what is wrong with it. Pure: bytes in, decision out.
 
-use baton_protocol::access::Refusal as AccessRefusal;
+use baton_protocol::access::{AccessRecord, Phase, Refusal as AccessRefusal};
 use baton_protocol::frame::{REQUEST_HEADER_BYTES, REQUEST_MAGIC};
 use baton_protocol::message::{HELLO_BYTES_MAX, HELLO_FIXED_BYTES};
-use baton_protocol::{AccessMode, Epoch, Hello, Opcode, RequestHeader, Seq, Status, Version};
+use baton_protocol::{
+    AccessMode, Epoch, Hello, Opcode, QueueId, RequestHeader, Seq, SessionId, Status, Version,
+};
 
 use crate::session;
 use crate::volumes::{ChangeError, NoSeat, Request};
@@ -120,6 +122,28 @@ pub(super) fn wanted(header: &RequestHeader, body: &[u8]) -> Result<Wanted, Refu
         AccessMode::Standby => Role::Standby,
     };
     Ok(Wanted { version, hello, role })
+}
+
+/// Whether a connection of the owner may be welcomed as things stand now.
+///
+/// # Errors
+/// A [`Refusal`] to send.
+pub(super) fn may_serve(
+    record: &AccessRecord,
+    session: SessionId,
+    queue: QueueId,
+) -> Result<(), Refusal> {
+    if record.owner.as_ref().is_none_or(|owner| owner.session != session) {
+        let text = format!("the grant is over: the volume is at epoch {}", record.epoch);
+        return Err(Refusal::new(Status::StaleEpoch, text));
+    }
+    // The control connection says how the handoff stood; nothing else can be done.
+    if record.phase == Phase::Frozen && queue != QueueId::CONTROL {
+        let text =
+            "the server restarted during a handoff of the volume; try again when it is decided";
+        return Err(Refusal::new(Status::Busy, text));
+    }
+    Ok(())
 }
 
 /// The one table from a change that was refused to the wire.

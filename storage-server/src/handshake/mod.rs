@@ -64,7 +64,6 @@ pub(crate) struct Lobby {
     pub(crate) desks: Vec<Desk>,
     pub(crate) permits: Arc<Semaphore>,
     pub(crate) hello_timeout: Duration,
-    pub(crate) boot_id: u64,
     pub(crate) metrics: Arc<AcceptMetrics>,
     pub(crate) next_id: AtomicU64,
 }
@@ -135,8 +134,14 @@ impl Lobby {
         let weight = if header.queue == QueueId::CONTROL { 1 } else { QUEUE_WEIGHT };
         desk.load.fetch_add(weight, Ordering::Relaxed);
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let presence =
-            Presence { id, volume: Arc::clone(&volume), load: desk.load, weight, _permit: permit };
+        let presence = Presence {
+            id,
+            owner: Arc::from(wanted.hello.owner.as_str()),
+            volume: Arc::clone(&volume),
+            load: desk.load,
+            weight,
+            _permit: permit,
+        };
         volume.connected(
             id,
             Connection {
@@ -152,8 +157,12 @@ impl Lobby {
         if volume.is_deleted() {
             return Err(Refusal::new(Status::NoSuchVolume, "the volume was deleted"));
         }
-        let identity =
-            Identity { session: header.session, queue: header.queue, mode: wanted.hello.mode };
+        let identity = Identity {
+            session: header.session,
+            queue: header.queue,
+            mode: wanted.hello.mode,
+            features: wanted.hello.features.common(Features::HANDOFF),
+        };
         tracing::debug!(
             volume = volume.data.name(), owner = wanted.hello.owner, session = %header.session,
             queue = %header.queue, mode = ?identity.mode, %epoch, peer, "welcomed"
@@ -197,6 +206,7 @@ impl Lobby {
                         session = %header.session, epoch = %record.epoch, "claimed"
                     );
                 }
+                decide::may_serve(&record, header.session, header.queue)?;
                 let seat = control.seat(header.queue).ok_or_else(|| {
                     let text =
                         format!("a session has at most {} queues", crate::volumes::QUEUES_MAX);
@@ -206,11 +216,9 @@ impl Lobby {
                 drop(control);
                 let lease = seat.take(resume_from, PATIENCE).await?;
                 let event_id = volume.events.last_id();
-                let now = volume.control().await.record.epoch;
-                if now != record.epoch {
-                    let text = format!("the grant is over: the volume is at epoch {now}");
-                    return Err(Refusal::new(Status::StaleEpoch, text));
-                }
+                // The epoch may have moved with its session: a source came back.
+                let record = &volume.control().await.record;
+                decide::may_serve(record, header.session, header.queue)?;
                 Ok((Place::Owner(lease), record.epoch, event_id))
             }
         }
@@ -232,12 +240,11 @@ impl Lobby {
             volume: volume.id(),
             epoch,
             size_bytes: volume.data.size_bytes(),
-            // This version offers none.
-            features: wanted.hello.features.common(Features::default()),
+            features: wanted.hello.features.common(Features::HANDOFF),
             payload_bytes_max: PAYLOAD_BYTES_MAX,
             window_requests: u32::try_from(WINDOW_REQUESTS).expect("1024"),
             discard_bytes: u32::try_from(EXTENT_BYTES).expect("1 MiB"),
-            boot_id: self.boot_id,
+            boot_id: self.volumes.boot_id(),
             event_id,
             durability_generation: self.volumes.store().durability_generation(),
         }

@@ -2,7 +2,12 @@ use super::*;
 use baton_protocol::frame::WINDOW_REQUESTS;
 use proptest::prelude::*;
 
-const ME: Identity = Identity { session: SessionId(7), queue: QueueId(2), mode: AccessMode::Owner };
+const ME: Identity = Identity {
+    session: SessionId(7),
+    queue: QueueId(2),
+    mode: AccessMode::Owner,
+    features: Features::HANDOFF,
+};
 const SIZE: u64 = 1 << 20;
 
 fn request(opcode: Opcode, seq: u64) -> RequestHeader {
@@ -13,9 +18,14 @@ fn request(opcode: Opcode, seq: u64) -> RequestHeader {
         seq: Seq(seq),
         epoch: Epoch(5),
         session: ME.session,
-        offset: 512,
+        offset: if matches!(opcode, Opcode::Handoff | Opcode::Open) { 0 } else { 512 },
         len: if opcode.has_range() { 1024 } else { 0 },
-        payload_len: if opcode == Opcode::Write { 1024 } else { 0 },
+        payload_len: match opcode {
+            Opcode::Write => 1024,
+            Opcode::Handoff => 40,
+            Opcode::Open => OPEN_BYTES.try_into().expect("small"),
+            _ => 0,
+        },
         payload_crc32c: 0,
     }
 }
@@ -24,7 +34,7 @@ fn judged(window: &mut Window, header: &RequestHeader) -> Verdict {
     judge(&ME, window, header, SIZE, |epoch| epoch == Epoch(5))
 }
 
-const AFTER_HELLO: [Opcode; 8] = [
+const AFTER_HELLO: [Opcode; 11] = [
     Opcode::Read,
     Opcode::Write,
     Opcode::Flush,
@@ -33,18 +43,35 @@ const AFTER_HELLO: [Opcode; 8] = [
     Opcode::Ping,
     Opcode::Event,
     Opcode::Release,
+    Opcode::Access,
+    Opcode::Handoff,
+    Opcode::Open,
 ];
+
+fn all_sessions() -> Vec<(AccessMode, bool, Features)> {
+    let mut all = Vec::new();
+    for mode in [AccessMode::Owner, AccessMode::Standby, AccessMode::ReadOnly] {
+        for fresh in [true, false] {
+            for features in [Features::HANDOFF, Features::default()] {
+                all.push((mode, fresh, features));
+            }
+        }
+    }
+    all
+}
 
 /// The whole matrix of opcode x (mode, epoch, sequence) with its expected verdicts.
 #[test]
 fn every_opcode_in_every_mode_and_epoch() {
     for opcode in AFTER_HELLO {
-        for mode in [AccessMode::Owner, AccessMode::Standby, AccessMode::ReadOnly] {
-            for fresh in [true, false] {
-                let identity = Identity { mode, ..ME };
+        for (mode, fresh, features) in all_sessions() {
+            {
+                let identity = Identity { mode, features, ..ME };
                 let mut window = Window::default();
                 let verdict = judge(&identity, &mut window, &request(opcode, 1), SIZE, |_| fresh);
-                let expected = if !mode.permits(opcode) {
+                let of_handoffs = matches!(opcode, Opcode::Access | Opcode::Handoff | Opcode::Open);
+                let known = !of_handoffs || features == Features::HANDOFF;
+                let expected = if !mode.permits(opcode) || !known {
                     Verdict::Answer(Status::NotPermitted)
                 } else if touches_data(opcode) && !fresh {
                     Verdict::Answer(Status::StaleEpoch)
@@ -147,6 +174,28 @@ fn what_a_header_alone_may_not_say() {
     assert_eq!(broken(RequestHeader { flags: FLAG_CRC, ..read }), Violation::Flags(FLAG_CRC));
     assert_eq!(broken(RequestHeader { flags: FLAG_UNMAP, ..read }), Violation::Flags(FLAG_UNMAP));
     assert_eq!(broken(request(Opcode::Hello, 3)), Violation::SecondHello);
+    let handoff = request(Opcode::Handoff, 3);
+    let longest = u32::try_from(ASK_BYTES_MAX).expect("small");
+    assert!(matches!(
+        broken(RequestHeader { payload_len: longest + 1, ..handoff }),
+        Violation::Payload { .. }
+    ));
+    assert_eq!(broken(RequestHeader { offset: 1, ..handoff }), Violation::Range(Opcode::Handoff));
+    let open = request(Opcode::Open, 3);
+    assert!(matches!(
+        broken(RequestHeader { payload_len: open.payload_len - 1, ..open }),
+        Violation::Payload { .. }
+    ));
+    assert_eq!(broken(RequestHeader { len: 1, ..open }), Violation::Range(Opcode::Open));
+    let access = request(Opcode::Access, 3);
+    assert!(matches!(
+        broken(RequestHeader { payload_len: 1, ..access }),
+        Violation::Payload { .. }
+    ));
+    // What the client knows, not a range: a version and a boot id.
+    let access = RequestHeader { offset: u64::MAX, len: u64::MAX, ..access };
+    assert!(matches!(front(&access.encode()), Front::Whole { .. }));
+    assert_eq!(judged(&mut Window::default(), &access), Verdict::Run);
     let unmap = RequestHeader { flags: FLAG_UNMAP, ..request(Opcode::WriteZeroes, 3) };
     assert!(matches!(front(&unmap.encode()), Front::Whole { .. }));
 }
@@ -192,9 +241,14 @@ prop_compose! {
     fn any_request()(which in 0..AFTER_HELLO.len(), seq: u64, epoch: u64, offset: u64, sectors in 0u32..9)
         -> (RequestHeader, Vec<u8>) {
         let opcode = AFTER_HELLO[which];
-        let payload = if opcode == Opcode::Write { vec![seq.to_le_bytes()[0]; 512 * sectors as usize] } else { Vec::new() };
-        let payload_len = u32::try_from(payload.len()).expect("small");
-        (RequestHeader { seq: Seq(seq), epoch: Epoch(epoch), offset, len: u64::from(sectors) * 512, payload_len, ..request(opcode, 0) }, payload)
+        let header = request(opcode, seq);
+        let (offset, len) = match opcode {
+            Opcode::Handoff | Opcode::Open => (0, 0),
+            _ => (offset, u64::from(sectors) * 512),
+        };
+        let payload_len = if opcode == Opcode::Write { 512 * sectors } else { header.payload_len };
+        let payload = vec![seq.to_le_bytes()[0]; payload_len as usize];
+        (RequestHeader { epoch: Epoch(epoch), offset, len, payload_len, ..header }, payload)
     }
 }
 
@@ -217,7 +271,7 @@ proptest! {
         let mut bytes = bytes;
         if ours && bytes.len() >= 64 {
             bytes[0..4].copy_from_slice(&REQUEST_MAGIC.to_le_bytes());
-            bytes[4] %= 12;
+            bytes[4] %= 14;
             bytes[5] &= 3;
             bytes[56..64].fill(0);
         }

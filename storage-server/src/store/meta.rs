@@ -171,8 +171,16 @@ impl Meta {
     }
 
     pub(super) fn put_access(&self, id: u64, record: &[u8]) -> Result<(), MetaError> {
+        self.put_accesses(&[(id, record)])
+    }
+
+    /// All or none.
+    pub(super) fn put_accesses(&self, rows: &[(u64, &[u8])]) -> Result<(), MetaError> {
         self.change(|txn| {
-            txn.open_table(ACCESS)?.insert(id, record)?;
+            let mut access = txn.open_table(ACCESS)?;
+            for (id, record) in rows {
+                access.insert(id, record)?;
+            }
             Ok(())
         })
     }

@@ -196,6 +196,25 @@ impl Store {
         Ok(())
     }
 
+    /// Replaces the access records of several volumes at once; durable when this returns. Those of volumes that are
+    /// gone are left out.
+    pub fn put_accesses(&self, records: &[(VolumeId, Vec<u8>)]) -> Result<(), VolumeError> {
+        let _changes = self.changes();
+        let volumes: BTreeMap<_, _> = {
+            let volumes = self.read_volumes();
+            volumes.values().map(|volume| (volume.id(), Arc::clone(volume))).collect()
+        };
+        let found: Vec<_> =
+            records.iter().filter_map(|(id, record)| Some((volumes.get(id)?, record))).collect();
+        let rows: Vec<_> =
+            found.iter().map(|(volume, record)| (volume.id().0, record.as_slice())).collect();
+        self.core.meta.put_accesses(&rows)?;
+        for (volume, record) in found {
+            volume.set_access(record);
+        }
+        Ok(())
+    }
+
     /// The volume's last durable access record.
     pub fn access(&self, id: VolumeId) -> Option<Vec<u8>> {
         Some(self.volume_by_id(id)?.access()?.to_vec())

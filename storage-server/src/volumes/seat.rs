@@ -5,7 +5,12 @@
 //! finished. That is what keeps a request of the old connection from running
 //! after one of the new. The window goes from holder to holder, so that what the
 //! old connection completed is not run again.
+//!
+//! The seat also knows how far its holder has got, for SEAL: what was *carried
+//! in* was admitted or answered. That begins again with each holder, because the
+//! client sends again whatever it has no answer for; without a holder it is zero.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,6 +26,8 @@ pub type Killer = Arc<dyn Fn() + Send + Sync>;
 pub struct Seat {
     state: Mutex<State>,
     freed: Notify,
+    /// Highest number that the holder has carried in. Written by the holder.
+    arrived: AtomicU64,
 }
 
 #[derive(Default)]
@@ -87,6 +94,7 @@ impl Seat {
                     let mut window =
                         window.unwrap_or_else(|| Box::new(Window::starting_at(resume_from)));
                     window.forget_below(resume_from);
+                    self.arrived.store(resume_from.0.saturating_sub(1), Ordering::Release);
                     return Ok(Lease { seat: Arc::clone(self), window: Some(window) });
                 }
                 state.killer.take()
@@ -112,6 +120,12 @@ impl Seat {
         self.freed.notify_waiters();
     }
 
+    /// The highest number that was carried in; everything below was, too.
+    #[must_use]
+    pub fn arrived(&self) -> Seq {
+        Seq(self.arrived.load(Ordering::Acquire))
+    }
+
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -121,6 +135,14 @@ impl Lease {
     /// The window of the queue.
     pub fn window(&mut self) -> &mut Window {
         self.window.as_mut().expect("taken only by drop")
+    }
+
+    /// Everything up to `seq` was carried in. Once per turn of the connection.
+    pub fn carried_in(&self, seq: Seq) {
+        // One writer: no locked instruction is needed.
+        if seq.0 > self.seat.arrived.load(Ordering::Relaxed) {
+            self.seat.arrived.store(seq.0, Ordering::Release);
+        }
     }
 
     /// The place it is for.
@@ -135,6 +157,7 @@ impl Drop for Lease {
         {
             let mut state = self.seat.state();
             state.window = self.window.take();
+            self.seat.arrived.store(0, Ordering::Release);
             state.held = false;
             state.killer = None;
         }
@@ -158,7 +181,7 @@ impl std::fmt::Debug for Lease {
 mod tests {
     use super::*;
     use baton_protocol::window::Arrival;
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::AtomicU32;
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -185,8 +208,14 @@ mod tests {
         tokio::task::yield_now().await;
         drop(old);
         let mut next = next.await.expect("no panic").expect("free now");
+        assert_eq!(seat.arrived(), Seq(1), "what the client has the answers of");
+        next.carried_in(Seq(4));
+        next.carried_in(Seq(3));
+        assert_eq!(seat.arrived(), Seq(4));
         assert_eq!(next.window().arrive(Seq(3)), Arrival::Done);
         assert_eq!(next.window().arrive(Seq(1)), Arrival::TooOld);
+        drop(next);
+        assert_eq!(seat.arrived(), Seq(0), "what is unanswered will be sent again");
     }
 
     #[tokio::test]

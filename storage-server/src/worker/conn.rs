@@ -17,6 +17,7 @@ use crate::metrics::WorkerMetrics;
 use crate::session::Identity;
 use crate::volumes::{Lease, RunningVolume};
 
+use super::ask::Asks;
 use super::buffers::{InBuf, OutBuf, READ_AHEAD};
 
 /// Where the window of a connection lives.
@@ -29,6 +30,13 @@ pub(crate) enum Place {
 }
 
 impl Place {
+    /// Everything up to `seq` was admitted or answered.
+    pub(super) fn carried_in(&self, seq: Seq) {
+        if let Self::Owner(lease) = self {
+            lease.carried_in(seq);
+        }
+    }
+
     pub(super) fn window(&mut self) -> &mut Window {
         match self {
             Self::Owner(lease) => lease.window(),
@@ -41,6 +49,8 @@ impl Place {
 #[derive(Debug)]
 pub(crate) struct Presence {
     pub(crate) id: u64,
+    /// The client's name for itself.
+    pub(crate) owner: Arc<str>,
     pub(crate) volume: Arc<RunningVolume>,
     /// Load of the worker that serves it, in `weight`s.
     pub(crate) load: Arc<AtomicUsize>,
@@ -99,6 +109,10 @@ pub(super) struct Conn {
     pub(super) late: VecDeque<Vec<u8>>,
     /// A parked EVENT and the last event its sender knows.
     pub(super) parked: Option<(Seq, u64)>,
+    /// A parked ACCESS: the version and the boot id that its sender knows.
+    pub(super) access: Option<(Seq, u64, u64)>,
+    /// What was asked of the access record.
+    pub(super) asks: Asks,
     /// The socket takes no more for now.
     pub(super) blocked: bool,
     /// In the worker's list of connections to look at.
@@ -139,6 +153,8 @@ impl Conn {
             held_bytes: 0,
             late: VecDeque::new(),
             parked: None,
+            access: None,
+            asks: Asks::default(),
             blocked: false,
             queued: false,
             active: true,
@@ -161,7 +177,17 @@ impl Conn {
 
     /// Whether it must wait for its own earlier requests.
     pub(super) fn is_throttled(&self) -> bool {
-        self.inflight >= INFLIGHT_MAX || self.held_bytes >= HELD_BYTES_MAX || !self.late.is_empty()
+        self.asks.opening
+            || self.inflight >= INFLIGHT_MAX
+            || self.held_bytes >= HELD_BYTES_MAX
+            || !self.late.is_empty()
+    }
+
+    /// Nobody waits for what is parked any more.
+    pub(super) fn forget_parked(&mut self) {
+        self.parked = None;
+        self.access = None;
+        self.asks.give_up_seals();
     }
 
     /// One recv. Says whether there is something new to look at.
@@ -175,7 +201,7 @@ impl Conn {
         match recv(self.socket.as_raw_fd(), &mut room[..share], MsgFlags::MSG_DONTWAIT) {
             Ok(0) => {
                 self.life = Life::Closing;
-                self.parked = None;
+                self.forget_parked();
                 true
             }
             Ok(n) => {
@@ -267,7 +293,7 @@ impl Conn {
     pub(super) fn linger(&mut self, metrics: &WorkerMetrics) {
         crate::metrics::add(&metrics.violations, 1);
         self.life = Life::Lingering;
-        self.parked = None;
+        self.forget_parked();
         self.send();
     }
 

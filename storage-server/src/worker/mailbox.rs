@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use baton_protocol::{Opcode, RequestHeader, Seq, Status, VolumeId};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::ask::Asked;
 use super::conn::Newcomer;
 
 /// What other threads tell a worker.
@@ -17,7 +18,9 @@ pub(crate) enum Message {
     Kill(u64),
     /// Work done elsewhere.
     Done(Done),
-    /// There is an event on this volume.
+    /// The answer of the access record.
+    Asked(Box<Asked>),
+    /// There is news of this volume.
     News(VolumeId),
     /// Answer what is running, then end.
     Stop,

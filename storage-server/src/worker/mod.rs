@@ -14,6 +14,7 @@
 //! at most 1 MiB + 64 bytes received, 1 MiB + 32 bytes to send and 3 MiB of read
 //! answers that came late.
 
+mod ask;
 mod buffers;
 mod conn;
 mod flusher;
@@ -269,6 +270,15 @@ impl Worker {
                     self.context.queue(index, conn);
                 }
             }
+            Message::Asked(asked) => {
+                let Some(&index) = self.by_id.get(&asked.conn) else { return };
+                let point = asked.answered_point();
+                if let Some(Some(conn)) = self.conns.get_mut(index) {
+                    conn.hear(*asked, &self.context.setup.metrics);
+                    self.turn(index, false);
+                }
+                baton_fault_point::at(point);
+            }
             Message::News(volume) => self.tell_news(volume),
             Message::Stop => {
                 self.stop_at = Some(Instant::now() + STOP_PATIENCE);
@@ -277,7 +287,7 @@ impl Worker {
                         if conn.life == Life::Open || conn.life == Life::Lingering {
                             conn.life = Life::Closing;
                         }
-                        conn.parked = None;
+                        conn.forget_parked();
                         self.turn(index, false);
                     }
                 }
@@ -303,6 +313,8 @@ impl Worker {
             conn.life = Life::Closing;
         }
         conn.send();
+        // Its place says what the client has the answers of.
+        conn.volume().arrivals.look();
         self.conns[index] = Some(conn);
         self.by_id.insert(id, index);
         self.settle(index);
@@ -311,7 +323,7 @@ impl Worker {
     fn kill(&mut self, index: usize) {
         if let Some(Some(conn)) = self.conns.get_mut(index) {
             conn.life = Life::Dead;
-            conn.parked = None;
+            conn.forget_parked();
             // The peer learns at once, even if work elsewhere keeps the place.
             let fd: RawFd = std::os::fd::AsRawFd::as_raw_fd(&conn.socket);
             let _ = nix::sys::socket::shutdown(fd, nix::sys::socket::Shutdown::Both);

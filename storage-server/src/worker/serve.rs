@@ -3,20 +3,21 @@
 use std::sync::Arc;
 
 use baton_protocol::frame::{FLAG_UNMAP, REPLY_HEADER_BYTES, REQUEST_HEADER_BYTES};
-use baton_protocol::{Epoch, Opcode, RequestHeader, Status};
+use baton_protocol::handoff::{HandoffRequest, Open};
+use baton_protocol::{Epoch, Opcode, RequestHeader, Seq, Status};
 
 use crate::gate::{Gate, Pass, Principal};
 use crate::log::Sometimes;
 use crate::metrics::{self, WorkerMetrics};
 use crate::session::{self, Front, Identity, Verdict, Violation};
 use crate::store::{IoError, Volume};
-use crate::volumes::{ChangeError, Request, RunningVolume};
+use crate::volumes::RunningVolume;
 
 use super::Context;
 use super::buffers::SEND_AT;
 use super::conn::{Conn, HELD_BYTES_MAX, INFLIGHT_MAX, Life, reply_header};
 use super::flusher::FlushJob;
-use super::mailbox::{Done, Message};
+use super::mailbox::Done;
 use super::pool::{Job, Work};
 use super::ring::ColdRead;
 
@@ -37,6 +38,8 @@ struct Turn<'a> {
     slot: usize,
     principal: Principal,
     admitted: Option<(Epoch, Pass<&'a Gate>)>,
+    /// Highest number that was admitted or answered.
+    newest: Seq,
 }
 
 impl Turn<'_> {
@@ -76,6 +79,7 @@ impl Context {
             slot: self.setup.number,
             principal: conn.principal(),
             admitted: None,
+            newest: Seq(0),
         };
         let mut bytes_left = TURN_BYTES;
         let mut requests_left = TURN_REQUESTS;
@@ -122,7 +126,9 @@ impl Context {
                 }
             }
         }
+        conn.place.carried_in(turn.newest);
         drop(turn);
+        volume.arrivals.look();
         conn.send();
         let stopped_by_room = !conn.blocked && !conn.is_throttled() && conn.life == Life::Open;
         if stopped_by_room && !matches!(session::front(conn.input.unread()), Front::Partial { .. })
@@ -166,6 +172,11 @@ impl Context {
         let verdict = session::judge(&conn.identity, conn.place.window(), header, size, |epoch| {
             turn.admits(epoch)
         });
+        match verdict {
+            Verdict::Break(why) => return Err(why),
+            Verdict::Answer(Status::StaleEpoch | Status::NotPermitted) => {}
+            Verdict::Run | Verdict::Answer(_) => turn.newest = turn.newest.max(header.seq),
+        }
         let status = match verdict {
             Verdict::Break(why) => return Err(why),
             Verdict::Answer(Status::StaleEpoch) if volume.is_deleted() => Some(Status::Gone),
@@ -192,18 +203,36 @@ impl Context {
                 Opcode::Ping => Some(Status::Ok),
                 Opcode::Event => {
                     if conn.parked.is_some() {
-                        return Err(Violation::SecondEvent);
+                        return Err(Violation::SecondParked(Opcode::Event));
                     }
                     conn.parked = Some((header.seq, header.offset));
                     conn.answer_parked(&self.setup.metrics);
                     None
                 }
                 Opcode::Release => {
-                    self.release(index, conn, volume, header);
+                    self.release(conn, volume, header);
                     None
                 }
                 Opcode::Hello => return Err(Violation::SecondHello),
-                Opcode::Access | Opcode::Handoff | Opcode::Open => Some(Status::NotPermitted),
+                Opcode::Access => {
+                    if conn.access.is_some() {
+                        return Err(Violation::SecondParked(Opcode::Access));
+                    }
+                    conn.access = Some((header.seq, header.offset, header.len));
+                    conn.answer_parked(&self.setup.metrics);
+                    None
+                }
+                Opcode::Handoff => {
+                    let body = &conn.input.unread()[REQUEST_HEADER_BYTES..bytes];
+                    let request = HandoffRequest::decode(body)?;
+                    self.handoff(conn, volume, header, request)?;
+                    None
+                }
+                Opcode::Open => {
+                    let open = Open::decode(&conn.input.unread()[REQUEST_HEADER_BYTES..bytes])?;
+                    self.open(conn, volume, header, open);
+                    None
+                }
             },
         };
         if let Some(status) = status {
@@ -329,43 +358,6 @@ impl Context {
         None
     }
 
-    /// The owner gives the volume back: a change of the access record, which
-    /// waits for the disk and for everything admitted.
-    fn release(
-        &mut self,
-        index: usize,
-        conn: &mut Conn,
-        volume: &Arc<RunningVolume>,
-        header: &RequestHeader,
-    ) {
-        self.lend(conn);
-        let answer_to = Arc::clone(&self.setup.mailbox);
-        let mut done = Done::new(index, header, Status::Ok);
-        let request = Request::Release { session: header.session, epoch: header.epoch };
-        let volume = Arc::clone(volume);
-        self.setup.runtime.spawn(async move {
-            done.status = match volume.change(request).await {
-                Ok(record) => {
-                    let name = volume.data.name();
-                    tracing::info!(volume = name, epoch = %record.epoch, "given back by its owner");
-                    Status::Ok
-                }
-                Err(ChangeError::Refused(_)) => Status::StaleEpoch,
-                Err(ChangeError::Deleted) => Status::Gone,
-                Err(ChangeError::Stopped) => Status::Busy,
-                Err(error @ ChangeError::Store(_)) => {
-                    tracing::error!(
-                        volume = volume.data.name(),
-                        error = &error as &dyn std::error::Error,
-                        "release failed"
-                    );
-                    Status::Io
-                }
-            };
-            answer_to.send(Message::Done(done));
-        });
-    }
-
     fn give(&self, index: usize, header: &RequestHeader, pass: Pass<Arc<Gate>>, work: Work) {
         self.setup.pool.push(Job {
             answer_to: Arc::clone(&self.setup.mailbox),
@@ -376,7 +368,7 @@ impl Context {
     }
 
     /// Counts a request that is handed away.
-    fn lend(&self, conn: &mut Conn) {
+    pub(super) fn lend(&self, conn: &mut Conn) {
         debug_assert!(conn.inflight < INFLIGHT_MAX, "throttled before");
         conn.inflight += 1;
         metrics::add(&self.setup.metrics.inflight, 1);
@@ -406,7 +398,7 @@ impl Conn {
     }
 
     /// `held` bytes of it are counted in `held_bytes`.
-    fn late_answer(&mut self, answer: Vec<u8>, held: usize) -> Option<Vec<u8>> {
+    pub(super) fn late_answer(&mut self, answer: Vec<u8>, held: usize) -> Option<Vec<u8>> {
         if self.life == Life::Dead {
             self.held_bytes = self.held_bytes.saturating_sub(held);
             return Some(answer);
@@ -422,8 +414,9 @@ impl Conn {
         None
     }
 
-    /// Answers a parked EVENT if there is news.
+    /// Answers a parked EVENT or ACCESS if there is news.
     pub(super) fn answer_parked(&mut self, metrics: &WorkerMetrics) {
+        self.answer_access(metrics);
         let Some((seq, known)) = self.parked else { return };
         let Some(event) = self.volume().events.after(known) else { return };
         if !self.output.has_room(SMALL_ANSWER) {

@@ -3,6 +3,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file is a crate and uses its part")]
 
+pub mod handoff;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -175,6 +177,7 @@ pub struct Greeting {
     pub epoch: u64,
     pub resume_from: u64,
     pub versions: (u16, u16),
+    pub features: u64,
 }
 
 pub fn greeting(volume: &str, owner: &str, session: u64) -> Greeting {
@@ -187,6 +190,7 @@ pub fn greeting(volume: &str, owner: &str, session: u64) -> Greeting {
         epoch: 0,
         resume_from: 1,
         versions: (1, 1),
+        features: u64::MAX,
     }
 }
 
@@ -196,7 +200,7 @@ impl Greeting {
             version_oldest: self.versions.0,
             version_newest: self.versions.1,
             mode: self.mode,
-            features: Features(u64::MAX),
+            features: Features(self.features),
             resume_from: Seq(self.resume_from),
             owner: self.owner.clone(),
             volume: self.volume.clone(),

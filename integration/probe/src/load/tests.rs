@@ -81,7 +81,7 @@ fn run(lie: Lie) -> (Totals, Vec<String>) {
     };
     let bytes = Mutex::new(vec![0; 16 * config.block_bytes]);
     let disk: Arc<dyn Disk> = Arc::new(Liar { lie, count: AtomicUsize::new(0), nth: 40, bytes });
-    let load = Load::start(&disk, &config);
+    let load = Load::start(&[disk], &config);
     let deadline = Instant::now() + Duration::from_secs(20);
     while load.totals().ops < 2000 && Instant::now() < deadline {
         std::thread::yield_now();

@@ -1,0 +1,2 @@
+//! `baton-agent`: see the library.
+fn main() {}

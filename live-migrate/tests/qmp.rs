@@ -1,0 +1,190 @@
+//! The QMP driver against real QEMU processes without a guest.
+//!
+//! Skipped, and said so, where there is no QEMU.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use baton_live_migrate::vmm::{
+    Incoming, MigrationPhase, Outgoing, Qemu, RunState, Verdict, Vmm, VmmError, verdict,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Killed when dropped.
+struct Process(Child);
+
+impl Process {
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.0.id()).expect("a process id");
+        kill(Pid::from_raw(pid), signal).expect("signal");
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A machine without a guest, stopped.
+async fn qemu(dir: &TempDir, name: &str, more: &[&str]) -> (Process, Qemu) {
+    let socket = dir.path().join(name);
+    let child = Command::new("qemu-system-x86_64")
+        .args(["-accel", "tcg", "-machine", "q35", "-m", "64M", "-nodefaults"])
+        .args(["-no-user-config", "-display", "none", "-S", "-qmp"])
+        .arg(format!("unix:{},server=on,wait=off", socket.display()))
+        .args(more)
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("QEMU starts");
+    let process = Process(child);
+    let vmm = Qemu::new(socket, LIMIT);
+    let mut tries = 0;
+    while vmm.status().await.expect("status").run == RunState::Gone {
+        tries += 1;
+        assert!(tries < 1200, "QEMU does not listen");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    (process, vmm)
+}
+
+fn no_qemu(test: &str) -> bool {
+    let found = Command::new("qemu-system-x86_64").arg("--version").output().is_ok();
+    if !found {
+        eprintln!("**** SKIPPED: {test}: there is no qemu-system-x86_64 ****");
+    }
+    !found
+}
+
+fn uri(path: &Path) -> String {
+    format!("unix:{}", path.join("migration").display())
+}
+
+fn outgoing(uri: &str) -> Outgoing {
+    Outgoing {
+        uri: uri.to_owned(),
+        pause_before_switchover: true,
+        max_bandwidth_bytes_per_s: Some(1 << 30),
+        downtime_limit_ms: Some(300),
+    }
+}
+
+fn incoming(uri: &str) -> Incoming {
+    Incoming { uri: uri.to_owned(), pause_before_switchover: true }
+}
+
+#[tokio::test]
+async fn a_running_machine_moves_after_continue() {
+    if no_qemu("a_running_machine_moves_after_continue") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("temp dir");
+    let uri = uri(dir.path());
+    let (_one, source) = qemu(&dir, "a", &[]).await;
+    let (_two, destination) = qemu(&dir, "b", &["-incoming", "defer"]).await;
+    source.resume().await.expect("resumed");
+    let status = source.status().await.expect("status");
+    assert_eq!(status.run, RunState::Running);
+    assert!(status.version.is_some_and(|version| version.split('.').count() == 3));
+    assert_eq!(destination.status().await.expect("status").run, RunState::Incoming);
+
+    destination.incoming(&incoming(&uri)).await.expect("listens");
+    source.migrate(&outgoing(&uri)).await.expect("started");
+    let paused = source.wait(LIMIT).await.expect("status");
+    assert_eq!(paused.migration.phase, MigrationPhase::PreSwitchover, "{paused:?}");
+    assert_eq!(paused.run, RunState::Switching);
+    // The destination was not told to run: this QEMU has `-S`.
+    source.proceed().await.expect("continues");
+    let done = source.wait(LIMIT).await.expect("status");
+    assert_eq!(done.migration.phase, MigrationPhase::Completed, "{done:?}");
+    assert_eq!(done.run, RunState::Migrated);
+    let moved = destination.wait(LIMIT).await.expect("status");
+    assert_eq!(moved.migration.phase, MigrationPhase::Completed);
+    // `completed` on both sides, and still nobody runs.
+    let both = |s, d| verdict(Some(s), Some(d));
+    assert_eq!(both(&done, &moved), Verdict::Neither);
+    destination.resume().await.expect("resumed");
+    assert_eq!(both(&done, &destination.status().await.expect("status")), Verdict::Moved);
+    source.quit().await.expect("ended");
+    source.quit().await.expect("what is gone has quit");
+}
+
+#[tokio::test]
+async fn a_cancel_is_heard_while_somebody_waits() {
+    if no_qemu("a_cancel_is_heard_while_somebody_waits") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("temp dir");
+    let uri = uri(dir.path());
+    let (_one, source) = qemu(&dir, "a", &[]).await;
+    let (_two, destination) = qemu(&dir, "b", &["-incoming", "defer"]).await;
+    source.resume().await.expect("resumed");
+    destination.incoming(&incoming(&uri)).await.expect("listens");
+    source.migrate(&outgoing(&uri)).await.expect("started");
+    let paused = source.wait(LIMIT).await.expect("status");
+    assert_eq!(paused.migration.phase, MigrationPhase::PreSwitchover);
+
+    let watched = Qemu::wait(&destination, LIMIT);
+    let cancelled = async {
+        source.cancel().await.expect("cancelled");
+        // `cancelling` first.
+        loop {
+            let status = source.wait(LIMIT).await.expect("status");
+            if status.migration.phase == MigrationPhase::Cancelled {
+                break status;
+            }
+        }
+    };
+    let (at_destination, at_source) = tokio::join!(watched, cancelled);
+    assert_eq!(at_source.run, RunState::Running, "the source goes on by itself");
+    // The destination's QEMU ends when its migration fails: it may say so before.
+    match at_destination {
+        Ok(status) => assert_eq!(status.migration.phase, MigrationPhase::Failed, "{status:?}"),
+        Err(error) => assert!(matches!(error, VmmError::Broken { .. }), "{error}"),
+    }
+    let refused = source.proceed().await.expect_err("nothing waits for it");
+    assert!(matches!(refused, VmmError::Refused { command: "migrate-continue", .. }), "{refused}");
+}
+
+#[tokio::test]
+async fn a_failed_migration_says_why() {
+    if no_qemu("a_failed_migration_says_why") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("temp dir");
+    let (_one, source) = qemu(&dir, "a", &[]).await;
+    match source.migrate(&outgoing(&uri(dir.path()))).await {
+        Err(VmmError::Refused { command: "migrate", detail, .. }) => {
+            assert!(detail.contains("connect"), "{detail}");
+        }
+        Err(error) => panic!("{error}"),
+        Ok(()) => {
+            let status = source.wait(LIMIT).await.expect("status");
+            assert_eq!(status.migration.phase, MigrationPhase::Failed);
+            assert!(status.migration.error.is_some());
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_frozen_qemu_is_silent_and_not_a_hang() {
+    if no_qemu("a_frozen_qemu_is_silent_and_not_a_hang") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("temp dir");
+    let (process, patient) = qemu(&dir, "a", &[]).await;
+    process.signal(Signal::SIGSTOP);
+    let vmm = Qemu::new(dir.path().join("a"), Duration::from_millis(200));
+    let (one, other) = tokio::join!(vmm.status(), vmm.stop());
+    for result in [one.map(drop), other] {
+        assert!(matches!(result, Err(VmmError::Silent { .. })), "{result:?}");
+    }
+    process.signal(Signal::SIGCONT);
+    assert_eq!(patient.status().await.expect("thawed").run, RunState::Paused);
+}
