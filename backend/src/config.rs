@@ -60,6 +60,9 @@ pub struct Args {
     /// Unix socket for status and control, for this process's user only
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// Do not claim the volumes; wait until a handoff grants them
+    #[arg(long)]
+    standby: bool,
     /// Name under which the volumes are claimed, the same after a restart and
     /// different for every other VM [default: HOSTNAME:SOCKET or HOSTNAME:CONFIG]
     #[arg(long, value_name = "NAME")]
@@ -114,6 +117,8 @@ pub struct DiskConfig {
 pub struct Config {
     /// Name under which volumes are claimed.
     pub owner: String,
+    /// Volumes are not claimed: a handoff grants them.
+    pub standby: bool,
     /// Control socket, if there is to be one.
     pub control: Option<PathBuf>,
     /// At least one.
@@ -186,6 +191,8 @@ struct RawConfig {
     owner: Option<String>,
     control: Option<PathBuf>,
     #[serde(default)]
+    standby: bool,
+    #[serde(default)]
     disk: Vec<RawDisk>,
 }
 
@@ -245,6 +252,7 @@ impl Config {
         };
         Ok(Self {
             owner: owner(args.owner.as_deref(), &identity)?,
+            standby: args.standby,
             control: args.control.clone(),
             disks: vec![check(raw, socket)?],
         })
@@ -272,7 +280,8 @@ impl Config {
         refuse_duplicates(&disks)?;
         let named = args.owner.as_deref().or(raw.owner.as_deref());
         let control = args.control.clone().or(raw.control);
-        Ok(Self { owner: owner(named, &absolute(path))?, control, disks })
+        let standby = args.standby || raw.standby;
+        Ok(Self { owner: owner(named, &absolute(path))?, standby, control, disks })
     }
 }
 
@@ -441,7 +450,8 @@ mod tests {
         let made = file(two).expect("good");
         assert_eq!(made.owner, "h/v");
         assert_eq!(made.disks.len(), 2);
-        assert_eq!(made.control, None);
+        assert_eq!((made.control, made.standby), (None, false));
+        assert!(file(&format!("standby = true\n{two}")).expect("good").standby);
         let made = file(&format!("control = \"/c\"\n{two}")).expect("good");
         assert_eq!(made.control, Some(PathBuf::from("/c")));
         let message = |text: &str| file(text).expect_err("refused").to_string();

@@ -8,10 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use baton_protocol::handoff::role::Order;
 use baton_remote_client::VolumeState;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::handoff::{OrderError, Shown, VmHandoff};
 use crate::latency::SLICE;
 use crate::queue::Disk;
 
@@ -32,6 +34,16 @@ pub enum Command {
         #[serde(default)]
         watch_s: u32,
     },
+    /// How the VM stands in a handoff.
+    Handoff,
+    /// Source: seal as soon as the rings have stopped.
+    Seal,
+    /// Destination: activate without waiting for the rings.
+    Activate,
+    /// Destination: never activate this handoff.
+    Abdicate,
+    /// Source: come back.
+    Reclaim,
     /// Anything else; refused.
     #[serde(other)]
     Unknown,
@@ -57,6 +69,12 @@ pub enum RefusalKind {
     UnknownCommand,
     /// All places for clients are taken.
     TooManyClients,
+    /// No volume of the VM can be handed over.
+    CannotHandOver,
+    /// No handoff of the VM is under way.
+    NoHandoff,
+    /// The volumes are the other side's, for good.
+    Parked,
 }
 
 impl Refusal {
@@ -83,6 +101,8 @@ pub struct Vm {
     pub owner: String,
     /// In the order of the configuration.
     pub disks: Vec<VmDisk>,
+    /// Where any volume can be handed over.
+    pub handoff: Option<Arc<VmHandoff>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -90,6 +110,8 @@ struct Status<'a> {
     pid: u32,
     owner: &'a str,
     disks: Vec<StatusOfDisk<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    handoff: Option<Shown>,
 }
 
 #[derive(Debug, Serialize)]
@@ -121,6 +143,11 @@ impl Vm {
         match command {
             Command::Status => Ok(serde_json::json!(self.status())),
             Command::Latency { watch_s } => Ok(self.latency(watch_s)),
+            Command::Handoff => self.ordered(None),
+            Command::Seal => self.ordered(Some(Order::Seal)),
+            Command::Activate => self.ordered(Some(Order::Activate)),
+            Command::Abdicate => self.ordered(Some(Order::Abdicate)),
+            Command::Reclaim => self.ordered(Some(Order::Reclaim)),
             Command::Unknown => {
                 Err(Refusal::new(RefusalKind::UnknownCommand, "there is no such command"))
             }
@@ -144,7 +171,28 @@ impl Vm {
 
     fn status(&self) -> Status<'_> {
         let disks = self.disks.iter().map(VmDisk::status).collect();
-        Status { pid: std::process::id(), owner: &self.owner, disks }
+        let handoff = self.handoff.as_ref().map(|handoff| handoff.show());
+        Status { pid: std::process::id(), owner: &self.owner, disks, handoff }
+    }
+
+    /// Gives an order, if there is one, and says how the VM stands then.
+    fn ordered(&self, order: Option<Order>) -> Result<Value, Refusal> {
+        let Some(handoff) = &self.handoff else {
+            return Err(Refusal::new(
+                RefusalKind::CannotHandOver,
+                "no volume of this VM can be handed over; its storage server has to be one that can",
+            ));
+        };
+        if let Some(order) = order {
+            handoff.order(order).map_err(|error| {
+                let kind = match error {
+                    OrderError::NoHandoff => RefusalKind::NoHandoff,
+                    OrderError::Parked(_) => RefusalKind::Parked,
+                };
+                Refusal::new(kind, error.to_string())
+            })?;
+        }
+        Ok(serde_json::json!({ "ok": true, "handoff": handoff.show() }))
     }
 }
 
@@ -210,7 +258,7 @@ mod tests {
     use super::*;
 
     fn vm() -> Vm {
-        Vm { owner: "h:vm".to_owned(), disks: Vec::new() }
+        Vm { owner: "h:vm".to_owned(), disks: Vec::new(), handoff: None }
     }
 
     fn kind_of(answer: &str) -> Value {

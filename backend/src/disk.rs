@@ -10,6 +10,7 @@ use baton_remote_client::{Volume, VolumeEvent, VolumeState};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::handoff::MemberHandle;
 use crate::log_limit::LogLimit;
 use crate::queue::Disk;
 use crate::queue::mailbox::QueueHandle;
@@ -81,7 +82,11 @@ impl DiskServer {
     ///
     /// # Errors
     /// When the process is out of threads or descriptors.
-    pub fn new(volume: Arc<dyn Volume>, options: &DiskOptions) -> io::Result<Self> {
+    pub fn new(
+        volume: Arc<dyn Volume>,
+        options: &DiskOptions,
+        member: Option<MemberHandle>,
+    ) -> io::Result<Self> {
         let geometry = volume.geometry();
         let news = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let disk = Arc::new(Disk {
@@ -91,6 +96,7 @@ impl DiskServer {
             read_only: options.read_only || geometry.read_only,
             id: geometry.id,
             status: DiskStatus::new(options.num_queues),
+            member,
         });
         let (weak, waker) = (Arc::downgrade(&disk), Arc::clone(&news));
         disk.volume.set_listener(Arc::new(move |event| {
@@ -103,6 +109,12 @@ impl DiskServer {
         let queues = (0..options.num_queues)
             .map(|index| QueueHandle::spawn(index, Arc::clone(&disk)))
             .collect::<io::Result<Vec<_>>>()?;
+        // A destination's connections stand before its rings start.
+        if disk.volume.handoff().is_some_and(|port| port.is_held()) {
+            for queue in &queues {
+                queue.prepare(usize::from(options.queue_size));
+            }
+        }
         Ok(Self { disk, queues, queue_size: options.queue_size, news })
     }
 
@@ -235,6 +247,9 @@ fn on_event(disk: &Disk, news: &EventFd, event: VolumeEvent) {
         VolumeEvent::State(VolumeState::Reconnecting) => {
             tracing::warn!(disk = disk.name, "storage does not answer; guest I/O waits");
         }
+        // Said once for all disks, and why.
+        VolumeEvent::State(VolumeState::Fenced)
+            if disk.member.as_ref().is_some_and(MemberHandle::is_parked) => {}
         VolumeEvent::State(VolumeState::Fenced) => {
             tracing::error!(
                 disk = disk.name,

@@ -14,6 +14,7 @@
 //! | [`inflight`] | requests in flight, kept over a kill |
 //! | [`dirty_log`] | pages written during a migration |
 //! | [`status`] | what a disk is doing, for who only looks |
+//! | [`handoff`] | the VM's part when its volumes move to another host |
 //! | [`control`] | the control socket: commands of the operator and the agent |
 //! | [`latency`] | how long requests took, around a handoff |
 //! | [`log_limit`] | bounds what a guest can make us log |
@@ -22,6 +23,7 @@ pub mod config;
 pub mod control;
 pub mod dirty_log;
 pub mod disk;
+pub mod handoff;
 pub mod inflight;
 pub mod iovecs;
 pub mod latency;

@@ -9,8 +9,9 @@ use baton_backend::config::{Args, Config, DiskConfig, LogFormat, SocketSource};
 use baton_backend::control::server::ControlServer;
 use baton_backend::control::{Vm, VmDisk};
 use baton_backend::disk::{DiskServer, Shutdown};
+use baton_backend::handoff::VmHandoff;
 use baton_backend::socket::{FrontEnds, Permissions};
-use baton_remote_client::OpenOptions;
+use baton_remote_client::{OpenOptions, Volume};
 use clap::Parser;
 use nix::sys::signal::{SigSet, Signal};
 
@@ -85,26 +86,30 @@ fn run(config: &Config) -> anyhow::Result<()> {
     let control = config.control.as_ref().map(|path| FrontEnds::bind(path, &CONTROL_PERMISSIONS));
     let control = control.transpose()?;
     let mut activated = Activated::take();
+    // The sockets first: a mistake there must not claim a volume.
+    let front_ends = config.disks.iter().map(|disk| front_ends(disk, &mut activated));
+    let front_ends = front_ends.collect::<anyhow::Result<Vec<_>>>()?;
+    // One incarnation for all volumes: a handoff moves them together.
+    let options = OpenOptions { handoff: true, ..OpenOptions::new(config.owner.clone()) };
+    let volumes = config.disks.iter().map(|disk| {
+        let volume = open(disk, config.standby, &options)?;
+        Ok((disk.options.name.clone(), volume))
+    });
+    let volumes = volumes.collect::<anyhow::Result<Vec<_>>>()?;
+    let (handoff, members) = VmHandoff::new(&config.owner, options.session, &volumes);
     let mut ready = Vec::new();
-    for disk in &config.disks {
-        let name = &disk.options.name;
-        // The socket first: a mistake there must not claim the volume.
-        let front_ends = front_ends(disk, &mut activated)?;
-        let options = OpenOptions {
-            read_only: disk.options.read_only,
-            ..OpenOptions::new(config.owner.clone())
-        };
-        let volume = baton_remote_client::open(&disk.volume, &options)
-            .with_context(|| format!("disk {name}: volume {}", disk.volume))?;
-        let server =
-            DiskServer::new(volume, &disk.options).with_context(|| format!("disk {name}"))?;
+    for (((disk, front_ends), (name, volume)), member) in
+        config.disks.iter().zip(front_ends).zip(volumes).zip(members)
+    {
+        let server = DiskServer::new(volume, &disk.options, member)
+            .with_context(|| format!("disk {name}"))?;
         ready.push((server, front_ends, describe(&disk.socket)));
     }
 
     // Ends with this function.
     let _control = match control {
         Some(socket) => {
-            let vm = Arc::new(vm_of(config, ready.iter().map(|(server, ..)| server)));
+            let vm = Arc::new(vm_of(config, ready.iter().map(|(server, ..)| server), handoff));
             let server = ControlServer::spawn(socket, vm);
             Some(server.context("cannot serve the control socket")?)
         }
@@ -140,13 +145,38 @@ fn run(config: &Config) -> anyhow::Result<()> {
     }
 }
 
-fn vm_of<'a>(config: &Config, servers: impl Iterator<Item = &'a DiskServer>) -> Vm {
+fn open(
+    disk: &DiskConfig,
+    standby: bool,
+    options: &OpenOptions,
+) -> anyhow::Result<Arc<dyn Volume>> {
+    let name = &disk.options.name;
+    let read_only = disk.options.read_only;
+    let standby = standby && !read_only;
+    let options = OpenOptions { read_only, standby, ..options.clone() };
+    let volume = baton_remote_client::open(&disk.volume, &options)
+        .with_context(|| format!("disk {name}: volume {}", disk.volume))?;
+    if standby && volume.handoff().is_none() {
+        anyhow::bail!(
+            "disk {name}: volume {} cannot be handed over, so there is nothing to stand by for; \
+             use a storage server that can, or leave out --standby",
+            disk.volume
+        );
+    }
+    Ok(volume)
+}
+
+fn vm_of<'a>(
+    config: &Config,
+    servers: impl Iterator<Item = &'a DiskServer>,
+    handoff: Option<Arc<VmHandoff>>,
+) -> Vm {
     let disks = servers.zip(&config.disks).map(|(server, disk)| VmDisk {
         disk: Arc::clone(server.disk()),
         socket: describe(&disk.socket),
         volume: disk.volume.clone(),
     });
-    Vm { owner: config.owner.clone(), disks: disks.collect() }
+    Vm { owner: config.owner.clone(), disks: disks.collect(), handoff }
 }
 
 /// Every queue needs a few descriptors, every memory region one for a moment.

@@ -2,7 +2,7 @@
 //!
 //! Starts real processes (`daemon`, `baton`, `qsd`), real guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them
 //! (`migration`) and lets that go wrong (`splitbrain`, `faults`). Plays the other side of a vhost-user socket without a guest (`vhost_user`,
-//! `memory`, `ring`, `raw_frontend`, `blk`) or of a bad network (`proxy`). Knows the command lines of Baton's programs;
+//! `memory`, `ring`, `raw_frontend`, `blk`) or of a bad network (`proxy`, `wire`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
 
 pub mod baton;
@@ -24,4 +24,5 @@ pub mod raw_frontend;
 pub mod ring;
 pub mod splitbrain;
 pub mod vhost_user;
+pub mod wire;
 pub mod workspace;

@@ -13,10 +13,13 @@
 //! probe's serial line does not move with the guest: each QEMU has its own, and [`Probe::resynchronise`](crate::probe::Probe::resynchronise) finds the
 //! probe again on the other one.
 
+use crate::baton::wait_until;
 use crate::qemu::{Guest, GuestConfig};
 use crate::qmp::Qmp;
-use anyhow::{Context, Result, bail};
+use crate::wire::Wire;
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -44,6 +47,8 @@ pub struct Migration {
     pub source: Qmp,
     /// Control of the QEMU where the guest shall be.
     pub destination: Qmp,
+    /// The network between them.
+    pub wire: Wire,
 }
 
 /// The QEMU for `config`'s guest to move to: the same machine, another name, other sockets.
@@ -56,20 +61,22 @@ impl Migration {
     ///
     /// The source stops the guest when little is left, and then waits for [`Self::switch_over`].
     pub fn begin(source: &Guest, destination: &Guest, pace: Pace) -> Result<Self> {
-        let mut migration = Self { source: source.qmp()?, destination: destination.qmp()? };
+        let (mut from, mut to) = (source.qmp()?, destination.qmp()?);
         let on = |name: &str| json!({ "capability": name, "state": true });
         let names = ["events", "return-path", "pause-before-switchover"];
         let capabilities = json!({ "capabilities": names.map(on) });
-        for side in [&mut migration.source, &mut migration.destination] {
+        for side in [&mut from, &mut to] {
             side.execute("migrate-set-capabilities", capabilities.clone())?;
         }
-        migration.set_pace(pace)?;
-        // TCP, as between two hosts: its buffers hold what a frozen destination does not read, a unix socket's do not.
-        let any_port = json!({ "uri": "tcp:127.0.0.1:0" });
-        migration.destination.execute("migrate-incoming", any_port)?;
-        let listening = migration.destination.execute("query-migrate", json!({}))?;
+        to.execute("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
+        let listening = to.execute("query-migrate", json!({}))?;
         let port = listening["socket-address"][0]["port"].as_str();
-        let uri = format!("tcp:127.0.0.1:{}", port.context("the destination has no port")?);
+        let port =
+            port.and_then(|port| port.parse().ok()).context("the destination has no port")?;
+        let wire = Wire::to(SocketAddr::from(([127, 0, 0, 1], port)))?;
+        let mut migration = Self { source: from, destination: to, wire };
+        migration.set_pace(pace)?;
+        let uri = format!("tcp:{}", migration.wire.address());
         migration.source.execute("migrate", json!({ "uri": uri }))?;
         Ok(migration)
     }
@@ -94,6 +101,11 @@ impl Migration {
     /// Lets the source hand over.
     pub fn switch_over(&mut self) -> Result<()> {
         self.source.execute("migrate-continue", json!({ "state": "pre-switchover" })).map(drop)
+    }
+
+    /// Waits until the source has sent the whole guest, whoever reads it.
+    pub fn wait_all_sent(&self) -> Result<()> {
+        wait_until("the source has sent everything", STEP_TIMEOUT, || self.wire.is_complete())
     }
 
     /// Waits until both say that it is done and the destination runs the guest.
@@ -127,10 +139,10 @@ pub fn move_guest(dir: &Path, mut source: Guest, config: &GuestConfig) -> Result
     migration.wait_pre_switchover()?;
     migration.switch_over()?;
     migration.wait_completed()?;
-    let state = run_state(&mut migration.source)?;
-    if state != "postmigrate" {
-        bail!("the source says '{state}' of a guest that has left");
-    }
+    // Follows the event.
+    wait_until("the source says that the guest has left", STEP_TIMEOUT, || {
+        run_state(&mut migration.source).is_ok_and(|state| state == "postmigrate")
+    })?;
     source.process().kill()?;
     guest.resynchronise()?;
     Ok(guest)

@@ -3,11 +3,13 @@
 
 pub mod baton;
 pub mod file;
+pub mod handoff;
 pub mod open;
 pub mod uri;
 pub mod volume;
 
 pub use baton::Timing;
+pub use handoff::{HandoffEvent, HandoffListener, HandoffPort, Opening};
 pub use open::{OpenError, OpenOptions, open};
 pub use uri::{UriError, VolumeUri};
 pub use volume::{

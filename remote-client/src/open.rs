@@ -25,8 +25,13 @@ pub struct OpenOptions {
     /// Read beside whoever owns the volume.
     pub read_only: bool,
     /// Connect and watch without reading or writing (the destination of a
-    /// migration before it is granted the volume). No queue can be opened.
+    /// migration before it is granted the volume). Without `handoff` no queue can
+    /// be opened; with it, queues connect and take requests, which wait.
     pub standby: bool,
+    /// Take part in handoffs: whoever opens the volume drives its
+    /// [`crate::HandoffPort`], if there is one. A loss of the epoch is then no end
+    /// by itself, and a claim during a handoff becomes a standby.
+    pub handoff: bool,
     /// How long to try before opening fails.
     pub connect_timeout: Duration,
     /// How long an open volume waits for what; the defaults are right outside
@@ -46,6 +51,7 @@ impl OpenOptions {
             session: SessionId(random_nonzero()),
             read_only: false,
             standby: false,
+            handoff: false,
             connect_timeout: Duration::from_secs(5),
             timing: Timing::default(),
         }

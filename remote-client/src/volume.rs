@@ -14,6 +14,8 @@ use std::fmt::Debug;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use crate::handoff::HandoffPort;
+
 /// What the volume is. `size_bytes` may grow; the rest is fixed while open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
@@ -149,6 +151,12 @@ pub trait Volume: Send + Sync + Debug {
     /// Sets who is told of events (one listener; a later call replaces it).
     fn set_listener(&self, listener: EventListener);
 
+    /// The way to hand the volume over to another host, where the storage can
+    /// and [`crate::OpenOptions::handoff`] asked for it.
+    fn handoff(&self) -> Option<&dyn HandoffPort> {
+        None
+    }
+
     /// Ends the access. With `give_back` nobody owns the volume afterwards;
     /// without, it stays with this owner's name, for the process that replaces
     /// this one. All queues are dropped before. Waits a bounded time.
@@ -181,6 +189,10 @@ pub trait VolumeQueue: Send {
     /// requests to `completions`. Never blocks, never fails: trouble with the
     /// storage is the driver's to overcome.
     fn poll(&mut self, completions: &mut Vec<Completion>);
+
+    /// The caller submits nothing until its ring starts again, which it says by
+    /// submitting. Lets a [`HandoffPort::hold`] take effect.
+    fn rest(&mut self) {}
 
     /// Readable (poll, epoll) whenever [`VolumeQueue::poll`] should be called,
     /// for whatever reason: answers, room to send, a timer. The same descriptor

@@ -26,6 +26,7 @@ impl Worker {
         }
         self.completions = completions;
         self.publish();
+        self.rest();
         self.finish_drain();
     }
 

@@ -19,6 +19,8 @@ use super::{Disk, RingSetup, RingStart};
 #[derive(Debug)]
 pub(super) enum Command {
     Start(Box<RingStart>, mpsc::Sender<io::Result<()>>),
+    /// Connect to the storage for this many requests; no ring runs yet.
+    Prepare(usize),
     Apply(Box<RingSetup>, mpsc::Sender<()>),
     /// Take no more requests; answer when none is in flight.
     Drain(mpsc::Sender<Option<u16>>),
@@ -94,6 +96,12 @@ impl QueueHandle {
         let (sender, answer) = mpsc::channel();
         self.send(Command::Start(Box::new(start), sender));
         answer.recv().unwrap_or_else(|_| Err(io::Error::other("the queue thread has ended")))
+    }
+
+    /// Connects to the storage before any ring runs, so that it need not when one
+    /// starts. Does not wait.
+    pub fn prepare(&self, depth: usize) {
+        self.send(Command::Prepare(depth));
     }
 
     /// Changes a running ring; a stopped one is left alone. When this returns,

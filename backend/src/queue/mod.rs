@@ -24,6 +24,7 @@ use std::sync::atomic::AtomicU64;
 use baton_remote_client::Volume;
 
 use crate::dirty_log::DirtyLog;
+use crate::handoff::MemberHandle;
 use crate::inflight::InflightRing;
 use crate::status::DiskStatus;
 use crate::virtio_blk::request::ID_BYTES;
@@ -52,6 +53,8 @@ pub struct Disk {
     pub id: [u8; ID_BYTES],
     /// For who only looks.
     pub status: DiskStatus,
+    /// Its place in the VM's handoff, if the volume can be handed over.
+    pub member: Option<MemberHandle>,
 }
 
 /// Everything about a ring that may change while it runs. Always sent whole.

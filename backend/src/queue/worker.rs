@@ -10,7 +10,7 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::mailbox::{Command, Mailbox};
 use super::order::Order;
-use super::pending::{Held, Pending};
+use super::pending::{Held, Pending, Stage};
 use super::{Disk, RingSetup, RingStart};
 use crate::inflight::InflightRing;
 use crate::log_limit::LogLimit;
@@ -47,6 +47,8 @@ pub(super) struct Worker {
     pub(super) epoll: Epoll,
     pub(super) ring: Option<Running>,
     pub(super) io: Option<Box<dyn VolumeQueue>>,
+    /// Requests that `io` was opened for.
+    depth: usize,
     pub(super) pending: Vec<Pending>,
     pub(super) in_flight: usize,
     /// Counts requests taken.
@@ -72,6 +74,7 @@ impl Worker {
             epoll,
             ring: None,
             io: None,
+            depth: 0,
             pending: Vec::new(),
             in_flight: 0,
             taken: 0,
@@ -119,6 +122,10 @@ impl Worker {
                 Some(Command::Start(start, answer)) => {
                     let _ = answer.send(self.start(*start));
                 }
+                Some(Command::Prepare(depth)) => {
+                    // The ring's start tries again and says why it cannot.
+                    let _ = self.connect(depth);
+                }
                 Some(Command::Apply(setup, answer)) => {
                     self.apply(*setup);
                     let _ = answer.send(());
@@ -126,6 +133,7 @@ impl Worker {
                 Some(Command::Drain(answer)) => match &mut self.ring {
                     Some(ring) => {
                         ring.draining = Some(answer);
+                        self.rest();
                         self.finish_drain();
                     }
                     None => drop(answer.send(None)),
@@ -143,22 +151,16 @@ impl Worker {
         // A ring that is still there was never stopped by the front-end.
         self.stop_ring();
         let size = setup.addresses.size();
-        if self.in_flight > 0 || self.pending.len() != usize::from(size) {
+        if self.in_flight > 0 || self.depth < usize::from(size) {
             self.io = None;
             self.in_flight = 0;
             self.pending.clear();
+        }
+        if self.pending.len() != usize::from(size) {
+            self.pending.clear();
             self.pending.resize_with(usize::from(size), Pending::default);
         }
-        if self.io.is_none() {
-            let io = self
-                .disk
-                .volume
-                .open_queue(self.index, usize::from(size))
-                .map_err(io::Error::other)?;
-            self.epoll
-                .add(io.wake_fd(), EpollEvent::new(EpollFlags::EPOLLIN, Source::Volume as u64))?;
-            self.io = Some(io);
-        }
+        self.connect(usize::from(size))?;
         // Edge-triggered: a kick need not be read to be forgotten.
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
         self.epoll.add(kick.as_fd(), EpollEvent::new(flags, Source::Kick as u64))?;
@@ -203,6 +205,30 @@ impl Worker {
             self.take(head);
         }
         Ok(())
+    }
+
+    /// Opens the volume's queue, unless it is open.
+    fn connect(&mut self, depth: usize) -> io::Result<()> {
+        if self.io.is_some() {
+            return Ok(());
+        }
+        let io = self.disk.volume.open_queue(self.index, depth).map_err(io::Error::other)?;
+        self.epoll
+            .add(io.wake_fd(), EpollEvent::new(EpollFlags::EPOLLIN, Source::Volume as u64))?;
+        (self.io, self.depth) = (Some(io), depth);
+        Ok(())
+    }
+
+    /// Tells the volume that nothing more will be submitted, once that is so: the
+    /// ring is being stopped and no write is to be followed by its flush.
+    pub(super) fn rest(&mut self) {
+        let stopping = self.ring.as_ref().is_some_and(|ring| ring.draining.is_some());
+        if stopping
+            && !self.pending.iter().any(|pending| pending.stage == Stage::ThenFlush)
+            && let Some(io) = &mut self.io
+        {
+            io.rest();
+        }
     }
 
     fn apply(&mut self, setup: RingSetup) {

@@ -32,6 +32,7 @@ use super::message::{
 };
 use super::refused::Refused;
 use crate::dirty_log::DirtyLog;
+use crate::handoff::MemberHandle;
 use crate::inflight::InflightRegion;
 use crate::memory::{GuestMemory, MemoryRegion};
 use crate::queue::mailbox::{DrainState, Draining, QueueHandle};
@@ -122,6 +123,8 @@ pub struct Session<'a> {
     /// storage is not to add up.
     stopping: Option<(Instant, Instant)>,
     stop: Stop,
+    /// The VM's handoff was told that rings run.
+    told_running: bool,
 }
 
 impl<'a> Session<'a> {
@@ -143,6 +146,7 @@ impl<'a> Session<'a> {
             channel: None,
             stopping: None,
             stop: Stop::None,
+            told_running: false,
         }
     }
 
@@ -321,6 +325,8 @@ impl<'a> Session<'a> {
         for index in 0..self.rings.len() {
             self.stop(index, limit);
         }
+        // Nobody said that the guest has stopped.
+        self.tell_stopped(false);
         self.log = None;
         self.show_status();
     }
@@ -495,6 +501,11 @@ impl<'a> Session<'a> {
         self.queues[index].start(start).map_err(|source| Refused::Start { index, source })?;
         self.stopping = None;
         self.rings[index].running = true;
+        if !std::mem::replace(&mut self.told_running, true)
+            && let Some(member) = &self.disk.member
+        {
+            member.started();
+        }
         tracing::debug!(disk = self.disk.name, queue = index, "ring started");
         Ok(())
     }
@@ -512,10 +523,26 @@ impl<'a> Session<'a> {
         }
         if migrating {
             self.drain_all();
+            // The seal goes out while the drain is under way.
+            self.tell_stopped(true);
         }
         self.stop(index, limit);
+        if !self.is_running() {
+            self.tell_stopped(migrating);
+            if let Some(member) = &self.disk.member {
+                member.drained();
+            }
+        }
         if migrating && self.stop == Stop::None {
             self.stop = Stop::Clean;
+        }
+    }
+
+    fn tell_stopped(&mut self, migrating: bool) {
+        if std::mem::take(&mut self.told_running)
+            && let Some(member) = &self.disk.member
+        {
+            member.stopped(migrating);
         }
     }
 
@@ -550,7 +577,10 @@ impl<'a> Session<'a> {
             let never = matches!(self.disk.volume.state(), VolumeState::Fenced | VolumeState::Lost);
             let migrating = self.is_migrating();
             let may_give_up = (self.inflight.is_some() && !migrating) || (limit.hurry)();
-            if never || (may_give_up && begun.elapsed() > limit.grace) {
+            // Who waits for a decision need not be answered by the end.
+            let held = self.disk.member.as_ref().is_some_and(MemberHandle::is_held);
+            let soon = held && (limit.hurry)();
+            if never || soon || (may_give_up && begun.elapsed() > limit.grace) {
                 tracing::warn!(
                     disk = self.disk.name,
                     queue = index,

@@ -43,7 +43,7 @@ impl Device {
         };
         let permissions = Permissions { mode: 0o600, group: None };
         let front_ends = FrontEnds::bind(&socket, &permissions).unwrap();
-        let server = DiskServer::new(Arc::<TestVolume>::clone(&volume), &options).unwrap();
+        let server = DiskServer::new(Arc::<TestVolume>::clone(&volume), &options, None).unwrap();
         let shutdown = Arc::new(Shutdown::new().unwrap());
         let disk = Arc::clone(server.disk());
         let server = {

@@ -105,7 +105,12 @@ fn play(kind: StackKind, replay: Replay, json: bool) -> Result<Outcome> {
             replay_dead_source_backend(dir.path(), stack.as_mut(), &mut story)
         }
     };
-    outcome.with_context(|| format!("the replay {replay:?} could not be run"))
+    let outcome = outcome.with_context(|| format!("the replay '{replay}' could not be run"));
+    if outcome.is_err() {
+        eprintln!("splitbrain: logs are kept in {}", dir.path().display());
+        std::mem::forget(dir);
+    }
+    outcome
 }
 
 #[allow(clippy::cast_precision_loss, reason = "milliseconds of a demo")]

@@ -9,8 +9,7 @@ use anyhow::{Context, Result};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Two workers on a few blocks, so that two guests soon write the same ones, and little RAM is dirty at the end: what is
-/// left of it must fit into the socket to a destination that does not read.
+/// Two workers on a few blocks, so that two guests soon write the same ones.
 const LOAD: &str = "load threads=2 depth=1 blocks=64 slots=16 flush-every=50";
 
 /// Requests before the migration begins.
@@ -22,8 +21,7 @@ const WRITES_ENOUGH: u64 = 300;
 /// How long a guest may take to show that it writes, after the decision.
 const OBSERVE: Duration = Duration::from_secs(6);
 
-/// Under 1 MiB to send at the end: a frozen destination reads nothing, so it must fit into the buffers of a TCP
-/// connection, or else the source's QEMU hangs as well, until the destination thaws.
+/// Little to send at the end, as on a real network that keeps up with the guest.
 const LITTLE_LEFT: Pace = Pace { bytes_per_s: 80 << 20, downtime_ms: 8 };
 
 /// Slow enough that the guest's RAM is still being copied when the accident happens.
@@ -48,7 +46,8 @@ pub fn replay_frozen_destination(
     story.tell("the guest stands still on the source (pre-switchover); the destination's QEMU is frozen (SIGSTOP)");
     pair.destination.process().freeze()?;
     pair.migration.switch_over()?;
-    pair.wait_all_sent()?;
+    // An orchestrator waits for its time-out instead, which is seconds.
+    pair.migration.wait_all_sent()?;
     story.tell("the orchestrator says migrate-continue; the source sends all that was left; no answer comes");
     pair.migration.cancel().context("the orchestrator gives up")?;
     let decided = pair.mark();
@@ -131,21 +130,6 @@ struct Decision {
 }
 
 impl Pair {
-    /// Waits until the source has sent everything and only waits for the destination's answer. An orchestrator waits
-    /// for its time-out instead, which is seconds.
-    fn wait_all_sent(&mut self) -> Result<()> {
-        // Where a thread cannot be looked at, this says so.
-        self.source.process().thread_is_in(MIGRATION_THREAD, libc::SYS_futex)?;
-        let mut seen = 0;
-        wait_until("the source waits for the destination", STEP_TIMEOUT, || {
-            // Between two looks QEMU's main loop was at work, so the thread does not wait for that.
-            let free = run_state(&mut self.migration.source).is_ok();
-            let waits = self.source.process().thread_is_in(MIGRATION_THREAD, libc::SYS_futex);
-            seen = if free && waits.unwrap_or(false) { seen + 1 } else { 0 };
-            seen == 3
-        })
-    }
-
     fn mark(&self) -> Decision {
         Decision {
             source: self.source.heard_so_far(),

@@ -132,6 +132,19 @@ impl Ledger {
         Account { ledger: Arc::clone(self), count, acknowledged: 0 }
     }
 
+    /// Somebody else has written, under the server's `generation` or later, and
+    /// perhaps not flushed: that counts as one change of ours. Zero: under an
+    /// unknown one.
+    pub(crate) fn inherit(&self, generation: u64) {
+        let mut rows = self.write();
+        rows.closed += 1;
+        let lost = generation != 0 && rows.newest > generation;
+        if lost {
+            self.covered.fetch_max(rows.sum(), Ordering::AcqRel);
+        }
+        self.conclude(&rows, u64::from(lost));
+    }
+
     fn read(&self) -> RwLockReadGuard<'_, Rows> {
         // Nothing in a critical section can leave the rows half changed.
         self.rows.read().unwrap_or_else(PoisonError::into_inner)

@@ -11,12 +11,14 @@
 //!
 //! | module | noun |
 //! |---|---|
+//! | [`handover`] | what all links of a volume know of a handoff |
 //! | [`ledger`] | what was acknowledged and not flushed, and whether it was lost |
 //! | [`session`] | one conversation over any number of connections, sans-IO |
 //! | [`link`] | what gives a session a socket, a clock and a descriptor to wait on |
 //! | [`queue`] | a virtqueue's link |
 //! | [`volume`] | the control link, and what all links of a volume share |
 
+pub(crate) mod handover;
 pub(crate) mod ledger;
 pub(crate) mod link;
 pub(crate) mod queue;

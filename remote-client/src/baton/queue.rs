@@ -4,6 +4,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use baton_protocol::handoff::Count;
+
+use super::handover::Course;
 use super::link::Link;
 use super::session::{LostReason, Notice, Session, State};
 use super::volume::Shared;
@@ -15,15 +18,54 @@ pub(crate) struct BatonQueue {
     link: Link,
     shared: Arc<Shared>,
     reporter: Reporter,
+    course: Course,
+    /// What was said of what was sent, in this course.
+    counted: Option<Count>,
 }
 
 impl BatonQueue {
-    /// Begins to connect.
-    pub(crate) fn start(index: u16, mut link: Link, shared: Arc<Shared>) -> Self {
+    /// Begins to connect, in the course for which the session was made.
+    pub(crate) fn start(index: u16, mut link: Link, shared: Arc<Shared>, course: Course) -> Self {
+        if course.held {
+            link.session().hold();
+        }
         link.session().start(Instant::now());
-        let mut queue = Self { index, link, shared, reporter: Reporter::default() };
+        let reporter = Reporter::default();
+        let mut queue = Self { index, link, shared, reporter, course, counted: None };
         queue.poll(&mut Vec::new());
         queue
+    }
+
+    /// Somebody changed something for all queues.
+    fn follow(&mut self) {
+        match self.shared.halted() {
+            Some(Halt::Fenced) => self.link.session().fence(),
+            Some(Halt::Lost) => self.link.session().lose(LostReason::Gone),
+            None => {}
+        }
+        let (now, course) = (Instant::now(), self.shared.course());
+        let session = self.link.session();
+        if course.serial != self.course.serial {
+            // A go between two holds may have been missed.
+            if !course.held || course.epoch != self.course.epoch {
+                session.go(now, course.epoch, course.open);
+            }
+            if course.held {
+                session.hold();
+            }
+            (self.course, self.counted) = (course, None);
+        }
+        session.hurry(now);
+    }
+
+    fn count(&mut self) {
+        if self.course.held
+            && let Some(count) = self.link.session().held_count()
+            && self.counted != Some(count)
+        {
+            self.counted = Some(count);
+            self.shared.counted(self.course.serial, count);
+        }
     }
 }
 
@@ -31,6 +73,7 @@ impl BatonQueue {
     fn tell(&mut self) {
         while let Some(notice) = self.link.session().pop_notice() {
             self.reporter.report(&notice, self.link.session(), &self.shared);
+            self.shared.pass_on(notice);
         }
     }
 }
@@ -47,14 +90,16 @@ impl VolumeQueue for BatonQueue {
 
     fn poll(&mut self, completions: &mut Vec<Completion>) {
         if self.link.wake().take() {
-            match self.shared.halted() {
-                Some(Halt::Fenced) => self.link.session().fence(),
-                Some(Halt::Lost) => self.link.session().lose(LostReason::Gone),
-                None => {}
-            }
+            self.follow();
         }
         self.link.poll(completions);
+        self.count();
         self.tell();
+    }
+
+    fn rest(&mut self) {
+        self.link.session().rest();
+        self.count();
     }
 
     fn wake_fd(&self) -> BorrowedFd<'_> {
@@ -140,7 +185,17 @@ impl Reporter {
                  acknowledged but no flush had covered may be gone; the guest's next flush \
                  fails so that it knows: check the guest's filesystem and applications"
             ),
-            Notice::Event(_) | Notice::Released => {}
+            Notice::StandsBy => tracing::info!(
+                volume, %server,
+                "the volume is not this client's now; standing by"
+            ),
+            Notice::Event(_)
+            | Notice::Released
+            | Notice::View { .. }
+            | Notice::Answered { .. }
+            | Notice::Opened(_)
+            | Notice::Stuck
+            | Notice::FirstAnswer => {}
         }
     }
 }

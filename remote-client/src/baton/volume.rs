@@ -17,10 +17,12 @@ use baton_protocol::message::{EventKind, Welcome};
 use baton_protocol::{AccessMode, QueueId, Seq, Status};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::handover::{Errands, Handover};
 use super::ledger::Ledger;
 use super::link::{Endpoint, Link, Wake};
 use super::queue::{BatonQueue, Halt, Reporter};
 use super::session::{DropReason, Grant, Identity, LostReason, Notice, Session, Timing};
+use crate::handoff::HandoffPort;
 use crate::open::{OpenError, OpenOptions, random_nonzero};
 use crate::uri::HostPort;
 use crate::volume::{
@@ -50,7 +52,7 @@ pub(crate) struct Shared {
     done: Condvar,
 }
 
-struct Hub {
+pub(super) struct Hub {
     halt: Option<Halt>,
     /// Queues, and the control connection, that lost their connection.
     down: BTreeSet<u16>,
@@ -60,6 +62,7 @@ struct Hub {
     queues: BTreeMap<u16, QueueRecord>,
     closing: Option<GiveBack>,
     control_done: bool,
+    pub(super) handover: Handover,
 }
 
 impl std::fmt::Debug for Hub {
@@ -94,16 +97,54 @@ impl Hub {
             None => VolumeState::Reconnecting,
         }
     }
+
+    pub(super) fn open_queues(&self) -> Vec<u16> {
+        let open = self.queues.iter().filter(|(_, record)| record.open.is_some());
+        open.map(|(index, _)| *index).collect()
+    }
+
+    pub(super) fn wake_queues(&self) {
+        for wake in self.queues.values().filter_map(|record| record.open.as_ref()) {
+            wake.notify();
+        }
+    }
+
+    /// Wakes the queues that have no connection.
+    pub(super) fn wake_down(&self) {
+        for record in self.down.iter().filter_map(|index| self.queues.get(index)) {
+            if let Some(wake) = &record.open {
+                wake.notify();
+            }
+        }
+    }
 }
 
 impl Shared {
-    fn hub(&self) -> MutexGuard<'_, Hub> {
+    pub(super) fn hub(&self) -> MutexGuard<'_, Hub> {
         // Nothing in a critical section can leave the hub half changed.
         self.hub.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn endpoint(&self) -> &Endpoint {
         &self.endpoint
+    }
+
+    /// What the first WELCOME said.
+    pub(super) fn grant(&self) -> Grant {
+        self.grant
+    }
+
+    /// As what the volume was opened.
+    pub(super) fn mode(&self) -> AccessMode {
+        self.who.mode
+    }
+
+    pub(super) fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
+    pub(super) fn wake_control(&self) {
+        self.control.notify();
     }
 
     pub(crate) fn halted(&self) -> Option<Halt> {
@@ -117,11 +158,7 @@ impl Shared {
             return false;
         }
         hub.halt = Some(halt);
-        for record in hub.queues.values() {
-            if let Some(wake) = &record.open {
-                wake.notify();
-            }
-        }
+        hub.wake_queues();
         self.control.notify();
         true
     }
@@ -138,7 +175,8 @@ impl Shared {
         let mut hub = self.hub();
         hub.down.remove(&index);
         hub.queues.insert(index, QueueRecord { next, open: None });
-        if hub.state() != hub.told {
+        // A SEAL may have waited for this one only.
+        if hub.state() != hub.told || hub.handover.course().held {
             self.control.notify();
         }
     }
@@ -200,22 +238,31 @@ impl BatonVolume {
             },
             volume: volume.to_owned(),
             watch: true,
+            handoff: options.handoff && !options.read_only,
         };
         let (link, welcome) = claim(servers, &who, options)?;
-        Self::start(link, &welcome, who, options.timing).map_err(OpenError::System)
+        Self::start(link, &welcome, options.timing).map_err(OpenError::System)
     }
 
-    fn start(mut link: Link, welcome: &Welcome, who: Identity, timing: Timing) -> io::Result<Self> {
+    fn start(mut link: Link, welcome: &Welcome, timing: Timing) -> io::Result<Self> {
+        // A claim during a handoff has become a standby.
+        let who = link.session().who().clone();
         let mut id = [0; 20];
         id[..16].copy_from_slice(welcome.volume.to_string().as_bytes());
         let grant = link.session().grant().ok_or_else(|| io::Error::other("no grant"))?;
+        let handover = Handover::new(who.mode, grant.epoch);
         let shared = Arc::new(Shared {
             geometry: Geometry {
                 id,
                 size_bytes: welcome.size_bytes,
                 block_bytes: welcome.block_bytes,
                 discard_bytes: welcome.discard_bytes,
-                read_only: welcome.read_only || who.mode != AccessMode::Owner,
+                // Whoever stands by writes as soon as it is granted the volume.
+                read_only: match who.mode {
+                    AccessMode::Standby => !grant.handoff,
+                    AccessMode::ReadOnly => true,
+                    AccessMode::Owner => welcome.read_only,
+                },
             },
             who,
             timing,
@@ -232,6 +279,7 @@ impl BatonVolume {
                 queues: BTreeMap::new(),
                 closing: None,
                 control_done: false,
+                handover,
             }),
             done: Condvar::new(),
         });
@@ -326,7 +374,13 @@ fn attempt(
                 | Notice::Fenced
                 | Notice::Event(_)
                 | Notice::Released
-                | Notice::WritesLost(_) => {}
+                | Notice::WritesLost(_)
+                | Notice::StandsBy
+                | Notice::View { .. }
+                | Notice::Answered { .. }
+                | Notice::Opened(_)
+                | Notice::Stuck
+                | Notice::FirstAnswer => {}
             }
         }
         let left = until.saturating_duration_since(Instant::now());
@@ -373,6 +427,7 @@ fn control(link: &mut Link, shared: &Shared) {
     let mut reporter = Reporter::default();
     let mut resolved = Instant::now();
     let mut release_until = None;
+    let mut errands = Errands::default();
     loop {
         link.wake().take();
         let (closing, halt) = {
@@ -385,15 +440,19 @@ fn control(link: &mut Link, shared: &Shared) {
             None => {}
         }
         if closing.is_some() {
-            let owner = shared.who.mode == AccessMode::Owner && halt.is_none();
+            let owner = link.session().who().mode == AccessMode::Owner
+                && halt.is_none()
+                && !shared.course().held;
             if closing != Some(GiveBack::Yes) || !owner {
                 return;
             }
             link.session().release();
             release_until.get_or_insert_with(|| Instant::now() + RELEASE_WAIT);
         }
+        errands.run(link.session(), shared);
         link.poll(&mut Vec::new());
         let mut grown = None;
+        let mut of_handoff = Vec::new();
         let mut unreachable = false;
         while let Some(notice) = link.session().pop_notice() {
             reporter.report(&notice, link.session(), shared);
@@ -406,10 +465,11 @@ fn control(link: &mut Link, shared: &Shared) {
                     unreachable = true;
                 }
                 Notice::Released => return,
-                _ => {}
+                notice => of_handoff.push(notice),
             }
         }
         shared.tell(grown);
+        shared.tell_of_handoff(of_handoff);
         if unreachable && resolved.elapsed() >= RESOLVE_PAUSE {
             shared.endpoint.refresh();
             resolved = Instant::now();
@@ -440,7 +500,7 @@ impl Volume for BatonVolume {
         let shared = &self.shared;
         let refuse =
             |why| Err(QueueError::System(io::Error::new(io::ErrorKind::InvalidInput, why)));
-        if shared.who.mode == AccessMode::Standby {
+        if shared.who.mode == AccessMode::Standby && !shared.grant.handoff {
             return refuse("a volume in standby has no queues");
         }
         if index == QueueId::CONTROL.0 {
@@ -452,8 +512,14 @@ impl Volume for BatonVolume {
             Some(record) => record.next,
             None => Seq(1),
         };
-        let who = Identity { queue: QueueId(index), watch: false, ..shared.who.clone() };
-        let grant = Grant { size_bytes: shared.size_bytes.load(Ordering::Acquire), ..shared.grant };
+        let course = hub.handover.course();
+        let mode = match shared.who.mode {
+            AccessMode::Standby if course.owner => AccessMode::Owner,
+            mode => mode,
+        };
+        let who = Identity { queue: QueueId(index), watch: false, mode, ..shared.who.clone() };
+        let size_bytes = shared.size_bytes.load(Ordering::Acquire);
+        let grant = Grant { size_bytes, epoch: course.epoch, ..shared.grant };
         let now = Instant::now();
         let session =
             Session::new(who, shared.timing, Some(grant), depth, first, random_nonzero(), now)
@@ -465,7 +531,11 @@ impl Volume for BatonVolume {
         let open = Some(Arc::clone(link.wake()));
         hub.queues.insert(index, QueueRecord { next: first, open });
         drop(hub);
-        Ok(Box::new(BatonQueue::start(index, link, Arc::clone(shared))))
+        Ok(Box::new(BatonQueue::start(index, link, Arc::clone(shared), course)))
+    }
+
+    fn handoff(&self) -> Option<&dyn HandoffPort> {
+        self.shared.grant.handoff.then_some(&*self.shared)
     }
 
     fn set_listener(&self, listener: EventListener) {

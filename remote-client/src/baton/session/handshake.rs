@@ -1,5 +1,6 @@
 //! HELLO and what its answer means. Pure: judges, changes nothing.
 
+use baton_protocol::handoff::message::HandoffBodyError;
 use baton_protocol::message::{BodyError, Welcome};
 use baton_protocol::{
     AccessMode, Epoch, Features, Hello, Opcode, QueueId, RequestHeader, Seq, SessionId, Status,
@@ -16,6 +17,8 @@ pub(crate) struct Identity {
     pub(crate) volume: String,
     /// Keep an EVENT request parked.
     pub(crate) watch: bool,
+    /// Offer [`Features::HANDOFF`].
+    pub(crate) handoff: bool,
 }
 
 /// What the first WELCOME of a volume said; every later one must agree, or the
@@ -27,6 +30,8 @@ pub(crate) struct Grant {
     pub(crate) block_bytes: u32,
     /// The volume may grow, never shrink.
     pub(crate) size_bytes: u64,
+    /// [`Features::HANDOFF`] was agreed.
+    pub(crate) handoff: bool,
 }
 
 /// Why the volume is not, or no longer, the one that is meant.
@@ -48,6 +53,12 @@ pub(crate) enum LostReason {
 /// What the server did that no server does.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Violation {
+    #[error(transparent)]
+    Handoff(#[from] HandoffBodyError),
+    #[error("the access record of another volume")]
+    OtherRecord,
+    #[error("an access record that is known")]
+    OldRecord,
     #[error(transparent)]
     Frame(#[from] baton_protocol::FrameError),
     #[error(transparent)]
@@ -75,6 +86,8 @@ pub(super) enum Verdict {
         status: Status,
         text: String,
     },
+    /// Try again in standby: the volume is not this session's now.
+    StandBy,
     Fenced,
     Lost(LostReason),
     Violation(Violation),
@@ -86,7 +99,7 @@ pub(super) fn hello(who: &Identity, epoch: Epoch, resume_from: Seq) -> Vec<u8> {
         version_oldest: Version::OLDEST.number(),
         version_newest: Version::NEWEST.number(),
         mode: who.mode,
-        features: Features::default(),
+        features: offered(who),
         resume_from,
         owner: who.owner.clone(),
         volume: who.volume.clone(),
@@ -110,6 +123,10 @@ pub(super) fn hello(who: &Identity, epoch: Epoch, resume_from: Seq) -> Vec<u8> {
     bytes
 }
 
+fn offered(who: &Identity) -> Features {
+    if who.handoff { Features::HANDOFF } else { Features::default() }
+}
+
 /// Judges the answer to HELLO. `grant` is what was granted before, if anything.
 pub(super) fn judge(who: &Identity, grant: Option<&Grant>, status: Status, body: &[u8]) -> Verdict {
     if status == Status::Ok {
@@ -122,11 +139,26 @@ pub(super) fn judge(who: &Identity, grant: Option<&Grant>, status: Status, body:
     if status == Status::Busy {
         return Verdict::Later { status, text };
     }
-    if grant.is_none() {
-        return Verdict::Lost(LostReason::Refused { status, text });
-    }
+    let Some(grant) = grant else {
+        return if status == Status::InHandoff && who.handoff && who.mode == AccessMode::Owner {
+            Verdict::StandBy
+        } else {
+            Verdict::Lost(LostReason::Refused { status, text })
+        };
+    };
     match status {
         Status::NoSuchVolume | Status::Gone => Verdict::Lost(LostReason::Gone),
+        // The record says what that means, and only the control connection
+        // reads it; the queues come again when they are told to.
+        Status::StaleEpoch | Status::NotOwner | Status::InHandoff
+            if who.mode == AccessMode::Owner && grant.handoff =>
+        {
+            if who.watch {
+                Verdict::StandBy
+            } else {
+                Verdict::Later { status, text }
+            }
+        }
         Status::StaleEpoch | Status::NotOwner if who.mode == AccessMode::Owner => Verdict::Fenced,
         // A server of another version, or one that is being set up: the guest
         // waits until a person has put it right.
@@ -142,7 +174,7 @@ fn check(who: &Identity, grant: Option<&Grant>, welcome: Welcome) -> Verdict {
     if welcome.mode != who.mode {
         return impossible("mode");
     }
-    if welcome.features != Features::default() {
+    if !offered(who).contains(welcome.features) {
         return impossible("feature");
     }
     if welcome.volume.0 == 0 {
@@ -180,8 +212,16 @@ fn check(who: &Identity, grant: Option<&Grant>, welcome: Welcome) -> Verdict {
         let (expected, found) = (grant.size_bytes, welcome.size_bytes);
         return Verdict::Lost(LostReason::Shrunk { expected, found });
     }
-    if welcome.epoch != grant.epoch && who.mode == AccessMode::Owner {
-        return impossible("epoch");
+    let handoff = welcome.features.contains(Features::HANDOFF);
+    if grant.handoff && !handoff {
+        return impossible("feature");
+    }
+    if who.mode == AccessMode::Owner {
+        // Each epoch of one session is its own: it may hear of a newer one here.
+        let newer = grant.handoff && welcome.epoch > grant.epoch;
+        if welcome.epoch != grant.epoch && !newer {
+            return impossible("epoch");
+        }
     }
     Verdict::Welcome(welcome)
 }
@@ -204,11 +244,17 @@ mod tests {
             mode,
             volume: "v".to_owned(),
             watch: false,
+            handoff: false,
         }
     }
 
-    const GRANT: Grant =
-        Grant { volume: VolumeId(1), epoch: Epoch(4), block_bytes: 512, size_bytes: 1 << 20 };
+    const GRANT: Grant = Grant {
+        volume: VolumeId(1),
+        epoch: Epoch(4),
+        block_bytes: 512,
+        size_bytes: 1 << 20,
+        handoff: false,
+    };
 
     fn welcome(mode: AccessMode) -> Welcome {
         Welcome {

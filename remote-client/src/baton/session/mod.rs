@@ -25,6 +25,7 @@
 //! - No allocation per request once each slot was used.
 
 mod backoff;
+mod handoff;
 mod handshake;
 mod receive;
 mod send;
@@ -37,14 +38,18 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_protocol::access::AccessRecord;
 use baton_protocol::frame::PAYLOAD_BYTES_MAX;
+use baton_protocol::handoff::role::Asked;
+use baton_protocol::handoff::{Answer, Try};
 use baton_protocol::message::{Event, Welcome};
 use baton_protocol::units::SECTOR_BYTES;
-use baton_protocol::{AccessMode, Epoch, Seq, Status};
+use baton_protocol::{AccessMode, Epoch, Features, Seq, Status};
 
 use super::ledger::{Account, Ledger};
 use crate::volume::{Completion, IoError, Op, Tag};
 use backoff::Backoff;
+use handoff::Handing;
 pub(crate) use handshake::{Grant, Identity, LostReason, Violation};
 use receive::Receive;
 use send::Send;
@@ -110,6 +115,8 @@ pub(crate) enum DropReason {
     Violation(#[from] Violation),
     #[error("the volume has a new epoch")]
     NewEpoch,
+    #[error("requests that wait at the server need new numbers")]
+    Renumber,
 }
 
 /// News for the driver.
@@ -129,6 +136,18 @@ pub(crate) enum Notice {
     Released,
     /// So many changes were acknowledged, not flushed, and may be gone.
     WritesLost(u64),
+    /// The volume is not this session's now; it watches.
+    StandsBy,
+    /// The access record is news.
+    View { boot_id: u64, record: Box<AccessRecord> },
+    /// An ask was answered.
+    Answered { attempt: Try, ask: Asked, answer: Box<Answer> },
+    /// The decision was shown; `None`: refused.
+    Opened(Option<Epoch>),
+    /// Unanswered guest requests were refused with their epoch.
+    Stuck,
+    /// A guest request was answered, the first since the data path went on.
+    FirstAnswer,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,6 +188,7 @@ pub(crate) struct Session {
     event: u64,
     completed: Vec<Completion>,
     notices: VecDeque<Notice>,
+    handing: Handing,
 }
 
 impl Session {
@@ -186,6 +206,7 @@ impl Session {
         let epoch = grant.map_or(Epoch(0), |grant| grant.epoch);
         Self {
             stamp: Stamp { session: who.session, queue: who.queue, epoch },
+            handing: Handing::new(who.mode),
             who,
             timing,
             state: State::Idle,
@@ -270,6 +291,8 @@ impl Session {
     /// Takes a guest request. The buffers are used from now until its
     /// completion was taken.
     pub(crate) fn submit(&mut self, tag: Tag, op: Op, data: &[libc::iovec]) {
+        self.settle_hold();
+        self.handing.submitted();
         let bytes = data.iter().fold(0u64, |sum, v| sum.saturating_add(v.iov_len as u64));
         let (offset, len) = match op {
             Op::Read { offset } | Op::Write { offset } => (offset, bytes),
@@ -279,7 +302,7 @@ impl Session {
         let aligned = offset.is_multiple_of(SECTOR_BYTES) && len.is_multiple_of(SECTOR_BYTES);
         let answer = if !aligned || offset.checked_add(len).is_none() {
             Some(Err(IoError::OutOfRange))
-        } else if self.who.mode != AccessMode::Owner && !matches!(op, Op::Read { .. }) {
+        } else if self.who.mode == AccessMode::ReadOnly && !matches!(op, Op::Read { .. }) {
             Some(Err(IoError::ReadOnly))
         } else if len == 0 {
             Some(Ok(()))
@@ -295,7 +318,7 @@ impl Session {
     /// Gives the volume back, once connected.
     pub(crate) fn release(&mut self) {
         if !self.table.has_own(Purpose::Release) && self.has_room(0) {
-            self.table.add_own(Purpose::Release, 0, &self.stamp);
+            self.table.add_own(Purpose::Release, 0, 0, &[], &self.stamp);
         }
     }
 
@@ -324,6 +347,7 @@ impl Session {
             return;
         }
         self.state = State::Hello { since: now };
+        self.table.forget_parked();
         // Readers hold no grant: they take the volume's epoch as it is.
         let epoch = match (self.who.mode, self.grant) {
             (AccessMode::Owner, Some(grant)) => grant.epoch,
@@ -404,7 +428,7 @@ impl Session {
             State::Ready { .. } => {
                 self.pinged = Some(now);
                 if self.has_room(0) {
-                    self.table.add_own(Purpose::Ping, 0, &self.stamp);
+                    self.table.add_own(Purpose::Ping, 0, 0, &[], &self.stamp);
                 }
             }
             State::Idle | State::Backoff { .. } | State::Fenced | State::Lost => {}
@@ -424,22 +448,32 @@ impl Session {
             return self.dropped(now, Violation::Welcome("payload limit").into());
         }
         self.state = State::Ready { since: now };
+        // Until the decision was shown it is the other side's epoch.
+        let granted = self.grant.filter(|_| self.is_opening());
+        let epoch = granted.map_or(welcome.epoch, |grant| grant.epoch);
+        // What was agreed first is what the driver relies on.
+        let handoff = match self.grant {
+            Some(grant) => grant.handoff,
+            None => welcome.features.contains(Features::HANDOFF),
+        };
         self.grant = Some(Grant {
             volume: welcome.volume,
-            epoch: welcome.epoch,
+            epoch,
             block_bytes: welcome.block_bytes,
             size_bytes: welcome.size_bytes,
+            handoff,
         });
         self.payload_max = welcome.payload_bytes_max.min(PAYLOAD_BYTES_MAX) / 4096 * 4096;
         self.window = u64::from(welcome.window_requests).min(RING);
         self.event = welcome.event_id;
-        self.stamp.epoch = welcome.epoch;
-        self.table.restamp(welcome.epoch, self.event);
+        self.stamp.epoch = epoch;
+        self.table.restamp(epoch);
         self.heard = now;
         self.notices.push_back(Notice::Welcomed(welcome));
         self.account.welcomed(welcome.durability_generation);
         self.report_lost();
         self.park_event();
+        self.welcomed_to_handoff(now);
     }
 
     fn report_lost(&mut self) {
@@ -451,7 +485,7 @@ impl Session {
 
     fn park_event(&mut self) {
         if self.who.watch && !self.table.has_own(Purpose::Event) && self.has_room(0) {
-            self.table.add_own(Purpose::Event, self.event, &self.stamp);
+            self.table.add_own(Purpose::Event, self.event, 0, &[], &self.stamp);
         }
     }
 }

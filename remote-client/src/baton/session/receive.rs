@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use baton_protocol::frame::REPLY_HEADER_BYTES;
+use baton_protocol::handoff::message::ANSWER_BYTES_MAX;
 use baton_protocol::message::{BodyError, EVENT_BYTES};
 use baton_protocol::{AccessMode, Event, EventKind, Opcode, ReplyHeader, Seq, Status};
 
@@ -13,8 +14,9 @@ use super::{DropReason, LostReason, Notice, Session, State, Violation};
 use crate::volume::IoError;
 
 /// Longest body other than READ data that a server may send, bytes: a WELCOME,
-/// an event, or a sentence.
-const BODY_BYTES_MAX: usize = 1024;
+/// an event, a sentence, or an access record.
+const BODY_BYTES_MAX: usize = ANSWER_BYTES_MAX;
+const _: () = assert!(BODY_BYTES_MAX >= 1024, "sentences have room");
 
 /// Where the incoming stream is.
 #[derive(Debug)]
@@ -172,8 +174,14 @@ impl Session {
             Opcode::Event if len as usize == EVENT_BYTES => {
                 return self.expect_body(now, header).ok_or(body_len);
             }
-            Opcode::Read | Opcode::Event => return Err(body_len),
+            Opcode::Access | Opcode::Handoff if len != 0 => {
+                return self.expect_body(now, header).ok_or(body_len);
+            }
+            Opcode::Read | Opcode::Event | Opcode::Access | Opcode::Handoff => {
+                return Err(body_len);
+            }
             _ if len != 0 => return Err(body_len),
+            Opcode::Open => self.opened(now, seq, header.epoch),
             _ => self.finish(seq, Ok(())),
         }
         Ok(())
@@ -220,6 +228,7 @@ impl Session {
                 Verdict::Later { status, text } => {
                     self.dropped(now, DropReason::Refused { status, text });
                 }
+                Verdict::StandBy => self.stand_by(now),
                 Verdict::Fenced => self.fence(),
                 Verdict::Lost(reason) => self.lose(reason),
                 Verdict::Violation(violation) => self.dropped(now, violation.into()),
@@ -227,6 +236,10 @@ impl Session {
         } else if header.status != Status::Ok {
             let text = sentence(body);
             self.on_refusal(now, header, text);
+        } else if matches!(header.opcode, Opcode::Access | Opcode::Handoff) {
+            // A small copy, so that the buffer is free again.
+            let body = body.to_vec();
+            self.on_answer(now, header.seq, &body);
         } else {
             let event = event(body, self.event);
             match event {
@@ -239,6 +252,7 @@ impl Session {
     fn on_refusal(&mut self, now: Instant, header: ReplyHeader, text: String) {
         let ReplyHeader { opcode, seq, status, .. } = header;
         let error = match status {
+            Status::StaleEpoch if self.hands_over() => return self.on_stale(now, seq, text),
             Status::StaleEpoch if self.who.mode == AccessMode::Owner => return self.fence(),
             // A reader takes the new epoch with its next HELLO.
             Status::StaleEpoch => return self.dropped(now, DropReason::NewEpoch),
@@ -267,6 +281,8 @@ impl Session {
         if let Some(event) = event {
             match event.kind {
                 EventKind::Deleted => return self.lose(LostReason::Gone),
+                // The access record says what it means.
+                EventKind::EpochChanged if self.hands_over() => {}
                 EventKind::EpochChanged
                     if self.who.mode == AccessMode::Owner && event.value > self.stamp.epoch.0 =>
                 {
@@ -284,7 +300,7 @@ impl Session {
     }
 
     /// The server answered `seq`: this is progress.
-    fn finish(&mut self, seq: Seq, mut result: Result<(), IoError>) {
+    pub(super) fn finish(&mut self, seq: Seq, mut result: Result<(), IoError>) {
         self.backoff.reset();
         let child = self.table.unanswered(seq);
         if let Some(child) = child
@@ -304,6 +320,9 @@ impl Session {
         let released = child.is_some_and(|c| c.purpose == Purpose::Release);
         if let Some(completion) = self.table.answer(seq, result) {
             self.completed.push(completion);
+            if self.handing.take_first() {
+                self.notices.push_back(Notice::FirstAnswer);
+            }
         }
         if released {
             self.notices.push_back(Notice::Released);

@@ -28,6 +28,11 @@ impl Send {
         Self { hello, seq: lowest.0, ..Self::default() }
     }
 
+    /// Bytes sent of a request that is not sent whole.
+    pub(super) fn partial(&self) -> usize {
+        self.offset
+    }
+
     /// Whether all of `seq` was sent on this connection.
     pub(super) fn has_sent(&self, seq: Seq) -> bool {
         seq.0 < self.seq
@@ -42,7 +47,7 @@ impl Session {
             State::Ready { .. } if self.send.blocked => false,
             State::Ready { .. } => {
                 self.send.seq < self.table.next().0
-                    || (self.table.has_waiting() && self.has_room(PING_RESERVE))
+                    || (self.table.has_waiting() && self.has_room(PING_RESERVE) && self.may_cut())
             }
             _ => false,
         }
@@ -111,6 +116,7 @@ impl Session {
     fn cut_next(&mut self) -> bool {
         self.table.has_waiting()
             && self.has_room(PING_RESERVE)
+            && self.may_cut()
             && self.table.cut(self.payload_max, &self.stamp)
     }
 

@@ -21,6 +21,7 @@ use std::collections::VecDeque;
 use baton_protocol::frame::{FLAG_UNMAP, REQUEST_HEADER_BYTES, WINDOW_REQUESTS};
 use baton_protocol::{Epoch, Opcode, QueueId, RequestHeader, Seq, SessionId};
 
+use super::handoff::ASKS;
 use crate::baton::ledger::Mark;
 use crate::volume::{Completion, IoError, Op, Tag};
 
@@ -51,8 +52,40 @@ pub(super) enum Purpose {
     Ping,
     /// Parked at the server until there is news.
     Event,
+    /// Parked at the server until the access record changes.
+    Access,
     /// Gives the volume back.
     Release,
+    /// Asks something of a handoff; which says the number.
+    Handoff(u8),
+    /// Shows the anchor's decision.
+    Open,
+}
+
+impl Purpose {
+    fn is_parked(self) -> bool {
+        matches!(self, Self::Event | Self::Access)
+    }
+}
+
+/// Requests of the session's own that have a body.
+const BODIES: usize = ASKS + 1;
+
+/// The body of a request of the session's own.
+#[derive(Debug)]
+struct Body {
+    #[allow(dead_code, reason = "keeps what `iov` names")]
+    bytes: Vec<u8>,
+    /// Names `bytes`.
+    iov: [libc::iovec; 1],
+}
+
+impl Body {
+    fn new(bytes: &[u8]) -> Self {
+        let mut bytes = bytes.to_vec();
+        let iov = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+        Self { bytes, iov }
+    }
 }
 
 /// A position in a guest request's buffers.
@@ -120,7 +153,7 @@ pub(super) struct Child {
     pub(super) purpose: Purpose,
     pub(super) opcode: Opcode,
     pub(super) unanswered: bool,
-    /// Payload of the request (WRITE) or of its reply (READ), bytes.
+    /// Payload of the request (WRITE, HANDOFF, OPEN) or of its reply (READ), bytes.
     pub(super) len: u32,
     /// Where that payload begins in the guest's buffers.
     pub(super) at: Cursor,
@@ -137,7 +170,10 @@ const FREE: Child = Child {
 impl Child {
     /// Bytes that follow the header in the request.
     pub(super) fn payload_bytes(&self) -> usize {
-        if self.opcode == Opcode::Write { self.len as usize } else { 0 }
+        match self.opcode {
+            Opcode::Write | Opcode::Handoff | Opcode::Open => self.len as usize,
+            _ => 0,
+        }
     }
 
     /// Bytes of the whole request.
@@ -179,10 +215,12 @@ pub(super) struct Table {
     /// Apart from `children` so that neighbours on the wire are neighbours in
     /// memory: a run of READs is one iovec.
     headers: Box<[[u8; REQUEST_HEADER_BYTES]]>,
+    /// By [`body_slot`].
+    bodies: [Body; BODIES],
     lowest: u64,
     next: u64,
     /// Unanswered wire requests that the server should answer soon: all but
-    /// EVENT.
+    /// EVENT and ACCESS.
     live: usize,
     direct_reads: usize,
 }
@@ -200,6 +238,7 @@ impl Table {
             waiting: VecDeque::with_capacity(depth),
             children: vec![FREE; SLOTS].into_boxed_slice(),
             headers: vec![[0; REQUEST_HEADER_BYTES]; SLOTS].into_boxed_slice(),
+            bodies: std::array::from_fn(|_| Body::new(&[])),
             lowest: first,
             next: first,
             live: 0,
@@ -289,7 +328,7 @@ impl Table {
     pub(super) fn mark(&self, child: &Child) -> Mark {
         match child.purpose {
             Purpose::Guest(index) => self.guests[index as usize].mark,
-            Purpose::Ping | Purpose::Event | Purpose::Release => Mark::default(),
+            _ => Mark::default(),
         }
     }
 
@@ -331,14 +370,58 @@ impl Table {
         true
     }
 
-    /// Adds a request of the session's own. The caller has checked the window.
-    pub(super) fn add_own(&mut self, purpose: Purpose, offset: u64, stamp: &Stamp) {
+    /// Adds a request of the session's own. The caller has checked the window,
+    /// and that none of this purpose with a body is unanswered.
+    pub(super) fn add_own(
+        &mut self,
+        purpose: Purpose,
+        offset: u64,
+        range: u64,
+        body: &[u8],
+        stamp: &Stamp,
+    ) {
         let opcode = match purpose {
             Purpose::Event => Opcode::Event,
+            Purpose::Access => Opcode::Access,
             Purpose::Release => Opcode::Release,
+            Purpose::Handoff(_) => Opcode::Handoff,
+            Purpose::Open => Opcode::Open,
             Purpose::Ping | Purpose::Guest(_) => Opcode::Ping,
         };
-        self.add(Child { purpose, opcode, unanswered: true, ..FREE }, 0, offset, 0, stamp);
+        let mut len = 0;
+        if let Some(at) = body_slot(purpose) {
+            self.bodies[at] = Body::new(body);
+            len = u32::try_from(body.len()).expect("bounded by ASK_BYTES_MAX");
+        }
+        let child = Child { purpose, opcode, unanswered: true, len, ..FREE };
+        self.add(child, 0, offset, range, stamp);
+    }
+
+    /// Gives an unanswered request of the session's own another body. Nothing of
+    /// it may have been sent on the connection.
+    pub(super) fn replace_body(&mut self, purpose: Purpose, body: &[u8]) {
+        let (Some(seq), Some(at)) = (self.find_own(purpose), body_slot(purpose)) else { return };
+        self.bodies[at] = Body::new(body);
+        let (child, bytes) = (&mut self.children[slot(seq)], &mut self.headers[slot(seq)]);
+        child.len = u32::try_from(body.len()).expect("bounded by ASK_BYTES_MAX");
+        let mut header = RequestHeader::decode(bytes).expect("we encoded it");
+        header.payload_len = child.len;
+        *bytes = header.encode();
+    }
+
+    /// Forgets what is parked at the server; it is asked anew, under new numbers.
+    pub(super) fn forget_parked(&mut self) {
+        for seq in self.lowest..self.next {
+            let child = &mut self.children[slot(seq)];
+            child.unanswered &= !child.purpose.is_parked();
+        }
+        self.raise_lowest();
+    }
+
+    fn raise_lowest(&mut self) {
+        while self.lowest < self.next && !self.children[slot(self.lowest)].unanswered {
+            self.lowest += 1;
+        }
     }
 
     fn add(&mut self, child: Child, flags: u8, offset: u64, len: u64, stamp: &Stamp) {
@@ -358,7 +441,7 @@ impl Table {
         let slot = slot(self.next);
         self.headers[slot] = header.encode();
         self.children[slot] = child;
-        self.live += usize::from(child.purpose != Purpose::Event);
+        self.live += usize::from(!child.purpose.is_parked());
         self.direct_reads += usize::from(child.is_direct_read());
         self.next += 1;
     }
@@ -374,14 +457,28 @@ impl Table {
 
     /// Whether a request of this purpose is unanswered.
     pub(super) fn has_own(&self, purpose: Purpose) -> bool {
-        (self.lowest..self.next)
-            .any(|seq| self.unanswered(Seq(seq)).is_some_and(|c| c.purpose == purpose))
+        self.find_own(purpose).is_some()
     }
 
-    /// The longest payload among unanswered wire requests, bytes.
+    fn find_own(&self, purpose: Purpose) -> Option<u64> {
+        (self.lowest..self.next)
+            .find(|seq| self.unanswered(Seq(*seq)).is_some_and(|c| c.purpose == purpose))
+    }
+
+    /// The lowest seq of a guest request that was not answered, or the next one
+    /// to be given out.
+    pub(super) fn lowest_guest(&self) -> Seq {
+        let is_guest = |child: Child| matches!(child.purpose, Purpose::Guest(_));
+        let found =
+            (self.lowest..self.next).find(|seq| self.unanswered(Seq(*seq)).is_some_and(is_guest));
+        Seq(found.unwrap_or(self.next))
+    }
+
+    /// The longest payload among unanswered wire requests of the guest, bytes.
     pub(super) fn longest(&self) -> u32 {
         (self.lowest..self.next)
             .filter_map(|seq| self.unanswered(Seq(seq)))
+            .filter(|child| matches!(child.purpose, Purpose::Guest(_)))
             .map(|child| child.len)
             .max()
             .unwrap_or(0)
@@ -396,13 +493,12 @@ impl Table {
     pub(super) fn buffers(&self, child: &Child) -> &[libc::iovec] {
         match child.purpose {
             Purpose::Guest(index) => &self.guests[index as usize].iov,
-            Purpose::Ping | Purpose::Event | Purpose::Release => &[],
+            purpose => body_slot(purpose).map_or(&[], |at| &self.bodies[at].iov),
         }
     }
 
-    /// Stamps all unanswered requests anew, for a connection with another epoch
-    /// or event count.
-    pub(super) fn restamp(&mut self, epoch: Epoch, event: u64) {
+    /// Stamps all unanswered requests anew.
+    pub(super) fn restamp(&mut self, epoch: Epoch) {
         for seq in self.lowest..self.next {
             let (child, bytes) = (&self.children[slot(seq)], &mut self.headers[slot(seq)]);
             if !child.unanswered {
@@ -410,9 +506,6 @@ impl Table {
             }
             let mut header = RequestHeader::decode(bytes).expect("we encoded it");
             header.epoch = epoch;
-            if child.purpose == Purpose::Event {
-                header.offset = event;
-            }
             *bytes = header.encode();
         }
     }
@@ -422,11 +515,9 @@ impl Table {
     pub(super) fn answer(&mut self, seq: Seq, result: Result<(), IoError>) -> Option<Completion> {
         let child = self.unanswered(seq)?;
         self.children[slot(seq.0)].unanswered = false;
-        self.live -= usize::from(child.purpose != Purpose::Event);
+        self.live -= usize::from(!child.purpose.is_parked());
         self.direct_reads -= usize::from(child.is_direct_read());
-        while self.lowest < self.next && !self.children[slot(self.lowest)].unanswered {
-            self.lowest += 1;
-        }
+        self.raise_lowest();
         let Purpose::Guest(index) = child.purpose else {
             return None;
         };
@@ -443,6 +534,15 @@ impl Table {
 
 fn opcode_has_buffers(opcode: Opcode) -> bool {
     matches!(opcode, Opcode::Read | Opcode::Write)
+}
+
+/// Where the body of a request of the session's own is kept.
+fn body_slot(purpose: Purpose) -> Option<usize> {
+    match purpose {
+        Purpose::Handoff(at) => Some(usize::from(at)),
+        Purpose::Open => Some(ASKS),
+        _ => None,
+    }
 }
 
 fn slot(seq: u64) -> usize {
@@ -495,13 +595,33 @@ mod tests {
             table.submit(Tag(0), Op::Flush, &[], 0);
             table.cut(4096, &STAMP);
         }
-        table.add_own(Purpose::Event, 4, &STAMP);
+        table.add_own(Purpose::Event, 4, 0, &[], &STAMP);
         table.answer(Seq(10), Ok(()));
-        table.restamp(Epoch(8), 6);
+        table.restamp(Epoch(8));
         let epochs: Vec<_> = (9..13).map(|s| header(&table, s).epoch.0).collect();
         assert_eq!(epochs, [8, 7, 8, 8]);
-        assert_eq!((header(&table, 12).offset, header(&table, 9).offset), (6, 0));
         assert!(table.has_own(Purpose::Event) && !table.has_own(Purpose::Ping));
+    }
+
+    #[test]
+    fn what_is_parked_can_be_forgotten_and_the_rest_stays() {
+        let mut table = Table::new(1, Seq(1));
+        table.add_own(Purpose::Event, 4, 0, &[], &STAMP);
+        table.add_own(Purpose::Access, 1, 2, &[], &STAMP);
+        assert!(!table.is_live(), "nobody waits for what is parked");
+        assert_eq!((header(&table, 2).offset, header(&table, 2).len), (1, 2));
+        table.add_own(Purpose::Handoff(0), 0, 0, &[1; 40], &STAMP);
+        assert!(table.is_live());
+        table.forget_parked();
+        assert_eq!(table.lowest(), Seq(3));
+        assert!(!table.has_own(Purpose::Event) && !table.has_own(Purpose::Access));
+        let child = table.unanswered(Seq(3)).expect("kept");
+        assert_eq!((child.frame_bytes(), header(&table, 3).payload_len), (64 + 40, 40));
+        table.replace_body(Purpose::Handoff(0), &[2; 64]);
+        let child = table.unanswered(Seq(3)).expect("kept");
+        assert_eq!((child.frame_bytes(), header(&table, 3).payload_len), (128, 64));
+        assert_eq!(table.bodies[0].bytes, [2; 64]);
+        assert_eq!(table.lowest_guest(), table.next());
     }
 
     #[test]

@@ -88,6 +88,7 @@ pub(super) fn identity(mode: AccessMode, watch: bool) -> Identity {
         mode,
         volume: "vol".to_owned(),
         watch,
+        handoff: false,
     }
 }
 
@@ -103,6 +104,7 @@ impl Pair {
             epoch: Epoch(5),
             block_bytes: 512,
             size_bytes: server.disk.len() as u64,
+            handoff: who.handoff,
         });
         let mut session = Session::new(who, Timing::default(), grant, depth, Seq(1), 7, now);
         session.start(now);

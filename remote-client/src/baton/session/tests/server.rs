@@ -4,13 +4,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use baton_protocol::access::AccessRecord;
 use baton_protocol::frame::REQUEST_HEADER_BYTES;
+use baton_protocol::handoff::HandoffRequest;
 use baton_protocol::message::{Event, Welcome};
 use baton_protocol::window::{Arrival, Window};
 use baton_protocol::{
     AccessMode, Epoch, Features, Hello, Opcode, QueueId, ReplyHeader, RequestHeader, Seq, Status,
     VolumeId,
 };
+
+#[path = "record.rs"]
+mod record;
 
 /// State that outlives connections.
 #[derive(Debug)]
@@ -29,7 +34,7 @@ pub(crate) struct Server {
     /// Answer every request after HELLO with this.
     pub(crate) refuse_requests: Option<Status>,
     /// By queue.
-    windows: BTreeMap<u16, Window>,
+    pub(super) windows: BTreeMap<u16, Window>,
     ran: BTreeSet<(u16, u64)>,
     /// HELLOs seen: queue, epoch, resume_from.
     pub(crate) hellos: Vec<(u16, u64, u64)>,
@@ -39,6 +44,15 @@ pub(crate) struct Server {
     /// Refuse a client that breaks the protocol instead of failing the test: it
     /// was lied to.
     pub(crate) lenient: bool,
+    /// The server can hand over, and this says who may.
+    pub(crate) record: Option<AccessRecord>,
+    pub(crate) boot_id: u64,
+    /// Every HANDOFF request that arrived.
+    pub(crate) asked: Vec<HandoffRequest>,
+    /// Highest seq that arrived, by queue.
+    pub(super) highest: BTreeMap<u16, u64>,
+    /// OPENs that arrived.
+    pub(crate) opened: usize,
 }
 
 /// One connection.
@@ -55,6 +69,12 @@ pub(crate) struct Connection {
     pub(crate) replies: Vec<Vec<u8>>,
     /// The parked EVENT: seq and last known event.
     pub(crate) parked: Option<(Seq, u64)>,
+    /// The parked ACCESS: seq, boot id and version known.
+    pub(crate) access: Option<(Seq, u64, u64)>,
+    /// A SEAL that waits for what was sent.
+    pub(crate) seal: Option<(Seq, HandoffRequest)>,
+    /// As what it was welcomed, or opened since.
+    pub(crate) mode: Option<AccessMode>,
     /// No more replies; close it.
     pub(crate) closed: bool,
 }
@@ -96,6 +116,11 @@ impl Server {
             requests: 0,
             released: false,
             lenient: false,
+            record: None,
+            boot_id: 1,
+            asked: Vec::new(),
+            highest: BTreeMap::new(),
+            opened: 0,
         }
     }
 
@@ -130,8 +155,16 @@ impl Server {
         self.requests += 1;
         assert_ne!(h.opcode, Opcode::Hello, "one HELLO per connection");
         assert_eq!(h.queue, queue);
-        assert_eq!(h.epoch, c.epoch, "requests carry the epoch of the WELCOME");
-        if h.epoch != self.epoch {
+        let highest = self.highest.entry(queue.0).or_default();
+        *highest = h.seq.0.max(*highest);
+        if self.record.is_some() {
+            if let Some(done) = self.handoff_request(c, h, payload) {
+                return done;
+            }
+        } else {
+            assert_eq!(h.epoch, c.epoch, "requests carry the epoch of the WELCOME");
+        }
+        if self.record.is_none() && h.epoch != self.epoch {
             return self.reply(c, h, Status::StaleEpoch, b"fenced");
         }
         if let Some(status) = self.refuse_requests {
@@ -208,10 +241,18 @@ impl Server {
         self.hellos.push((h.queue.0, h.epoch.0, hello.resume_from.0));
         let status = match self.refuse {
             Some(status) => status,
-            None if hello.mode == AccessMode::Owner && h.epoch.0 != 0 && h.epoch != self.epoch => {
+            None if self.record.is_none()
+                && hello.mode == AccessMode::Owner
+                && h.epoch.0 != 0
+                && h.epoch != self.epoch =>
+            {
                 Status::StaleEpoch
             }
             None => Status::Ok,
+        };
+        let status = match self.judge_hello(h, &hello) {
+            Some(judged) if status == Status::Ok => judged,
+            _ => status,
         };
         if status != Status::Ok {
             self.reply(c, h, status, b"the server says no");
@@ -219,6 +260,7 @@ impl Server {
             return;
         }
         c.queue = Some(h.queue);
+        c.mode = Some(hello.mode);
         c.epoch = self.epoch;
         self.windows
             .entry(h.queue.0)
@@ -232,11 +274,14 @@ impl Server {
             volume: self.volume,
             epoch: self.epoch,
             size_bytes: self.disk.len() as u64,
-            features: Features::default(),
+            features: match &self.record {
+                Some(_) => hello.features.common(Features::HANDOFF),
+                None => Features::default(),
+            },
             payload_bytes_max: self.payload_max,
             window_requests: self.window_requests,
             discard_bytes: 4096,
-            boot_id: 1,
+            boot_id: self.boot_id,
             event_id: self.last_event,
             durability_generation: self.generation,
         };
@@ -258,7 +303,7 @@ impl Server {
         self.tell(c, event.id, &event.encode());
     }
 
-    fn reply(&self, c: &mut Connection, h: &RequestHeader, status: Status, body: &[u8]) {
+    pub(super) fn reply(&self, c: &mut Connection, h: &RequestHeader, status: Status, body: &[u8]) {
         c.replies.push(frame(h.opcode, status, h.seq, self.epoch, body));
     }
 }

@@ -1,0 +1,352 @@
+//! The VM's part in a handoff: one role for all its volumes, and its edges.
+//!
+//! ```text
+//!   disk threads --started, stopped--> +------+ --ask, open, hold, go--> volumes
+//!   volumes --view, answer, stuck----> | role |
+//!   control socket --order-----------> +------+ --parked--> log, control socket
+//! ```
+//!
+//! The role decides, the storage decides for it; here facts are carried in and
+//! orders out, under one lock that no request ever takes. Nothing here waits:
+//! a volume's port takes what it is told and says later what came of it.
+
+mod journal;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use baton_protocol::access::AccessRecord;
+use baton_protocol::handoff::role::{Asked, Input, Order, Output, Parked, Standing};
+use baton_protocol::handoff::{Open, Role, Side, Try};
+use baton_protocol::{Epoch, SessionId};
+use baton_remote_client::{HandoffEvent, HandoffPort, Opening, Volume};
+use serde::Serialize;
+
+use journal::{Event, Journal, Moment, Timings};
+
+/// One volume that can be handed over.
+#[derive(Debug)]
+struct Member {
+    /// Of the disk.
+    name: String,
+    volume: Arc<dyn Volume>,
+}
+
+impl Member {
+    fn port(&self) -> &dyn HandoffPort {
+        self.volume.handoff().expect("only volumes with a port are members")
+    }
+}
+
+#[derive(Debug)]
+struct State {
+    role: Role,
+    /// What each member's server said last.
+    views: Vec<Option<(u64, AccessRecord)>>,
+    /// The last handoff that named this VM.
+    last: Option<(Try, Side)>,
+    /// Members whose rings run, and those that have stopped but not drained.
+    running: Vec<bool>,
+    draining: Vec<bool>,
+    journal: Journal,
+}
+
+/// See the module's documentation. One per process.
+#[derive(Debug)]
+pub struct VmHandoff {
+    owner: String,
+    members: Vec<Member>,
+    state: Mutex<State>,
+}
+
+/// A disk's place in its VM's handoff.
+#[derive(Clone, Debug)]
+pub struct MemberHandle {
+    vm: Arc<VmHandoff>,
+    at: usize,
+}
+
+/// Why an order is not carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OrderError {
+    /// No member's record names a handoff of this VM.
+    #[error("no handoff of this VM is under way; arm one first")]
+    NoHandoff,
+    /// It is over for this process.
+    #[error("{0}")]
+    Parked(Parked),
+}
+
+/// How the VM stands, for the control socket.
+#[derive(Debug, Serialize)]
+pub struct Shown {
+    standing: Standing,
+    parked: Option<Parked>,
+    /// Of the last handoff that named this VM.
+    id: Option<String>,
+    attempt: u32,
+    side: Option<Side>,
+    members: Vec<ShownMember>,
+    timings: Timings,
+    events: Vec<Event>,
+}
+
+#[derive(Debug, Serialize)]
+struct ShownMember {
+    volume: String,
+    id: String,
+    phase: Option<&'static str>,
+    epoch: Option<Epoch>,
+    held: bool,
+    boot_id: Option<String>,
+}
+
+impl VmHandoff {
+    /// The role of `owner` on those of the volumes that can be handed over, each
+    /// with its disk's name; with every volume's place. `None`: there are none.
+    #[must_use]
+    pub fn new(
+        owner: &str,
+        session: SessionId,
+        volumes: &[(String, Arc<dyn Volume>)],
+    ) -> (Option<Arc<Self>>, Vec<Option<MemberHandle>>) {
+        let members: Vec<Member> = volumes
+            .iter()
+            .filter(|(_, volume)| volume.handoff().is_some())
+            .map(|(name, volume)| Member { name: name.clone(), volume: Arc::clone(volume) })
+            .collect();
+        if members.is_empty() {
+            return (None, volumes.iter().map(|_| None).collect());
+        }
+        let ids: Vec<_> = members.iter().map(|member| member.port().volume()).collect();
+        let state = State {
+            role: Role::new(owner, session, &ids),
+            views: vec![None; members.len()],
+            last: None,
+            running: vec![false; members.len()],
+            draining: vec![false; members.len()],
+            journal: Journal::default(),
+        };
+        let vm = Arc::new(Self { owner: owner.to_owned(), members, state: Mutex::new(state) });
+        for (at, member) in vm.members.iter().enumerate() {
+            if let Some(epoch) = member.port().claimed() {
+                vm.feed(Input::Claimed { member: at, epoch });
+            }
+        }
+        // Only when all that was claimed is known: a view may decide something.
+        for (at, member) in vm.members.iter().enumerate() {
+            let weak: Weak<Self> = Arc::downgrade(&vm);
+            member.port().listen(Arc::new(move |event| {
+                if let Some(vm) = weak.upgrade() {
+                    vm.hear(at, event);
+                }
+            }));
+        }
+        let mut places = 0..;
+        let handles = volumes.iter().map(|(_, volume)| {
+            volume.handoff()?;
+            Some(MemberHandle { vm: Arc::clone(&vm), at: places.next()? })
+        });
+        let handles = handles.collect();
+        (Some(vm), handles)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // The role is a value that is replaced by whole steps.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does what somebody outside orders.
+    ///
+    /// # Errors
+    /// [`OrderError`] when there is nothing to do it to.
+    pub fn order(&self, order: Order) -> Result<(), OrderError> {
+        {
+            let state = self.state();
+            if let Some(why) = state.role.parked() {
+                return Err(OrderError::Parked(why));
+            }
+            if state.role.attempt().is_none() {
+                return Err(OrderError::NoHandoff);
+            }
+        }
+        self.feed(Input::Order(order));
+        Ok(())
+    }
+
+    /// Why the VM must not run here, if so.
+    #[must_use]
+    pub fn parked(&self) -> Option<Parked> {
+        self.state().role.parked()
+    }
+
+    /// How the VM stands.
+    #[must_use]
+    pub fn show(&self) -> Shown {
+        let state = self.state();
+        let members = self.members.iter().enumerate().map(|(at, member)| {
+            let view = state.views[at].as_ref();
+            ShownMember {
+                volume: member.name.clone(),
+                id: member.port().volume().to_string(),
+                phase: view.map(|(_, record)| record.phase.name()),
+                epoch: view.map(|(_, record)| record.epoch),
+                held: state.role.is_held(at),
+                boot_id: view.map(|(boot_id, _)| format!("{boot_id:016x}")),
+            }
+        });
+        Shown {
+            standing: state.role.standing(),
+            parked: state.role.parked(),
+            id: state.last.map(|(attempt, _)| attempt.id.to_string()),
+            attempt: state.last.map_or(0, |(attempt, _)| attempt.attempt),
+            side: state.last.map(|(_, side)| side),
+            members: members.collect(),
+            timings: state.journal.timings(),
+            events: state.journal.events(),
+        }
+    }
+
+    fn hear(&self, member: usize, event: HandoffEvent) {
+        let input = match event {
+            HandoffEvent::View { boot_id, record } => Input::View { member, boot_id, record },
+            HandoffEvent::Answered { attempt, ask, answer } => {
+                Input::Answered { member, attempt, ask, answer }
+            }
+            HandoffEvent::Opened(epoch) => Input::Opened { member, epoch },
+            HandoffEvent::Stuck => Input::Stuck { member },
+            HandoffEvent::FirstAnswer => {
+                return self.state().journal.note_once(Moment::FirstRequest);
+            }
+        };
+        self.feed(input);
+    }
+
+    fn feed(&self, input: Input) {
+        let mut state = self.state();
+        let state = &mut *state;
+        self.keep(state, &input);
+        let before = state.role.standing();
+        for output in state.role.step(input) {
+            self.act(state, output);
+        }
+        let standing = state.role.standing();
+        if standing != before {
+            tracing::debug!(owner = self.owner, ?before, ?standing, "handoff");
+            if standing == Standing::Sealed {
+                state.journal.note(Moment::Sealed);
+            }
+        }
+    }
+
+    /// What is shown and not the role's affair.
+    fn keep(&self, state: &mut State, input: &Input) {
+        let (member, boot_id, record) = match input {
+            Input::View { member, boot_id, record } => (*member, *boot_id, &**record),
+            Input::Answered { member, answer, .. } => (*member, answer.boot_id, &answer.record),
+            Input::Opened { epoch: Some(_), .. } => return state.journal.note(Moment::Opened),
+            _ => return,
+        };
+        if let Some(handoff) = &record.handoff {
+            let plan = &handoff.plan;
+            let side = if plan.from == self.owner { Some(Side::Source) } else { None };
+            let side = side.or_else(|| (plan.to == self.owner).then_some(Side::Destination));
+            if let Some(side) = side
+                && state.last.is_none_or(|(last, _)| last <= plan.attempt)
+            {
+                state.last = Some((plan.attempt, side));
+            }
+        }
+        state.views[member] = Some((boot_id, record.clone()));
+    }
+
+    fn act(&self, state: &mut State, output: Output) {
+        match output {
+            Output::Ask { member, attempt, ask } => {
+                match ask {
+                    Asked::Seal => state.journal.note_once(Moment::SealSent),
+                    Asked::Activate => state.journal.note_once(Moment::ActivateSent),
+                    Asked::Reclaim => state.journal.note_once(Moment::ReclaimSent),
+                    Asked::Abdicate | Asked::Unfreeze { .. } => {}
+                }
+                self.members[member].port().ask(attempt, ask);
+            }
+            Output::Open { member, attempt, proof } => {
+                self.members[member].port().open(Open { attempt, proof });
+            }
+            Output::Hold { member } => self.members[member].port().hold(),
+            Output::Go { member, epoch, open } => {
+                let granted = match open {
+                    Some((_, proof)) if proof.side == Side::Destination => Moment::Activated,
+                    _ => Moment::Reclaimed,
+                };
+                state.journal.note_once(granted);
+                let generation = state.views[member]
+                    .as_ref()
+                    .and_then(|(_, record)| record.handoff.as_ref())
+                    .map_or(0, |handoff| handoff.generation);
+                let opening = open
+                    .map(|(attempt, proof)| Opening { open: Open { attempt, proof }, generation });
+                self.members[member].port().go(epoch, opening);
+            }
+            Output::Park(why) => {
+                state.journal.note(Moment::Parked);
+                for member in &self.members {
+                    member.port().park();
+                }
+                tracing::error!(
+                    owner = self.owner,
+                    "{why}; its requests wait for ever and see no error: stop this VM"
+                );
+            }
+        }
+    }
+}
+
+impl MemberHandle {
+    /// The VMM has started the disk's first ring.
+    pub(crate) fn started(&self) {
+        {
+            let mut state = self.vm.state();
+            if !state.running.contains(&true) {
+                state.journal.note(Moment::RingsStarted);
+            }
+            state.running[self.at] = true;
+            state.draining[self.at] = false;
+        }
+        self.vm.feed(Input::Started { member: self.at });
+    }
+
+    /// No ring of the disk takes requests any more.
+    pub(crate) fn stopped(&self, migrating: bool) {
+        {
+            let mut state = self.vm.state();
+            if !state.running.contains(&false) {
+                state.journal.note(Moment::RingsStopped);
+            }
+            state.running[self.at] = false;
+            state.draining[self.at] = true;
+        }
+        self.vm.feed(Input::Stopped { member: self.at, migrating });
+    }
+
+    /// Everything that the disk's rings had taken is answered.
+    pub(crate) fn drained(&self) {
+        let mut state = self.vm.state();
+        if std::mem::take(&mut state.draining[self.at])
+            && !state.draining.contains(&true)
+            && !state.running.contains(&true)
+        {
+            state.journal.note(Moment::Drained);
+        }
+    }
+
+    /// New requests of the disk wait for the storage's word.
+    pub(crate) fn is_held(&self) -> bool {
+        self.vm.state().role.is_held(self.at)
+    }
+
+    /// They wait for ever, and that was said.
+    pub(crate) fn is_parked(&self) -> bool {
+        self.vm.parked().is_some()
+    }
+}

@@ -1,0 +1,305 @@
+//! Disks change hands between two backends with no VMM in between: a raw front-end plays both ends, and the real storage
+//! servers decide. What a guest wrote before is there after, and whoever lost waits and sees no error.
+
+use baton_integration::blk::{OK, Request};
+use baton_integration::daemon::Daemon;
+use baton_integration::handoff::{Attempt, Begin, Fleet, Host};
+use baton_integration::raw_frontend::{Options, RawFrontend};
+use baton_integration::workspace::TestDir;
+use serde_json::Value;
+use std::time::Duration;
+
+const DISK_BYTES: u64 = 16 << 20;
+const SOON: Duration = Duration::from_secs(20);
+/// For things that must not happen.
+const A_WHILE: Duration = Duration::from_millis(300);
+const QUEUES: u16 = 2;
+
+/// Two hosts with the VM's disks, a handoff from the first to the second, and the VM running on the first.
+struct Scene {
+    fleet: Fleet,
+    source: Host,
+    destination: Host,
+    /// The VM on the source, by disk.
+    guest: Vec<RawFrontend>,
+    attempt: Attempt,
+    dir: TestDir,
+}
+
+fn options() -> Options {
+    Options { queues: QUEUES, ..Options::default() }
+}
+
+fn connect(host: &Host, disks: usize, options: Options) -> Vec<RawFrontend> {
+    (0..disks).map(|disk| RawFrontend::connect(host.socket(disk), options).unwrap()).collect()
+}
+
+fn block(salt: u8) -> Vec<u8> {
+    vec![salt; 4096]
+}
+
+impl Scene {
+    /// Up to the moment before the VM stops: armed, ready, a dirty log kept.
+    fn new(servers: usize, disks: usize, mode: &'static str) -> Self {
+        let dir = TestDir::new("handoff").unwrap();
+        let mut fleet = Fleet::start(dir.path(), servers, disks, DISK_BYTES).unwrap();
+        fleet.mode = mode;
+        let host = |label, owner, begin| {
+            Host::start_with(dir.path(), label, owner, &fleet, begin, QUEUES).unwrap()
+        };
+        let source = host("a", "host-a/vm", Begin::Claim);
+        let mut guest = connect(&source, disks, options());
+        for (disk, salt) in guest.iter_mut().zip(1..) {
+            disk.queue(0).write(0, &block(salt)).unwrap();
+        }
+        let destination = host("b", "host-b/vm", Begin::Standby);
+        let attempt = fleet.arm("host-a/vm", "host-b/vm").unwrap();
+        destination.wait_standing("ready").unwrap();
+        for disk in &mut guest {
+            disk.start_logging().unwrap();
+        }
+        Self { fleet, source, destination, guest, attempt, dir }
+    }
+
+    fn write_more(&mut self) {
+        for (disk, salt) in self.guest.iter_mut().zip(101..) {
+            disk.queue(1).write(8, &block(salt)).unwrap();
+        }
+    }
+
+    /// The VMM on the source stops its guest.
+    fn stop(&mut self) {
+        for disk in &self.guest {
+            for queue in 0..QUEUES {
+                disk.enable(queue, false).unwrap();
+            }
+            for queue in 0..QUEUES {
+                disk.get_vring_base(queue).unwrap();
+            }
+        }
+    }
+
+    /// The VMM on the source was told to cancel, and goes on with its guest.
+    fn resume(&mut self) {
+        for disk in &mut self.guest {
+            for index in 0..QUEUES {
+                let base = disk.queue(index).ring.used_index();
+                disk.set_up_queue(index, base).unwrap();
+                disk.enable(index, true).unwrap();
+                disk.queue(index).kick_anyway().unwrap();
+            }
+        }
+    }
+
+    /// The VMM on the destination starts it.
+    fn start_there(&self) -> Vec<RawFrontend> {
+        connect(&self.destination, self.guest.len(), options())
+    }
+
+    fn check(guest: &mut [RawFrontend]) {
+        for (disk, salt) in guest.iter_mut().zip(1..) {
+            assert_eq!(disk.queue(0).read(0, 4096).unwrap(), block(salt));
+            assert_eq!(disk.queue(1).read(8, 4096).unwrap(), block(salt + 100));
+            disk.queue(1).write(16, &block(salt + 50)).unwrap();
+            disk.queue(0).flush().unwrap();
+            assert_eq!(disk.queue(0).read(16, 4096).unwrap(), block(salt + 50));
+        }
+    }
+}
+
+/// The disk's requests wait and get no answer.
+fn is_parked(disk: &mut RawFrontend) {
+    let data = block(0xbd);
+    disk.queue(0).submit(&Request::Write { sector: 0, data: &data }).unwrap();
+    disk.queue(0).kick().unwrap();
+    assert!(disk.queue(0).wait_completion(A_WHILE).unwrap().is_none(), "answered");
+}
+
+/// The process ends by itself, soon and without an error.
+fn ends_promptly(daemon: &mut Daemon) {
+    let status = daemon.terminate(Duration::from_secs(3)).unwrap();
+    assert!(status.success(), "{status}");
+}
+
+fn event_names(status: &Value) -> Vec<&str> {
+    let events = status["handoff"]["events"].as_array().expect("events");
+    events.iter().map(|event| event["event"].as_str().expect("a name")).collect()
+}
+
+#[test]
+fn a_vm_moves_with_its_writes_and_back_again() {
+    for (mode, servers, disks) in [("fast", 1, 1), ("base", 2, 2), ("fast", 2, 3)] {
+        let mut scene = Scene::new(servers, disks, mode);
+        scene.write_more();
+        scene.stop();
+        scene.source.wait_standing("sealed").unwrap();
+        let mut there = scene.start_there();
+        Scene::check(&mut there);
+        assert_eq!(scene.destination.standing().unwrap(), "serving");
+        scene.source.wait_standing("parked").unwrap();
+        let status = scene.source.status().unwrap();
+        assert_eq!(status["handoff"]["parked"], "lost");
+        assert_eq!(status["handoff"]["id"], Value::from(scene.attempt.id.clone()));
+        let names = event_names(&status);
+        for name in ["rings-stopped", "seal-sent", "sealed", "drained", "parked"] {
+            assert!(names.contains(&name), "no {name} in {names:?}");
+        }
+        let status = scene.destination.status().unwrap();
+        let timings = &status["handoff"]["timings"];
+        assert!(timings["first_io_us"].is_u64() && timings["activate_us"].is_u64(), "{timings}");
+        let log = scene.source.daemon.log();
+        assert_eq!(log.matches("stop this VM").count(), 1, "said once, for all disks: {log}");
+        assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+        ends_promptly(&mut scene.source.daemon);
+        assert_eq!(scene.fleet.owner(0).unwrap(), "host-b/vm", "nothing was given back");
+
+        // And back, to a new process on the first host.
+        let back = Host::start_with(
+            scene.dir.path(),
+            "a2",
+            "host-a/vm",
+            &scene.fleet,
+            Begin::Standby,
+            QUEUES,
+        )
+        .unwrap();
+        let attempt = scene.fleet.arm("host-b/vm", "host-a/vm").unwrap();
+        back.wait_standing("ready").unwrap();
+        for disk in &mut there {
+            disk.start_logging().unwrap();
+        }
+        scene.guest = there;
+        scene.stop();
+        let mut again = connect(&back, disks, options());
+        Scene::check(&mut again);
+        assert_eq!(scene.fleet.settle(&attempt).unwrap(), "destination");
+    }
+}
+
+#[test]
+fn a_cancelled_move_goes_on_at_the_source_and_parks_the_destination() {
+    for mode in ["fast", "base"] {
+        let mut scene = Scene::new(2, 2, mode);
+        scene.write_more();
+        scene.stop();
+        scene.source.wait_standing("sealed").unwrap();
+        scene.resume();
+        Scene::check(&mut scene.guest);
+        assert_eq!(scene.source.standing().unwrap(), "serving");
+        scene.destination.wait_standing("parked").unwrap();
+        let mut there = scene.start_there();
+        there.iter_mut().for_each(is_parked);
+        assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "source");
+        Scene::check(&mut scene.guest);
+        ends_promptly(&mut scene.destination.daemon);
+    }
+}
+
+#[test]
+fn a_destination_that_was_frozen_meanwhile_writes_nothing() {
+    let mut scene = Scene::new(2, 2, "fast");
+    scene.write_more();
+    let unstarted = Options { start: false, ..options() };
+    let mut there = connect(&scene.destination, 2, unstarted);
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    scene.destination.daemon.freeze().unwrap();
+    // The destination's VMM starts its guest, and nothing comes of it; the source's goes on.
+    let starting = std::thread::spawn(move || {
+        there.iter_mut().for_each(|disk| disk.start().unwrap());
+        there
+    });
+    scene.resume();
+    Scene::check(&mut scene.guest);
+    scene.destination.daemon.thaw().unwrap();
+    let mut there = starting.join().unwrap();
+    there.iter_mut().for_each(is_parked);
+    scene.destination.wait_standing("parked").unwrap();
+    Scene::check(&mut scene.guest);
+}
+
+#[test]
+fn a_source_killed_before_its_seal_is_not_succeeded() {
+    let mut scene = Scene::new(2, 2, "fast");
+    scene.write_more();
+    scene.source.daemon.kill().unwrap();
+    let mut there = scene.start_there();
+    there.iter_mut().for_each(is_parked);
+    assert_eq!(scene.destination.standing().unwrap(), "activating");
+    assert_eq!(scene.fleet.reclaim(&scene.attempt).unwrap()["outcome"], "source");
+    scene.destination.wait_standing("parked").unwrap();
+    ends_promptly(&mut scene.destination.daemon);
+    scene.source.restart().unwrap();
+    let mut again = connect(&scene.source, 2, options());
+    Scene::check(&mut again);
+}
+
+#[test]
+fn a_server_that_restarts_after_the_seal_does_not_stop_the_move() {
+    for which in [0, 1] {
+        let mut scene = Scene::new(2, 2, "fast");
+        scene.write_more();
+        scene.stop();
+        scene.source.wait_standing("sealed").unwrap();
+        scene.fleet.servers[which].kill_and_restart().unwrap();
+        let mut there = scene.start_there();
+        Scene::check(&mut there);
+        scene.source.wait_standing("parked").unwrap();
+    }
+}
+
+#[test]
+fn a_server_that_restarts_before_the_seal_goes_on_with_the_source() {
+    for which in [0, 1] {
+        let mut scene = Scene::new(2, 2, "fast");
+        scene.fleet.servers[which].kill_and_restart().unwrap();
+        scene.write_more();
+        scene.stop();
+        let mut there = scene.start_there();
+        Scene::check(&mut there);
+    }
+}
+
+#[test]
+fn whoever_waits_ends_promptly_and_gives_nothing_back() {
+    let mut scene = Scene::new(1, 1, "base");
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    ends_promptly(&mut scene.source.daemon);
+    assert_eq!(scene.fleet.phase(0).unwrap(), "sealed");
+    assert_eq!(scene.fleet.owner(0).unwrap(), "host-a/vm");
+    ends_promptly(&mut scene.destination.daemon);
+    assert_eq!(scene.fleet.phase(0).unwrap(), "sealed");
+    // A new process of the source stands by, and its rings call the move off.
+    scene.source.restart().unwrap();
+    assert_ne!(scene.source.standing().unwrap(), "serving");
+    let mut again = connect(&scene.source, 1, options());
+    Scene::check(&mut again);
+}
+
+#[test]
+fn a_vm_that_stops_at_a_seal_with_requests_under_way_loses_none() {
+    let mut scene = Scene::new(1, 1, "fast");
+    let data = block(7);
+    for slot in 0..60 {
+        let queue = scene.guest[0].queue(if slot % 2 == 0 { 0 } else { 1 });
+        queue.submit(&Request::Write { sector: 80 + slot * 8, data: &data }).unwrap();
+        queue.kick().unwrap();
+    }
+    for queue in 0..QUEUES {
+        scene.guest[0].enable(queue, false).unwrap();
+    }
+    for queue in 0..QUEUES {
+        let base = scene.guest[0].get_vring_base(queue).unwrap();
+        let used = scene.guest[0].queue(queue).ring.used_index();
+        assert_eq!(base, used, "what was taken from ring {queue} was answered");
+        for _ in 1..used {
+            let done = scene.guest[0].queue(queue).wait_completion(SOON).unwrap().unwrap();
+            assert_eq!(done.status, OK);
+        }
+    }
+    scene.source.wait_standing("sealed").unwrap();
+    let mut there = scene.start_there();
+    assert_eq!(there[0].queue(0).read(0, 4096).unwrap(), block(1));
+}

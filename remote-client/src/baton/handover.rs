@@ -1,0 +1,255 @@
+//! What the links of one volume know of a handoff: whether they may send and
+//! under which epoch, what they sent before they were held, and what the control
+//! connection has to ask.
+//!
+//! ```text
+//!   port (any thread) --- course ----> queues: hold, go
+//!                    \--- errands ---> control: ask, open
+//!   queues --- counts ---> control: SEAL       control --- events ---> listener
+//! ```
+//!
+//! Decides nothing. Lives in the volume's hub, under its lock.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use baton_protocol::access::AccessRecord;
+use baton_protocol::handoff::role::Asked;
+use baton_protocol::handoff::{Answer, Count, Open, Outcome, Try};
+use baton_protocol::{AccessMode, Epoch, VolumeId};
+
+use super::session::{Notice, Session};
+use super::volume::Shared;
+use crate::handoff::{HandoffEvent, HandoffListener, HandoffPort, Opening};
+
+/// What the data path may do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Course {
+    /// Rises with every change.
+    pub(crate) serial: u64,
+    pub(crate) held: bool,
+    /// The session has owned the volume: its connections come as the owner's.
+    pub(crate) owner: bool,
+    pub(crate) epoch: Epoch,
+    /// Shown by connections in standby.
+    pub(crate) open: Option<Open>,
+}
+
+#[derive(Debug)]
+enum Errand {
+    Ask(Try, Asked),
+    Open(Open),
+}
+
+/// See the module's documentation.
+pub(crate) struct Handover {
+    course: Course,
+    /// What each queue sent before it was held in this course.
+    counts: BTreeMap<u16, Count>,
+    errands: Vec<Errand>,
+    news: Vec<HandoffEvent>,
+    view: Option<(u64, AccessRecord)>,
+    listener: Option<HandoffListener>,
+}
+
+impl Handover {
+    pub(crate) fn new(mode: AccessMode, epoch: Epoch) -> Self {
+        let owner = mode != AccessMode::Standby;
+        Self {
+            course: Course { serial: 0, held: !owner, owner, epoch, open: None },
+            counts: BTreeMap::new(),
+            errands: Vec::new(),
+            news: Vec::new(),
+            view: None,
+            listener: None,
+        }
+    }
+
+    pub(crate) fn course(&self) -> Course {
+        self.course
+    }
+
+    fn turn(&mut self, change: impl FnOnce(&mut Course)) {
+        change(&mut self.course);
+        self.course.serial += 1;
+        self.counts.clear();
+    }
+}
+
+/// The control thread's memory of what it was sent for.
+#[derive(Debug, Default)]
+pub(crate) struct Errands {
+    serial: u64,
+    /// A SEAL that waits for the queues' counts.
+    seal: Option<Try>,
+}
+
+impl Errands {
+    /// Does what was asked of the control connection since the last call.
+    pub(crate) fn run(&mut self, session: &mut Session, shared: &Shared) {
+        let now = Instant::now();
+        let mut hub = shared.hub();
+        let open_queues = hub.open_queues();
+        let handover = &mut hub.handover;
+        let course = handover.course;
+        if self.serial != course.serial {
+            self.serial = course.serial;
+            if !course.held {
+                session.go(now, course.epoch, course.open);
+            }
+        }
+        for errand in handover.errands.drain(..) {
+            match errand {
+                Errand::Ask(attempt, Asked::Seal) => self.seal = Some(attempt),
+                Errand::Ask(attempt, ask) => session.ask(now, attempt, ask),
+                Errand::Open(open) => session.open(now, open),
+            }
+        }
+        if !course.held {
+            // The source went on before its queues had come to rest.
+            if let (Some(attempt), Some((boot_id, record))) = (self.seal.take(), &handover.view) {
+                let (outcome, record) = (Outcome::Refused, record.clone());
+                let answer = Answer { outcome, boot_id: *boot_id, proof: None, record };
+                let (ask, answer) = (Asked::Seal, Box::new(answer));
+                handover.news.push(HandoffEvent::Answered { attempt, ask, answer });
+            }
+            return;
+        }
+        // Later counts may show more answers than earlier ones. What was sent on a
+        // queue that is closed nobody waits for.
+        let counts = open_queues.iter().filter_map(|queue| handover.counts.get(queue)).copied();
+        session.set_counts(counts.collect());
+        if open_queues.iter().all(|queue| handover.counts.contains_key(queue))
+            && let Some(attempt) = self.seal.take()
+        {
+            session.ask(now, attempt, Asked::Seal);
+        }
+    }
+}
+
+impl Shared {
+    /// What the control connection had to tell of a handoff, and the queues.
+    pub(crate) fn tell_of_handoff(&self, notices: Vec<Notice>) {
+        let (listener, events) = {
+            let mut hub = self.hub();
+            for notice in notices {
+                if let Notice::View { boot_id, record } = &notice {
+                    hub.handover.view = Some((*boot_id, (**record).clone()));
+                    // What was refused before may be granted now.
+                    hub.wake_down();
+                }
+                hub.handover.news.extend(event(notice));
+            }
+            let Some(listener) = hub.handover.listener.clone() else {
+                return hub.handover.news.clear();
+            };
+            (listener, std::mem::take(&mut hub.handover.news))
+        };
+        for event in events {
+            listener(event);
+        }
+    }
+
+    /// A queue's news of a handoff; the control thread tells it.
+    pub(crate) fn pass_on(&self, notice: Notice) {
+        if let Some(event @ (HandoffEvent::Stuck | HandoffEvent::FirstAnswer)) = event(notice) {
+            self.hub().handover.news.push(event);
+            self.wake_control();
+        }
+    }
+
+    /// A queue is held in the course with this serial, and sent that much.
+    pub(crate) fn counted(&self, serial: u64, count: Count) {
+        let mut hub = self.hub();
+        if hub.handover.course.serial == serial {
+            hub.handover.counts.insert(count.queue.0, count);
+            drop(hub);
+            self.wake_control();
+        }
+    }
+
+    pub(crate) fn course(&self) -> Course {
+        self.hub().handover.course
+    }
+
+    fn change_course(&self, change: impl FnOnce(&mut Course)) {
+        let mut hub = self.hub();
+        hub.handover.turn(change);
+        hub.wake_queues();
+        drop(hub);
+        self.wake_control();
+    }
+
+    fn send_for(&self, errand: Errand) {
+        self.hub().handover.errands.push(errand);
+        self.wake_control();
+    }
+}
+
+fn event(notice: Notice) -> Option<HandoffEvent> {
+    Some(match notice {
+        Notice::View { boot_id, record } => HandoffEvent::View { boot_id, record },
+        Notice::Answered { attempt, ask, answer } => {
+            HandoffEvent::Answered { attempt, ask, answer }
+        }
+        Notice::Opened(epoch) => HandoffEvent::Opened(epoch),
+        Notice::Stuck => HandoffEvent::Stuck,
+        Notice::FirstAnswer => HandoffEvent::FirstAnswer,
+        _ => return None,
+    })
+}
+
+impl HandoffPort for Shared {
+    fn volume(&self) -> VolumeId {
+        self.grant().volume
+    }
+
+    fn claimed(&self) -> Option<Epoch> {
+        (self.mode() == AccessMode::Owner).then_some(self.grant().epoch)
+    }
+
+    fn listen(&self, listener: HandoffListener) {
+        let mut hub = self.hub();
+        let handover = &mut hub.handover;
+        handover.listener = Some(listener);
+        if let Some((boot_id, record)) = handover.view.clone() {
+            handover.news.push(HandoffEvent::View { boot_id, record: Box::new(record) });
+        }
+        drop(hub);
+        self.wake_control();
+    }
+
+    fn ask(&self, attempt: Try, ask: Asked) {
+        self.send_for(Errand::Ask(attempt, ask));
+    }
+
+    fn open(&self, open: Open) {
+        self.send_for(Errand::Open(open));
+    }
+
+    fn hold(&self) {
+        if !self.is_held() {
+            self.change_course(|course| course.held = true);
+        }
+    }
+
+    fn is_held(&self) -> bool {
+        self.course().held
+    }
+
+    fn go(&self, epoch: Epoch, opening: Option<Opening>) {
+        if let Some(opening) = opening
+            && !self.course().owner
+        {
+            self.ledger().inherit(opening.generation);
+        }
+        self.change_course(|course| {
+            let open = opening.map(|opening| opening.open);
+            *course = Course { held: false, owner: true, epoch, open, ..*course };
+        });
+    }
+
+    fn park(&self) {
+        self.halt(super::queue::Halt::Fenced);
+    }
+}

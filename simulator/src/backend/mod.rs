@@ -1,0 +1,584 @@
+//! A backend: the product's [`Role`] with a small client around it that carries
+//! out what it says.
+//!
+//! | module | noun |
+//! |---|---|
+//! | [`link`] | one connection, and the queue on it |
+
+mod link;
+
+use baton_protocol::access::Phase;
+use baton_protocol::handoff::role::{Asked, Input, Order, Output, Standing};
+use baton_protocol::handoff::{Answer, Ask, HandoffRequest, Open, Proof, Role, Try};
+use baton_protocol::{Epoch, QueueId, Seq, SessionId, VolumeId};
+
+use crate::agenda::{MS, Time};
+use crate::bug::Bug;
+use crate::fault::Point;
+use crate::server::owner_name;
+use crate::stage::{Event, Greeting, Refused, Stage, ToClient, ToServer, note};
+use crate::vm::Vm;
+use link::{Grant, Link, Pending, Queue, State};
+
+/// How long a request may stay unanswered before its connection is given up.
+const TIMEOUT: Time = 30 * MS;
+
+/// One volume of the VM.
+#[derive(Debug)]
+struct Member {
+    control: Link,
+    queues: Vec<Queue>,
+    /// Incarnation of the server and version of the record last heard of.
+    known: (u64, u64),
+    asks: Vec<(Try, Asked)>,
+    open: Option<(Try, Proof)>,
+    grant: Option<Grant>,
+    /// The VMM's rings run.
+    running: bool,
+    /// The VMM waits for the rings to drain.
+    stopping: bool,
+    /// [`Bug::NoReclaim`]: goes on without asking.
+    rogue: bool,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct Backend {
+    number: usize,
+    pub(crate) host: usize,
+    pub(crate) session: SessionId,
+    pub(crate) alive: bool,
+    pub(crate) frozen_until: Time,
+    role: Role,
+    /// Claims the volumes; a standby waits for them.
+    claims: bool,
+    members: Vec<Member>,
+    /// Its VMM has started rings: it may have activated.
+    pub(crate) ever_ran: bool,
+}
+
+impl Backend {
+    /// A new process, whose VMM connects at once.
+    pub(crate) fn start(
+        stage: &mut Stage,
+        number: usize,
+        host: usize,
+        claims: bool,
+        vm: &Vm,
+    ) -> Self {
+        let session = SessionId(stage.rng.u64(1..));
+        let volumes: Vec<VolumeId> =
+            (0..stage.setting.volumes).map(|volume| VolumeId(volume as u64 + 1)).collect();
+        let member = |_: &VolumeId| Member {
+            control: Link::default(),
+            queues: (0..stage.setting.queues).map(|_| Queue::new()).collect(),
+            known: (0, 0),
+            asks: Vec::new(),
+            open: None,
+            grant: None,
+            running: false,
+            stopping: false,
+            rogue: false,
+        };
+        let backend = Self {
+            number,
+            host,
+            session,
+            alive: true,
+            frozen_until: 0,
+            role: Role::new(&owner_name(host), session, &volumes),
+            claims,
+            members: volumes.iter().map(member).collect(),
+            ever_ran: false,
+        };
+        note!(stage, "backend {number} starts on host {host}, claims {claims}");
+        for member in 0..backend.members.len() {
+            stage.after(10, Event::Connect { backend: number, member, link: 0 });
+            for link in 1..=stage.setting.queues {
+                if !claims {
+                    stage.after(20, Event::Connect { backend: number, member, link });
+                }
+            }
+            if vm.running {
+                stage.after(50, Event::Rings { backend: number, member, on: true });
+            }
+        }
+        stage.after(5 * MS, Event::Check { backend: number });
+        backend
+    }
+
+    /// The process is gone; the kernel ends its connections.
+    pub(crate) fn kill(&mut self, stage: &mut Stage) {
+        self.alive = false;
+        for member in &mut self.members {
+            let queues = member.queues.iter_mut().map(|queue| &mut queue.link);
+            for link in queues.chain([&mut member.control]) {
+                if let Some(connection) = link.connection.take() {
+                    stage.hang_up(connection);
+                }
+            }
+        }
+        note!(stage, "backend {} is gone", self.number);
+    }
+
+    pub(crate) fn standing(&self) -> Standing {
+        self.role.standing()
+    }
+
+    /// An agent's order.
+    pub(crate) fn order(&mut self, stage: &mut Stage, vm: &mut Vm, order: Order) {
+        self.tell(stage, vm, Input::Order(order));
+    }
+
+    /// The VMM starts or stops the rings of a member.
+    pub(crate) fn rings(&mut self, stage: &mut Stage, vm: &mut Vm, at: usize, on: bool) {
+        let member = &mut self.members[at];
+        if on {
+            if !member.running {
+                // What an earlier process had taken is done again, in order.
+                self.take_over(vm, at, stage.now);
+            }
+            let member = &mut self.members[at];
+            member.running = true;
+            member.stopping = false;
+            self.ever_ran = true;
+            stage.reached(Point::RingsStarted);
+            if stage.has(Bug::NoReclaim) && self.role.is_held(at) && member.grant.is_some() {
+                member.rogue = true;
+            } else {
+                self.tell(stage, vm, Input::Started { member: at });
+            }
+            self.take(stage, vm);
+        } else if member.running {
+            member.running = false;
+            member.stopping = true;
+            member.rogue = false;
+            stage.reached(Point::RingsStopped);
+            self.tell(stage, vm, Input::Stopped { member: at, migrating: vm.migrating });
+            self.look_at_drain(vm, at);
+        } else if vm.image.as_ref().is_none_or(|image| image.is_drained(at)) {
+            vm.drained[at] = true;
+        }
+    }
+
+    fn take_over(&mut self, vm: &Vm, at: usize, now: Time) {
+        let Some(image) = &vm.image else { return };
+        for (ring, queue) in image.rings[at].iter().zip(&mut self.members[at].queues) {
+            for (place, request) in &ring.taken {
+                if queue.pending.values().all(|pending| pending.place != *place) {
+                    let pending =
+                        Pending { place: *place, kind: request.kind, sent: None, since: now };
+                    queue.pending.insert(queue.next, pending);
+                    queue.next += 1;
+                }
+            }
+        }
+    }
+
+    fn look_at_drain(&mut self, vm: &mut Vm, at: usize) {
+        let member = &self.members[at];
+        if member.stopping && member.queues.iter().all(|queue| queue.pending.is_empty()) {
+            vm.drained[at] = true;
+        }
+    }
+
+    /// Takes what the guest made available, as far as it may, and sends it.
+    pub(crate) fn take(&mut self, stage: &mut Stage, vm: &mut Vm) {
+        let Some(image) = &mut vm.image else { return };
+        for at in 0..self.members.len() {
+            let held = self.role.is_held(at);
+            let member = &mut self.members[at];
+            if member.running && (!held || member.rogue) {
+                for (ring, queue) in image.rings[at].iter_mut().zip(&mut member.queues) {
+                    while let Some((place, request)) = ring.take() {
+                        let kind = request.kind;
+                        let pending = Pending { place, kind, sent: None, since: stage.now };
+                        queue.pending.insert(queue.next, pending);
+                        queue.next += 1;
+                    }
+                }
+            }
+            for queue in 0..self.members[at].queues.len() {
+                self.send(stage, at, queue);
+            }
+        }
+    }
+
+    fn send(&mut self, stage: &mut Stage, at: usize, queue: usize) {
+        let queue = &mut self.members[at].queues[queue];
+        let (State::Owner | State::Opening) = queue.link.state else { return };
+        let (Some(connection), Some(epoch)) = (queue.link.connection, queue.epoch) else { return };
+        for (seq, pending) in &mut queue.pending {
+            // What was refused on this connection under this epoch waits for another.
+            if pending.sent != Some((connection, epoch)) {
+                let fresh = pending.sent.is_none_or(|(sent, _)| sent != connection);
+                if !fresh {
+                    continue;
+                }
+                pending.sent = Some((connection, epoch));
+                let kind = pending.kind;
+                stage.to_server(connection, ToServer::Io { seq: Seq(*seq), epoch, kind });
+            }
+        }
+    }
+
+    fn tell(&mut self, stage: &mut Stage, vm: &mut Vm, input: Input) {
+        let outputs = self.role.step(input);
+        for output in outputs {
+            self.obey(stage, output);
+        }
+        self.take(stage, vm);
+    }
+
+    fn obey(&mut self, stage: &mut Stage, output: Output) {
+        let number = self.number;
+        match output {
+            Output::Ask { member, attempt, ask } => {
+                note!(stage, "backend {number} asks volume {member} to {ask:?}");
+                if stage.has(Bug::NoReclaim) && ask == Asked::Reclaim {
+                    return;
+                }
+                self.members[member].asks.push((attempt, ask));
+                self.send_ask(stage, member, (attempt, ask));
+            }
+            Output::Open { member, attempt, proof } => {
+                note!(stage, "backend {number} opens volume {member} for {:?}", proof.side);
+                self.members[member].open = Some((attempt, proof));
+                self.send_open(stage, member);
+            }
+            Output::Hold { member } => {
+                note!(stage, "backend {number} holds volume {member}");
+            }
+            Output::Go { member, epoch, open } => {
+                note!(stage, "backend {number} goes on with volume {member}, epoch {epoch}");
+                self.members[member].grant = Some(Grant { epoch, open });
+                for queue in 0..self.members[member].queues.len() {
+                    self.go(stage, member, queue);
+                }
+            }
+            Output::Park(why) => note!(stage, "backend {number} parks: {why:?}"),
+        }
+    }
+
+    /// A queue goes on under the member's grant, as far as its connection allows.
+    fn go(&mut self, stage: &mut Stage, at: usize, number: usize) {
+        let Some(grant) = self.members[at].grant else { return };
+        let queue = &mut self.members[at].queues[number];
+        let Some(connection) = queue.link.connection else { return };
+        match (queue.link.state, grant.open) {
+            (State::Standby | State::Opening, Some((attempt, proof))) => {
+                queue.link.state = State::Opening;
+                queue.link.since = stage.now;
+                stage.to_server(connection, ToServer::Open(Open { attempt, proof }));
+            }
+            (State::Standby, None) => {
+                queue.link.stands_by = false;
+                return self.reconnect(stage, at, number + 1, 0);
+            }
+            (State::Owner, _) => {}
+            _ => return,
+        }
+        queue.epoch = Some(grant.epoch);
+        Self::forget_refused(queue);
+        self.send(stage, at, number);
+    }
+
+    /// What was refused is sent again.
+    fn forget_refused(queue: &mut Queue) {
+        let epoch = queue.epoch;
+        for pending in queue.pending.values_mut() {
+            if pending.sent.is_some_and(|(_, sent)| sent.0 == 0 && epoch.is_some()) {
+                pending.sent = None;
+            }
+        }
+    }
+
+    fn send_ask(&mut self, stage: &mut Stage, at: usize, (attempt, asked): (Try, Asked)) {
+        let member = &mut self.members[at];
+        let (State::Standby | State::Owner, Some(connection)) =
+            (member.control.state, member.control.connection)
+        else {
+            return;
+        };
+        member.control.since = stage.now;
+        let ask = match asked {
+            Asked::Seal => Ask::Seal(
+                (0u16..).zip(&member.queues).map(|(id, queue)| queue.count(QueueId(id))).collect(),
+            ),
+            Asked::Activate => Ask::Activate,
+            Asked::Reclaim => Ask::Reclaim,
+            Asked::Abdicate => Ask::Abdicate,
+            Asked::Unfreeze { boot_id } => Ask::Unfreeze { boot_id },
+        };
+        let request = HandoffRequest { attempt, ask };
+        stage.to_server(connection, ToServer::Handoff { asked, request });
+    }
+
+    fn send_open(&mut self, stage: &mut Stage, at: usize) {
+        let control = &mut self.members[at].control;
+        if let (State::Standby | State::Owner, Some(connection), Some((attempt, proof))) =
+            (control.state, control.connection, self.members[at].open)
+        {
+            self.members[at].control.since = stage.now;
+            stage.to_server(connection, ToServer::Open(Open { attempt, proof }));
+        }
+    }
+
+    fn link(&mut self, at: usize, link: usize) -> &mut Link {
+        let member = &mut self.members[at];
+        match link.checked_sub(1) {
+            None => &mut member.control,
+            Some(queue) => &mut member.queues[queue].link,
+        }
+    }
+
+    fn reconnect(&mut self, stage: &mut Stage, member: usize, link: usize, delay: Time) {
+        let slot = self.link(member, link);
+        slot.state = State::Down;
+        if let Some(connection) = slot.connection.take() {
+            stage.hang_up(connection);
+        }
+        let pause = stage.between(200, MS) + delay;
+        stage.after(pause, Event::Connect { backend: self.number, member, link });
+    }
+
+    /// A connection is tried.
+    pub(crate) fn connect(&mut self, stage: &mut Stage, member: usize, link: usize) {
+        let granted = self.role.granted(member);
+        let claims = self.claims;
+        let (number, host, session) = (self.number, self.host, self.session);
+        let resume_from = match link.checked_sub(1) {
+            None => Seq(1),
+            Some(queue) => self.members[member].queues[queue].lowest(),
+        };
+        let slot = self.link(member, link);
+        if slot.connection.is_some() {
+            return;
+        }
+        let greeting = match granted {
+            Some(epoch) if !slot.stands_by => Greeting::Rejoin(epoch),
+            None if link == 0 && claims && !slot.stands_by => Greeting::Claim,
+            _ => Greeting::Standby,
+        };
+        let queue = link
+            .checked_sub(1)
+            .map_or(QueueId::CONTROL, |queue| QueueId(u16::try_from(queue).expect("few queues")));
+        let connection = stage.connect((number, host, session), member, queue);
+        slot.connection = Some(connection);
+        slot.state = State::Greeting;
+        slot.since = stage.now;
+        stage.to_server(connection, ToServer::Hello { greeting, resume_from });
+    }
+
+    /// A message arrives on one of its connections.
+    pub(crate) fn hear(
+        &mut self,
+        stage: &mut Stage,
+        vm: &mut Vm,
+        connection: usize,
+        message: ToClient,
+    ) {
+        let known = &stage.network.connections[connection];
+        let (at, queue) = (known.volume, known.queue);
+        let link = if queue == QueueId::CONTROL { 0 } else { usize::from(queue.0) + 1 };
+        if self.link(at, link).connection != Some(connection) {
+            return;
+        }
+        match message {
+            ToClient::End => self.reconnect(stage, at, link, 0),
+            ToClient::Refused(why) => self.refused(stage, at, link, why),
+            ToClient::Welcome { epoch, owner } => {
+                self.welcomed(stage, vm, (at, link), epoch, owner)
+            }
+            ToClient::Done { seq, read } => self.done(stage, vm, (at, link - 1), seq, read),
+            ToClient::Stale { seq } => {
+                let queue = &mut self.members[at].queues[link - 1];
+                let epoch = queue.epoch;
+                let Some(pending) = queue.pending.get_mut(&seq.0) else { return };
+                let old = pending.sent.is_some_and(|(_, sent)| Some(sent) != epoch);
+                pending.sent = if old { None } else { Some((connection, Epoch(0))) };
+                self.tell(stage, vm, Input::Stuck { member: at });
+            }
+            ToClient::Access(answer) => {
+                let Answer { boot_id, record, .. } = *answer;
+                self.members[at].known = (boot_id, record.version);
+                let version = record.version;
+                let mut record = Box::new(record);
+                if stage.has(Bug::AnchorSealOnly)
+                    && record.phase == Phase::Armed
+                    && let Some(handoff) = &record.handoff
+                    && handoff.plan.anchor != record.volume
+                    && handoff.plan.to == owner_name(self.host)
+                {
+                    record.phase = Phase::Sealed;
+                }
+                stage.to_server(connection, ToServer::Access { boot_id, version });
+                self.tell(stage, vm, Input::View { member: at, boot_id, record });
+            }
+            ToClient::Handoff { asked, attempt, answer } => {
+                let asks = &mut self.members[at].asks;
+                let Some(place) = asks.iter().position(|ask| *ask == (attempt, asked)) else {
+                    return;
+                };
+                asks.remove(place);
+                self.tell(stage, vm, Input::Answered { member: at, attempt, ask: asked, answer });
+            }
+            ToClient::Opened(epoch) => self.opened(stage, vm, (at, link), epoch),
+        }
+    }
+
+    fn refused(&mut self, stage: &mut Stage, at: usize, link: usize, why: Refused) {
+        match why {
+            Refused::StaleEpoch => self.link(at, link).stands_by = true,
+            Refused::InHandoff => {
+                self.link(at, link).stands_by = true;
+                for queue in 1..=self.members[at].queues.len() {
+                    let event = Event::Connect { backend: self.number, member: at, link: queue };
+                    stage.after(10, event);
+                }
+            }
+            Refused::Busy | Refused::NotOwner => {}
+        }
+        self.reconnect(stage, at, link, MS / 2);
+    }
+
+    fn welcomed(
+        &mut self,
+        stage: &mut Stage,
+        vm: &mut Vm,
+        (at, link): (usize, usize),
+        epoch: Epoch,
+        owner: bool,
+    ) {
+        let slot = self.link(at, link);
+        slot.state = if owner { State::Owner } else { State::Standby };
+        slot.stands_by &= !owner;
+        if let Some(queue) = link.checked_sub(1) {
+            if owner {
+                self.members[at].queues[queue].epoch = Some(epoch);
+                self.send(stage, at, queue);
+            } else if self.members[at].grant.is_some_and(|grant| grant.open.is_some()) {
+                self.go(stage, at, queue);
+            }
+            return;
+        }
+        let member = &self.members[at];
+        let (Some(connection), (boot_id, version)) = (member.control.connection, member.known)
+        else {
+            return;
+        };
+        stage.to_server(connection, ToServer::Access { boot_id, version });
+        for ask in self.members[at].asks.clone() {
+            self.send_ask(stage, at, ask);
+        }
+        self.send_open(stage, at);
+        if owner && self.role.granted(at).is_none() {
+            self.members[at].grant = Some(Grant { epoch, open: None });
+            for queue in 1..=self.members[at].queues.len() {
+                self.reconnect(stage, at, queue, 0);
+            }
+            self.tell(stage, vm, Input::Claimed { member: at, epoch });
+        }
+    }
+
+    fn done(
+        &mut self,
+        stage: &mut Stage,
+        vm: &mut Vm,
+        (at, queue): (usize, usize),
+        seq: Seq,
+        read: u64,
+    ) {
+        let Some(pending) = self.members[at].queues[queue].pending.remove(&seq.0) else { return };
+        vm.complete(stage, (at, queue, pending.place), read);
+        self.look_at_drain(vm, at);
+        self.take(stage, vm);
+    }
+
+    fn opened(
+        &mut self,
+        stage: &mut Stage,
+        vm: &mut Vm,
+        (at, link): (usize, usize),
+        epoch: Option<Epoch>,
+    ) {
+        let slot = self.link(at, link);
+        if epoch.is_some() {
+            slot.state = State::Owner;
+            slot.stands_by = false;
+        } else if slot.state == State::Opening {
+            slot.state = State::Standby;
+            slot.since = stage.now;
+        }
+        if let Some(queue) = link.checked_sub(1) {
+            let queue_state = &mut self.members[at].queues[queue];
+            match epoch {
+                Some(_) => {
+                    queue_state.epoch = epoch;
+                    Self::forget_refused(queue_state);
+                    self.send(stage, at, queue);
+                }
+                None => queue_state.pending.values_mut().for_each(|pending| pending.sent = None),
+            }
+        } else if self.members[at].open.take().is_some() {
+            self.tell(stage, vm, Input::Opened { member: at, epoch });
+        }
+    }
+
+    /// From time to time: gives up connections on which nothing comes back.
+    pub(crate) fn check(&mut self, stage: &mut Stage, vm: &mut Vm) {
+        for at in 0..self.members.len() {
+            let now = stage.now;
+            let held = self.role.is_held(at);
+            let granted = self.role.granted(at).is_some();
+            let member = &self.members[at];
+            let late = |since: Time| now.saturating_sub(since) > TIMEOUT;
+            let asks = !member.asks.is_empty() || member.open.is_some();
+            let control = member.control.connection.is_some()
+                && late(member.control.since)
+                && (member.control.state == State::Greeting || asks);
+            let mut tired: Vec<usize> = Vec::new();
+            if control {
+                tired.push(0);
+            }
+            for (number, queue) in (1..).zip(&member.queues) {
+                let oldest = queue.pending.values().map(|pending| pending.since).min();
+                let waits = match queue.link.state {
+                    State::Down => false,
+                    State::Greeting | State::Opening => late(queue.link.since),
+                    State::Standby => {
+                        granted && !held && now.saturating_sub(queue.link.since) > 5 * MS
+                    }
+                    State::Owner => !held && oldest.is_some_and(late),
+                };
+                if waits && queue.link.connection.is_some() {
+                    tired.push(number);
+                }
+            }
+            for link in tired {
+                if let Some(queue) = link.checked_sub(1) {
+                    let queue = &mut self.members[at].queues[queue];
+                    queue.pending.values_mut().for_each(|pending| pending.since = now);
+                    queue.link.stands_by = false;
+                }
+                self.reconnect(stage, at, link, 0);
+            }
+        }
+        self.take(stage, vm);
+        stage.after(5 * MS, Event::Check { backend: self.number });
+    }
+
+    /// Ends connections: all that `chosen` names, with or without the server's
+    /// knowing.
+    pub(crate) fn lose_connections(&mut self, stage: &mut Stage, cut: bool) {
+        for at in 0..self.members.len() {
+            for link in 0..=self.members[at].queues.len() {
+                let Some(connection) = self.link(at, link).connection else { continue };
+                if stage.chance(0.7) {
+                    stage.network.connections[connection].is_cut = cut;
+                    self.reconnect(stage, at, link, 0);
+                }
+            }
+        }
+    }
+}

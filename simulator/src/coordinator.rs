@@ -1,0 +1,234 @@
+//! The coordinator: arms, watches, cancels, settles. It decides nothing, may be
+//! killed at any time, and may have a successor that it does not know of.
+
+use baton_protocol::access::Refusal;
+use baton_protocol::handoff::{Plan, Proof, Side, Try};
+use baton_protocol::{SessionId, VolumeId};
+
+use crate::agenda::{MS, Time};
+use crate::stage::{Call, Event, Reply, Stage, note};
+
+/// How long the members may take to be armed.
+const ARMING: Time = 80 * MS;
+/// How long a handoff may take from then on.
+const WATCHING: Time = 250 * MS;
+
+/// What it does with a handoff.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stand {
+    Arming,
+    Watching,
+    Cancelling,
+    Settling { winner: Side, session: SessionId, proof: Option<Proof> },
+}
+
+/// One handoff in the journal.
+#[derive(Clone, Debug)]
+pub(crate) struct Row {
+    pub(crate) round: u64,
+    pub(crate) plan: Plan,
+    pub(crate) stand: Stand,
+    since: Time,
+    armed: Vec<bool>,
+    settled: Vec<bool>,
+}
+
+/// What outlives a coordinator.
+#[derive(Debug, Default)]
+pub(crate) struct Journal {
+    pub(crate) term: u64,
+    pub(crate) row: Option<Row>,
+    /// Handoffs that are over, with what shows it.
+    over: Vec<(Try, SessionId, Proof)>,
+    /// Round and winner of the last handoff that is over.
+    pub(crate) finished: Option<(u64, Side)>,
+}
+
+/// One process.
+#[derive(Debug)]
+pub(crate) struct Coordinator {
+    pub(crate) number: usize,
+    pub(crate) up: bool,
+    pub(crate) frozen_until: Time,
+    pub(crate) term: u64,
+}
+
+/// What it has agents do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Start a standby backend on the destination.
+    StartStandby,
+    /// End the destination's backend and VM for good, if it never started its
+    /// rings; then abdicate for it.
+    EndDestination,
+}
+
+fn place(volume: VolumeId) -> usize {
+    usize::try_from(volume.0).expect("few volumes") - 1
+}
+
+impl Row {
+    pub(crate) fn new(round: u64, plan: Plan, volumes: usize, now: Time) -> Self {
+        let (armed, settled) = (vec![false; volumes], vec![false; volumes]);
+        Self { round, plan, stand: Stand::Arming, since: now, armed, settled }
+    }
+
+    pub(crate) fn anchor(&self) -> usize {
+        place(self.plan.anchor)
+    }
+
+    /// The orchestrator gives up.
+    pub(crate) fn cancel(&mut self) {
+        if matches!(self.stand, Stand::Arming | Stand::Watching) {
+            self.stand = Stand::Cancelling;
+        }
+    }
+}
+
+impl Coordinator {
+    pub(crate) fn start(stage: &mut Stage, journal: &mut Journal, number: usize) -> Self {
+        journal.term += 1;
+        if let Some(row) = &mut journal.row {
+            // Only the plan and the decision are in the journal.
+            row.armed.iter_mut().chain(&mut row.settled).for_each(|known| *known = false);
+        }
+        note!(stage, "coordinator {number} starts with term {}", journal.term);
+        stage.after(MS, Event::CoordinatorTick { coordinator: number });
+        Self { number, up: true, frozen_until: 0, term: journal.term }
+    }
+
+    pub(crate) fn tick(&mut self, stage: &mut Stage, journal: &mut Journal) -> Option<Order> {
+        stage.after(3 * MS, Event::CoordinatorTick { coordinator: self.number });
+        let row = journal.row.as_mut()?;
+        let (anchor, attempt) = (row.anchor(), row.plan.attempt);
+        let waited = stage.now.saturating_sub(row.since);
+        match row.stand {
+            Stand::Arming => {
+                let plan = Box::new(row.plan.clone());
+                if !row.armed[anchor] {
+                    self.call(stage, anchor, Call::Arm(plan));
+                } else {
+                    for volume in 0..row.armed.len() {
+                        if !row.armed[volume] {
+                            self.call(stage, volume, Call::Arm(plan.clone()));
+                        }
+                    }
+                }
+                if row.armed.iter().all(|armed| *armed) {
+                    row.stand = Stand::Watching;
+                    row.since = stage.now;
+                    note!(stage, "all members are armed");
+                    return Some(Order::StartStandby);
+                }
+                if waited > ARMING {
+                    row.stand = Stand::Cancelling;
+                }
+            }
+            Stand::Watching => {
+                self.call(stage, anchor, Call::View);
+                if waited > WATCHING {
+                    row.stand = Stand::Cancelling;
+                }
+            }
+            Stand::Cancelling => self.call(stage, anchor, Call::Reclaim(attempt)),
+            Stand::Settling { session, proof, .. } => {
+                let shown = proof.map(|proof| (session, proof));
+                let mut others = false;
+                for volume in 0..row.settled.len() {
+                    if volume != anchor && !row.settled[volume] {
+                        others = true;
+                        self.call(stage, volume, Call::Settle(attempt, shown));
+                    }
+                }
+                if !others {
+                    self.call(stage, anchor, Call::Settle(attempt, shown));
+                } else if stage.chance(0.2) {
+                    // A later incarnation of the winner has a later proof.
+                    self.call(stage, anchor, Call::View);
+                }
+            }
+        }
+        None
+    }
+
+    fn call(&self, stage: &mut Stage, volume: usize, call: Call) {
+        stage.call(self.number, self.term, volume, call);
+    }
+
+    pub(crate) fn hear(
+        &mut self,
+        stage: &mut Stage,
+        journal: &mut Journal,
+        reply: Reply,
+    ) -> Option<Order> {
+        if let Some(Refusal::StaleTerm { .. }) = reply.refused {
+            note!(stage, "coordinator {} is over", self.number);
+            self.up = false;
+            return None;
+        }
+        let row = journal.row.as_mut()?;
+        let (anchor, attempt) = (row.anchor(), row.plan.attempt);
+        let asked = match &reply.call {
+            Call::Arm(plan) => Some(plan.attempt),
+            Call::Reclaim(attempt) | Call::Abdicate(attempt) | Call::Settle(attempt, _) => {
+                Some(*attempt)
+            }
+            Call::View => reply.armed,
+        };
+        if let (Call::Arm(_), Some(Refusal::HandoffInProgress(old))) = (&reply.call, &reply.refused)
+            && *old != attempt
+            && let Some((_, session, proof)) = journal.over.iter().find(|over| over.0 == *old)
+        {
+            // A late ARM of a handoff that is over.
+            let call = Call::Settle(*old, Some((*session, *proof)));
+            self.call(stage, reply.volume, call);
+            return None;
+        }
+        if asked != Some(attempt) {
+            return None;
+        }
+        if reply.volume == anchor
+            && let Some((winner, session, proof)) = reply.decided
+        {
+            if !matches!(row.stand, Stand::Settling { .. }) {
+                note!(stage, "the coordinator learns that the {winner:?} has won");
+            }
+            row.stand = Stand::Settling { winner, session, proof };
+        }
+        match (&reply.call, &reply.refused) {
+            (Call::Arm(_), None) => row.armed[reply.volume] = true,
+            (Call::Arm(_), Some(Refusal::NotOwner { .. })) => {
+                // It has another owner by now, so it was settled.
+                if matches!(row.stand, Stand::Settling { .. }) {
+                    row.settled[reply.volume] = true;
+                }
+            }
+            (Call::Settle(..), None) => row.settled[reply.volume] = true,
+            // So that a late ARM finds the try decided.
+            (Call::Settle(..) | Call::Reclaim(_), Some(Refusal::NoSuchHandoff(_))) => {
+                self.call(stage, reply.volume, Call::Arm(Box::new(row.plan.clone())));
+            }
+            (Call::Settle(..), Some(Refusal::BadProof)) => self.call(stage, anchor, Call::View),
+            (Call::Reclaim(_), Some(Refusal::UnknownFrozen)) => {
+                return Some(Order::EndDestination);
+            }
+            _ => {}
+        }
+        if let Stand::Settling { winner, session, proof } = row.stand
+            && row.settled.iter().all(|settled| *settled)
+        {
+            note!(stage, "round {} is settled for the {winner:?}", row.round);
+            journal.finished = Some((row.round, winner));
+            if let Some(proof) = proof {
+                journal.over.push((attempt, session, proof));
+            }
+            journal.row = None;
+        }
+        None
+    }
+
+    /// The destination can never activate: says so for it.
+    pub(crate) fn abdicate(&self, stage: &mut Stage, row: &Row) {
+        self.call(stage, row.anchor(), Call::Abdicate(row.plan.attempt));
+    }
+}
