@@ -78,7 +78,7 @@ impl AccessRecord {
         if let Some(decided) = &self.decided {
             b.extend_from_slice(&decided.attempt.id.0.to_le_bytes());
             b.extend_from_slice(&decided.attempt.attempt.to_le_bytes());
-            b.extend_from_slice(&[decided.winner as u8, 0, 0, 0]);
+            b.extend_from_slice(&[decided.winner as u8, u8::from(decided.anchor), 0, 0]);
             b.extend_from_slice(&decided.grant.to_le_bytes());
             b.extend_from_slice(&decided.key.0);
         }
@@ -201,12 +201,12 @@ fn decode_handoff(b: &mut Cursor<'_>) -> Result<Handoff, RecordError> {
 
 fn decode_decided(b: &mut Cursor<'_>) -> Result<Decided, RecordError> {
     let attempt = Try { id: HandoffId(b.u128()?), attempt: b.u32()? };
-    let [winner, reserved @ ..] = b.array::<4>()?;
-    if reserved != [0; 3] {
+    let [winner, anchor, reserved @ ..] = b.array::<4>()?;
+    if anchor > 1 || reserved != [0; 2] {
         return Err(RecordError);
     }
     let winner = Side::from_number(winner).ok_or(RecordError)?;
-    Ok(Decided { attempt, winner, grant: b.u64()?, key: Key(b.array()?) })
+    Ok(Decided { attempt, winner, anchor: anchor == 1, grant: b.u64()?, key: Key(b.array()?) })
 }
 
 const _: () = assert!(VM_BYTES_MAX == OWNER_BYTES_MAX, "one bound for every name");

@@ -106,7 +106,7 @@ impl Phase {
 }
 
 /// Who owns the volume.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Owner {
     /// Stable name: host and VM.
     pub name: String,
@@ -116,7 +116,7 @@ pub struct Owner {
 }
 
 /// The record.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct AccessRecord {
     /// The volume.
     pub volume: VolumeId,
@@ -174,13 +174,19 @@ impl AccessRecord {
     /// activated since.
     #[must_use]
     pub fn after_restart(mut self) -> Self {
-        if let (Phase::Armed, Some(handoff)) = (self.phase, &mut self.handoff)
-            && handoff.plan.mode == Mode::Fast
-        {
-            self.phase = Phase::Frozen;
-            handoff.sealed = false;
-        }
         if let Some(handoff) = &mut self.handoff {
+            match self.phase {
+                Phase::Armed if handoff.plan.mode == Mode::Fast => {
+                    self.phase = Phase::Frozen;
+                    handoff.sealed = false;
+                }
+                // Who has abdicated has not activated; anybody else may have.
+                Phase::Sealed if handoff.plan.mode == Mode::Fast && !handoff.abdicated => {
+                    self.phase = Phase::Frozen;
+                    handoff.sealed = true;
+                }
+                _ => {}
+            }
             handoff.seal_seen = false;
             handoff.wanted_back = false;
         }

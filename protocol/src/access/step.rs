@@ -323,7 +323,18 @@ impl AccessRecord {
                     }
                 });
             }
-            Phase::Free | Phase::Owned | Phase::Sealed | Phase::Frozen => next.phase = Phase::Owned,
+            Phase::Free => {
+                next.phase = Phase::Owned;
+                // Whoever won it gave it back.
+                next.decided = None;
+            }
+            Phase::Owned | Phase::Sealed | Phase::Frozen => {
+                next.phase = Phase::Owned;
+                let grant = next.epoch.0;
+                if let Some(decided) = next.decided.as_mut().filter(|decided| decided.anchor) {
+                    decided.grant = grant;
+                }
+            }
         }
         Ok(self.to(next, Store::First, true))
     }
@@ -553,6 +564,14 @@ impl AccessRecord {
         {
             return Err(Refusal::NotNominated);
         }
+        match (self.phase, by) {
+            // That the destination is dead now does not say that it had not
+            // activated before the restart.
+            (Phase::Frozen, By::Coordinator { .. }) if !handoff.abdicated => {
+                return Err(Refusal::UnknownFrozen);
+            }
+            _ => {}
+        }
         match self.phase {
             Phase::Active => Err(Refusal::TooLate),
             Phase::Reclaimed => Ok(self.same()),
@@ -574,13 +593,7 @@ impl AccessRecord {
 
     fn open(&self, attempt: Try, session: SessionId, proof: &Proof) -> Result<Step, Refusal> {
         if let Some(decided) = self.decided.as_ref().filter(|d| d.attempt == attempt) {
-            let mine = self.owner.as_ref().is_some_and(|owner| owner.session == session);
-            let good = proof.holds(&decided.key, attempt, session);
-            return if good && mine && proof.side == decided.winner {
-                Ok(self.same())
-            } else {
-                Err(Refusal::BadProof)
-            };
+            return self.open_settled(decided, session, proof);
         }
         let handoff = self.handoff(attempt)?;
         if session.0 == 0 || !proof.holds(&handoff.plan.key, attempt, session) {
@@ -600,10 +613,22 @@ impl AccessRecord {
                 next.with_handoff(|handoff| handoff.grant = proof.grant);
                 Ok(self.to(next, Store::Later, false))
             }
-            Phase::Armed | Phase::Sealed => {
+            // Forgotten, the server would let in the session that was replaced.
+            Phase::Armed => {
                 next.grant(phase, reserved, owner);
                 next.with_handoff(|handoff| handoff.grant = proof.grant);
-                Ok(self.to(next, Store::Later, true))
+                Ok(self.to(next, Store::First, true))
+            }
+            Phase::Sealed => {
+                next.grant(phase, reserved, owner);
+                next.with_handoff(|handoff| handoff.grant = proof.grant);
+                // Forgotten, in base mode the next incarnation would be granted
+                // the same number; in fast mode a frozen member takes a new one.
+                let store = match handoff.plan.mode {
+                    Mode::Base => Store::First,
+                    Mode::Fast => Store::Later,
+                };
+                Ok(self.to(next, store, true))
             }
             Phase::Frozen => {
                 let epoch = next.fresh();
@@ -625,6 +650,33 @@ impl AccessRecord {
                 Ok(self.to(next, Store::First, !same_session))
             }
         }
+    }
+
+    /// An OPEN after the handoff is over here: the winner again, or its next
+    /// incarnation.
+    fn open_settled(
+        &self,
+        decided: &Decided,
+        session: SessionId,
+        proof: &Proof,
+    ) -> Result<Step, Refusal> {
+        let good = session.0 != 0
+            && proof.side == decided.winner
+            && proof.holds(&decided.key, decided.attempt, session);
+        let Some(owner) = self.owner.as_ref().filter(|_| good) else {
+            return Err(Refusal::BadProof);
+        };
+        if owner.session == session {
+            return Ok(self.same());
+        }
+        if proof.grant <= decided.grant {
+            return Err(Refusal::BadProof);
+        }
+        let mut next = self.clone();
+        next.epoch = next.fresh();
+        next.owner = Some(Owner { name: owner.name.clone(), session });
+        next.decided = Some(Decided { grant: proof.grant, ..decided.clone() });
+        Ok(self.to(next, Store::First, true))
     }
 
     fn unfreeze(&self, attempt: Try, session: SessionId, this_boot: bool) -> Result<Step, Refusal> {
@@ -657,13 +709,43 @@ impl AccessRecord {
         let mut reopen = false;
         if !matches!(self.phase, Phase::Active | Phase::Reclaimed) {
             let (session, proof) = proof.ok_or(Refusal::Undecided)?;
-            let opened = next.open(attempt, session, &proof)?;
-            next = opened.record;
-            reopen = opened.reopen;
+            let owner = self.owner.clone().ok_or(Refusal::BadProof)?;
+            if proof.side == Side::Source && owner.session != session {
+                reopen = self.phase != Phase::Armed;
+                next.come_back(attempt, session, owner, &proof)?;
+            } else {
+                let opened = next.open(attempt, session, &proof)?;
+                next = opened.record;
+                reopen = opened.reopen;
+            }
         }
         next.retire();
         next.phase = Phase::Owned;
         Ok(self.to(next, Store::First, reopen))
+    }
+
+    /// The source won, as an incarnation that is not the owner here. Which of
+    /// the two is the later one the coordinator's proof does not say, so the
+    /// owner stays and gives way to whoever shows a proof of its own.
+    fn come_back(
+        &mut self,
+        attempt: Try,
+        session: SessionId,
+        owner: Owner,
+        proof: &Proof,
+    ) -> Result<(), Refusal> {
+        let handoff = self.handoff(attempt)?;
+        if !proof.holds(&handoff.plan.key, attempt, session) {
+            return Err(Refusal::BadProof);
+        }
+        let epoch = match self.phase {
+            Phase::Armed => self.epoch,
+            Phase::Sealed => handoff.e_back,
+            _ => self.fresh(),
+        };
+        self.grant(Phase::Reclaimed, epoch, owner);
+        self.with_handoff(|handoff| handoff.grant = 0);
+        Ok(())
     }
 
     /// The handoff `attempt` ended here and this is how.
@@ -698,11 +780,16 @@ impl AccessRecord {
 
     /// A message of a handoff that is over comes again.
     fn repeated(&self, won: bool, name: &str, session: SessionId) -> Result<Step, Refusal> {
-        let owner = self.owner.as_ref();
-        if won && owner.is_some_and(|owner| owner.name == name && owner.session == session) {
-            Ok(self.same())
-        } else {
-            Err(self.lost())
+        let owner = self.owner.as_ref().filter(|owner| won && owner.name == name);
+        match owner {
+            None => Err(self.lost()),
+            Some(owner) if owner.session == session => Ok(self.same()),
+            // The winner's next incarnation may take over where it was decided,
+            // just as it may claim the volume.
+            Some(_) if self.decided.as_ref().is_some_and(|decided| decided.anchor) => {
+                self.claim(name, session)
+            }
+            Some(_) => Err(self.lost()),
         }
     }
 
@@ -735,6 +822,7 @@ impl AccessRecord {
             attempt: handoff.plan.attempt,
             winner,
             grant: handoff.grant,
+            anchor: handoff.plan.anchor == self.volume,
             key: handoff.plan.key,
         });
     }
@@ -775,6 +863,9 @@ impl AccessRecord {
             return self.same();
         }
         record.version = self.version + 1;
+        // An older coordinator must be refused after a restart too.
+        let newer = record.coordinator_term != self.coordinator_term;
+        let store = if newer { Store::First } else { store };
         Step { record, changed: true, store, reopen }
     }
 }

@@ -139,7 +139,7 @@ impl From<&Refusal> for Outcome {
 }
 
 /// Body of a HANDOFF or ACCESS reply.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Answer {
     /// How it ended; granted in ACCESS replies.
     pub outcome: Outcome,

@@ -139,7 +139,7 @@ impl Members {
 }
 
 /// What the coordinator plans; the same at every member.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Plan {
     /// Which handoff and try.
     #[serde(flatten)]
@@ -163,7 +163,7 @@ pub struct Plan {
 }
 
 /// A handoff as one member's access record holds it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Handoff {
     /// As armed.
     #[serde(flatten)]
@@ -191,7 +191,7 @@ pub struct Handoff {
 
 /// A handoff that is over, kept until the next one so that late and repeated
 /// messages get the right answer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Decided {
     /// Which.
     #[serde(flatten)]
@@ -200,6 +200,8 @@ pub struct Decided {
     pub winner: Side,
     /// Number of the decision's latest grant.
     pub grant: u64,
+    /// It was decided here.
+    pub anchor: bool,
     /// Of the plan.
     #[serde(skip)]
     pub key: Key,

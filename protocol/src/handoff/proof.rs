@@ -12,7 +12,7 @@ use super::Try;
 use crate::units::SessionId;
 
 /// Who won.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[repr(u8)]
 pub enum Side {
@@ -38,7 +38,7 @@ impl Side {
 pub const MAC_BYTES: usize = 32;
 
 /// The key of one handoff: random.
-#[derive(Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Key(pub [u8; 32]);
 
 /// A key is never shown.
@@ -49,7 +49,7 @@ impl fmt::Debug for Key {
 }
 
 /// The anchor's decision, for the winner to show to the other members.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Proof {
     /// Who won.
     pub side: Side,

@@ -111,7 +111,7 @@ pub enum Order {
 }
 
 /// What can be asked of a member, without the data that the edge adds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Asked {
     /// With the counts of the member's queues.
     Seal,
@@ -129,7 +129,7 @@ pub enum Asked {
 }
 
 /// What the edge is to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Output {
     /// Ask a member; the answer comes back as [`Input::Answered`].
     Ask {
@@ -224,8 +224,9 @@ struct Member {
     seal_sent: Option<Try>,
     /// Which try, with which destination epoch, was seen sealed.
     sealed: Option<(Try, Epoch)>,
-    /// Number of the grant of the last OPEN that was answered well.
-    opened: Option<u64>,
+    /// Incarnation and version of the record as heard when `granted` was
+    /// granted: what was heard until then says nothing about who lost since.
+    heard_at_grant: Option<(u64, u64)>,
     asks: [Ask; KINDS],
 }
 
@@ -233,9 +234,11 @@ struct Member {
 /// since its answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 struct Ask {
-    outstanding: bool,
-    /// Incarnation of the server and version of the record at the answer.
-    answered_at: Option<(u64, u64)>,
+    /// In which try it is on its way.
+    outstanding: Option<Try>,
+    /// The try in which it was answered, incarnation of the server and version
+    /// of the record at the answer.
+    answered_at: Option<(Try, u64, u64)>,
 }
 
 const KINDS: usize = 6;
@@ -263,20 +266,20 @@ impl From<Asked> for Kind {
 }
 
 /// A member's record as last heard.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct View {
     boot_id: u64,
     record: AccessRecord,
 }
 
 /// See the module's documentation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Role {
     name: String,
     session: SessionId,
     members: Vec<Member>,
     views: Vec<Option<View>>,
-    /// The source wants to come back.
+    /// The source wants to come back, whether or not its rings run.
     wants_back: bool,
     /// The destination may activate without its rings.
     ordered: bool,
@@ -287,13 +290,21 @@ pub struct Role {
     abdicated: Option<Try>,
     /// The only try in which this process may be the destination.
     bound: Option<Try>,
+    /// The try that this process has seen undecided: a member not yet sealed,
+    /// or the anchor sealed and with its memory. No incarnation before it had
+    /// activated by then, and none can have run since: so it may promise for
+    /// them all that none ever did.
+    witnessed: Option<Try>,
+    /// The last handoff that concerned this VM, for when it is over at the
+    /// members before this process could finish it.
+    last: Option<Focus>,
     won: Option<(Try, Proof)>,
     parked: Option<Parked>,
     out: Vec<Output>,
 }
 
 /// The handoff that concerns this VM, as its members' records show it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Focus {
     attempt: Try,
     side: Side,
@@ -315,7 +326,7 @@ impl Role {
             held: true,
             seal_sent: None,
             sealed: None,
-            opened: None,
+            heard_at_grant: None,
             asks: [Ask::default(); KINDS],
         };
         Self {
@@ -329,6 +340,8 @@ impl Role {
             activate_sent: None,
             abdicated: None,
             bound: None,
+            witnessed: None,
+            last: None,
             won: None,
             parked: None,
             out: Vec::new(),
@@ -386,7 +399,7 @@ impl Role {
                 (false, true) => Standing::Ready,
                 (false, false) => Standing::Standby,
             }
-        } else if self.wants_back {
+        } else if self.is_coming_back() {
             Standing::Reclaiming
         } else if focus.is_some() {
             if sealed { Standing::Sealed } else { Standing::Sealing }
@@ -399,8 +412,12 @@ impl Role {
         match input {
             Input::View { member, boot_id, record } => self.see(member, boot_id, *record),
             Input::Claimed { member, epoch } => {
-                if let Some(member) = self.members.get_mut(member) {
+                let heard = self.heard(member);
+                if let Some(member) = self.members.get_mut(member)
+                    && self.parked.is_none()
+                {
                     member.granted = Some(epoch);
+                    member.heard_at_grant = heard;
                     member.held = false;
                 }
             }
@@ -409,9 +426,6 @@ impl Role {
                 member.running = true;
                 member.stopped = false;
                 self.seal_ordered = false;
-                if member.held {
-                    self.come_back(at);
-                }
             }
             Input::Stopped { member, migrating } => {
                 let Some(member) = self.members.get_mut(member) else { return };
@@ -423,23 +437,16 @@ impl Role {
             }
             Input::Opened { member, epoch } => self.opened(member, epoch),
             Input::Stuck { member } => {
-                if self.members.get(member).is_some_and(|member| member.held) {
-                    self.come_back(member);
-                }
+                let sealed = self.members.get(member).is_some_and(|m| m.seal_sent.is_some());
+                self.wants_back |= sealed && self.is_held(member);
             }
             Input::Order(order) => self.ordered(order),
         }
     }
 
-    /// The source side wants its volumes back; a destination's rings mean
-    /// something else.
-    fn come_back(&mut self, at: usize) {
-        let handoff = self.handoff_of(at);
-        let destination = handoff.is_some_and(|handoff| handoff.plan.to == self.name);
-        let sealed = self.members.get(at).is_some_and(|member| member.seal_sent.is_some());
-        if sealed || (!destination && handoff.is_some()) {
-            self.wants_back = true;
-        }
+    /// A source whose guest waits for a volume wants them all back.
+    fn is_coming_back(&self) -> bool {
+        self.wants_back || self.members.iter().any(|member| member.running && member.held)
     }
 
     fn ordered(&mut self, order: Order) {
@@ -459,7 +466,10 @@ impl Role {
                     self.abdicated = Some(focus.attempt);
                 }
             }
-            Order::Reclaim => self.wants_back = true,
+            Order::Reclaim => {
+                let focus = self.focus().or(self.last);
+                self.wants_back |= focus.is_some_and(|focus| focus.side == Side::Source);
+            }
         }
     }
 
@@ -468,7 +478,16 @@ impl Role {
         if record.volume != member.volume {
             return;
         }
+        // Answers and pushes of one incarnation, out of order.
+        let known = self.views[at].as_ref().map(|view| (view.boot_id, view.record.version));
+        if known.is_some_and(|(boot, version)| boot == boot_id && record.version < version) {
+            return;
+        }
         if let Some(handoff) = &record.handoff {
+            let anchor = handoff.plan.anchor == record.volume;
+            if record.phase == Phase::Armed || (anchor && record.phase == Phase::Sealed) {
+                self.witnessed = Some(handoff.plan.attempt);
+            }
             let sealed = match record.phase {
                 Phase::Sealed | Phase::Active => true,
                 Phase::Frozen => handoff.sealed,
@@ -490,13 +509,15 @@ impl Role {
         if at >= self.members.len() {
             return;
         }
-        let stamp = (boot_id, record.version);
+        // An answer about another incarnation than is there now settles nothing.
+        let misdirected = matches!(ask, Asked::Unfreeze { boot_id: meant } if meant != boot_id);
+        let stamp = (!misdirected).then_some((attempt, boot_id, record.version));
         let owned = record.owner.as_ref().is_some_and(|owner| owner.session == self.session);
         let epoch = record.epoch;
         let winner = record.winner(attempt);
         self.see(at, boot_id, record);
         self.members[at].asks[Kind::from(ask) as usize] =
-            Ask { outstanding: false, answered_at: Some(stamp) };
+            Ask { outstanding: None, answered_at: stamp };
         match (ask, outcome) {
             (Asked::Activate | Asked::Reclaim, Outcome::Granted) => {
                 let side = if ask == Asked::Activate { Side::Destination } else { Side::Source };
@@ -505,7 +526,7 @@ impl Role {
                     && owned
                 {
                     self.won = Some((attempt, proof));
-                    self.members[at].opened = Some(proof.grant);
+                    self.wants_back = false;
                     self.go(at, epoch);
                 }
             }
@@ -515,6 +536,7 @@ impl Role {
             {
                 self.park(Parked::Over)
             }
+            (Asked::Abdicate, Outcome::Granted) => self.park(Parked::Abdicated),
             // It can never be reached any more: finish as the owner.
             (Asked::Seal, Outcome::NotSealed) => self.wants_back = true,
             _ => {}
@@ -523,11 +545,15 @@ impl Role {
 
     fn opened(&mut self, at: usize, epoch: Option<Epoch>) {
         let Some(member) = self.members.get_mut(at) else { return };
-        let stamp = self.views[at].as_ref().map(|view| (view.boot_id, view.record.version));
-        member.asks[Kind::Open as usize] = Ask { outstanding: false, answered_at: stamp };
-        let Some(epoch) = epoch else { return };
-        member.opened = self.won.map(|(_, proof)| proof.grant);
-        self.go(at, epoch);
+        let heard = self.views[at].as_ref().map(|view| (view.boot_id, view.record.version));
+        let ask = &mut member.asks[Kind::Open as usize];
+        let asked = ask.outstanding.zip(heard);
+        let answered_at = asked.map(|(attempt, (boot, version))| (attempt, boot, version));
+        *ask = Ask { outstanding: None, answered_at };
+        if let Some(epoch) = epoch {
+            self.go(at, epoch);
+            self.members[at].heard_at_grant = heard;
+        }
     }
 
     fn decide(&mut self) {
@@ -537,9 +563,13 @@ impl Role {
             return;
         }
         for at in 0..self.members.len() {
+            self.follow(at);
             self.decide_source(at);
         }
-        if let Some(focus) = self.focus()
+        if let Some(focus) = self.focus() {
+            self.last = Some(focus);
+        }
+        if let Some(focus) = self.last
             && let Some(anchor) = focus.anchor
         {
             match focus.side {
@@ -570,7 +600,10 @@ impl Role {
             let mine = record.owner.as_ref().is_some_and(|o| o.session == self.session);
             let decided = !matches!(record.phase, Phase::Armed | Phase::Sealed | Phase::Frozen);
             // It was ours and is somebody else's.
-            if decided && !mine && self.members[at].granted.is_some() {
+            let member = &self.members[at];
+            let older = member.asks[Kind::Open as usize].outstanding.is_some()
+                || (member.heard_at_grant.is_some() && member.heard_at_grant == self.heard(at));
+            if decided && !mine && member.granted.is_some() && !older {
                 return self.park(Parked::Lost);
             }
             let attempt = self.bound.or(self.focus().map(|focus| focus.attempt));
@@ -582,6 +615,22 @@ impl Role {
         }
     }
 
+    /// The storage says that a volume this process had is its own still, under
+    /// a later epoch or after its seal: a coordinator has settled it.
+    fn follow(&mut self, at: usize) {
+        let Some(view) = &self.views[at] else { return };
+        let record = &view.record;
+        let mine = record.owner.as_ref().is_some_and(|owner| owner.session == self.session);
+        let (Some(epoch), Some(granted)) = (record.admits().owner, self.members[at].granted) else {
+            return;
+        };
+        let settled = matches!(record.phase, Phase::Owned | Phase::Reclaimed | Phase::Active);
+        let held = self.members[at].held;
+        if mine && ((held && settled) || (!held && epoch > granted)) {
+            self.go(at, epoch);
+        }
+    }
+
     /// Seal, or say that there was none.
     fn decide_source(&mut self, at: usize) {
         let Some(view) = &self.views[at] else { return };
@@ -589,6 +638,10 @@ impl Role {
         let attempt = handoff.plan.attempt;
         let owner = view.record.owner.as_ref().map(|owner| owner.session);
         if handoff.plan.from != self.name || owner != Some(self.session) {
+            return;
+        }
+        // It is decided, though this member does not know yet.
+        if self.won.is_some_and(|(won, _)| won == attempt) {
             return;
         }
         let (phase, boot_id, sealed) = (view.record.phase, view.boot_id, handoff.sealed);
@@ -603,18 +656,20 @@ impl Role {
             self.ask(at, attempt, Asked::Seal);
         } else if phase == Phase::Frozen && member.seal_sent != Some(attempt) {
             self.ask(at, attempt, Asked::Unfreeze { boot_id });
+        } else if phase == Phase::Sealed && member.seal_sent != Some(attempt) {
+            // The destination abdicated while this was frozen: only to reclaim
+            // brings it back.
+            self.wants_back = true;
         }
     }
 
     fn decide_reclaim(&mut self, focus: Focus, anchor: usize) {
-        if let Some(view) = &self.views[anchor]
-            && view.record.winner(focus.attempt) == Some(Side::Source)
-            && self.is_any_held()
-        {
-            // Somebody else reclaimed for us: fetch the proof.
-            self.wants_back = true;
-        }
-        if self.wants_back && self.won.is_none_or(|(attempt, _)| attempt != focus.attempt) {
+        // Somebody else reclaimed for us: fetch the proof.
+        let decided = self.views[anchor]
+            .as_ref()
+            .is_some_and(|view| view.record.winner(focus.attempt) == Some(Side::Source));
+        let back = self.is_coming_back() || (decided && self.is_any_held());
+        if back && self.won.is_none_or(|(attempt, _)| attempt != focus.attempt) {
             self.ask(anchor, focus.attempt, Asked::Reclaim);
         }
     }
@@ -622,19 +677,36 @@ impl Role {
     fn decide_destination(&mut self, focus: Focus, anchor: usize) {
         let attempt = focus.attempt;
         let frozen = self.views[anchor].as_ref().is_some_and(|v| v.record.phase == Phase::Frozen);
+        if self.won.is_some_and(|(won, _)| won == attempt) {
+            // The anchor forgot its decision: only this process can remind it.
+            if frozen {
+                self.ask(anchor, attempt, Asked::Activate);
+            }
+            return;
+        }
+        let witnessed = self.witnessed == Some(attempt);
         let asked_back = self.handoff_of(anchor).is_some_and(|handoff| handoff.wanted_back);
-        if asked_back && self.activate_sent != Some(attempt) {
+        if asked_back && witnessed && self.activate_sent != Some(attempt) {
             self.abdicated = Some(attempt);
         }
         if self.abdicated == Some(attempt) {
-            self.ask(anchor, attempt, Asked::Abdicate);
-            // The promise is kept here whether or not it is heard there; but it
-            // must be heard, so asking goes on until the decision is seen.
+            // The promise is kept here whether or not it may be made there; and
+            // it must be heard, so asking goes on until it is granted.
+            if witnessed {
+                self.ask(anchor, attempt, Asked::Abdicate);
+            }
             return;
         }
-        let won = self.won.is_some_and(|(won, _)| won == attempt);
         let runs = self.ordered || self.members.iter().any(|member| member.running);
-        if runs && self.all_sealed(attempt) && self.is_complete(focus) && (!won || frozen) {
+        // A member that was opened for the destination says what the anchor
+        // decided, for an earlier incarnation.
+        let decided = self
+            .views
+            .iter()
+            .flatten()
+            .any(|view| view.record.winner(attempt) == Some(Side::Destination));
+        let sealed = self.all_sealed(attempt) && self.is_complete(focus);
+        if runs && (decided || sealed) {
             self.activate_sent = Some(attempt);
             self.ask(anchor, attempt, Asked::Activate);
         }
@@ -663,8 +735,9 @@ impl Role {
             let ahead = handoff
                 .filter(|_| proof.side == Side::Destination && record.phase == Phase::Sealed)
                 .map(|handoff| handoff.e_to);
-            self.open(at, attempt, proof);
-            if let Some(epoch) = ahead {
+            if self.open(at, attempt, proof)
+                && let Some(epoch) = ahead
+            {
                 self.go(at, epoch);
             }
         }
@@ -674,17 +747,16 @@ impl Role {
         if self.parked.is_some() {
             return;
         }
-        let open = self.won;
+        let (open, heard) = (self.won, self.heard(at));
         let member = &mut self.members[at];
         if !member.held && member.granted == Some(epoch) {
             return;
         }
         member.held = false;
         member.granted = Some(epoch);
-        member.seal_sent = None;
+        member.heard_at_grant = heard;
         self.out.push(Output::Go { member: at, epoch, open });
         if !self.is_any_held() {
-            self.wants_back = false;
             self.ordered = false;
         }
     }
@@ -702,27 +774,34 @@ impl Role {
     }
 
     fn ask(&mut self, at: usize, attempt: Try, ask: Asked) {
-        if self.take_turn(at, ask.into()) {
+        if self.take_turn(at, attempt, ask.into()) {
             self.out.push(Output::Ask { member: at, attempt, ask });
         }
     }
 
-    fn open(&mut self, at: usize, attempt: Try, proof: Proof) {
-        if self.take_turn(at, Kind::Open) {
+    fn open(&mut self, at: usize, attempt: Try, proof: Proof) -> bool {
+        let turn = self.take_turn(at, attempt, Kind::Open);
+        if turn {
             self.out.push(Output::Open { member: at, attempt, proof });
         }
+        turn
     }
 
     /// Whether it is time to ask: nothing of the kind is on its way, and the
     /// record has changed since the last answer.
-    fn take_turn(&mut self, at: usize, kind: Kind) -> bool {
-        let now = self.views[at].as_ref().map(|view| (view.boot_id, view.record.version));
+    fn take_turn(&mut self, at: usize, attempt: Try, kind: Kind) -> bool {
+        let now = self.heard(at).map(|(boot_id, version)| (attempt, boot_id, version));
         let ask = &mut self.members[at].asks[kind as usize];
-        if ask.outstanding || (ask.answered_at.is_some() && ask.answered_at == now) {
+        if ask.outstanding.is_some() || (ask.answered_at.is_some() && ask.answered_at == now) {
             return false;
         }
-        ask.outstanding = true;
+        ask.outstanding = Some(attempt);
         true
+    }
+
+    /// Incarnation of the server and version of the record as last heard.
+    fn heard(&self, at: usize) -> Option<(u64, u64)> {
+        self.views.get(at)?.as_ref().map(|view| (view.boot_id, view.record.version))
     }
 
     fn handoff_of(&self, at: usize) -> Option<&Handoff> {
@@ -733,8 +812,22 @@ impl Role {
         self.members.iter().any(|member| member.held)
     }
 
-    /// The newest try that names this VM's owner name and that any member shows.
+    /// The try that names this VM's owner name: one that is not decided before
+    /// one that is, the newest of several, and only then one that is over.
     fn focus(&self) -> Option<Focus> {
+        self.open_focus().or_else(|| {
+            let over = (0..self.members.len()).filter_map(|at| {
+                let record = &self.views[at].as_ref()?.record;
+                let mine = record.owner.as_ref().is_some_and(|owner| owner.name == self.name);
+                let decided = record.decided.as_ref().filter(|decided| mine && decided.anchor)?;
+                let (attempt, side) = (decided.attempt, decided.winner);
+                Some(Focus { attempt, side, anchor: Some(at) })
+            });
+            over.max_by_key(|focus| focus.attempt)
+        })
+    }
+
+    fn open_focus(&self) -> Option<Focus> {
         let mine = (0..self.members.len()).filter_map(|at| {
             let handoff = self.handoff_of(at)?;
             let side = if handoff.plan.from == self.name {
@@ -745,9 +838,13 @@ impl Role {
                 return None;
             };
             let anchor = self.members.iter().position(|m| m.volume == handoff.plan.anchor);
-            Some(Focus { attempt: handoff.plan.attempt, side, anchor })
+            let phase = self.views[at].as_ref()?.record.phase;
+            let undecided = matches!(phase, Phase::Armed | Phase::Sealed | Phase::Frozen);
+            let focus = Focus { attempt: handoff.plan.attempt, side, anchor };
+            Some((undecided, focus))
         });
-        mine.max_by_key(|focus| focus.attempt)
+        let newest = mine.max_by_key(|(undecided, focus)| (*undecided, focus.attempt));
+        newest.map(|(_, focus)| focus)
     }
 
     /// All members show this try, and they are the ones that were planned.
@@ -761,7 +858,9 @@ impl Role {
     }
 
     fn is_ready(&self, focus: Focus) -> bool {
-        focus.anchor.is_some() && self.is_complete(focus)
+        // Unless it has witnessed the try undecided it could not abdicate, and
+        // a source could be locked out by one more accident.
+        focus.anchor.is_some() && self.is_complete(focus) && self.witnessed == Some(focus.attempt)
     }
 
     fn all_sealed(&self, attempt: Try) -> bool {

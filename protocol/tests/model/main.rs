@@ -1,0 +1,285 @@
+//! Model of a handoff around the product's own state machines, explored by
+//! stateright: every order of messages, losses, crashes and starts within a
+//! small scope. The invariants are those of `docs/handoff.md`.
+//!
+//! Then the same with mistakes built in (`mutant`): each must be found, or the
+//! model proves nothing.
+//!
+//! `BATON_MODEL=large` explores wider scopes; without it the whole takes about
+//! a minute.
+
+mod mutant;
+mod settle;
+mod world;
+
+use std::time::{Duration, Instant};
+
+use baton_protocol::handoff::Mode;
+use stateright::{Checker, HasDiscoveries, Model, Property};
+
+use world::{Action, Broken, Scope, World};
+
+struct Handoff {
+    scope: Scope,
+    live: bool,
+}
+
+impl Model for Handoff {
+    type State = World;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<World> {
+        vec![World::new(&self.scope)]
+    }
+
+    fn actions(&self, world: &World, actions: &mut Vec<Action>) {
+        world.actions(&self.scope, actions);
+    }
+
+    fn next_state(&self, world: &World, action: Action) -> Option<World> {
+        world.after(&self.scope, &action)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        let mut all = vec![
+            Property::always("I1 one principal, epochs never fall", |_, w: &World| {
+                w.broken != Some(Broken::TwoPrincipals)
+            }),
+            Property::always("I2 I4 no write lost or resurrected", |_, w: &World| {
+                w.broken != Some(Broken::LostOrResurrected)
+            }),
+            Property::always("I5 what the source took is done", |_, w: &World| {
+                w.broken != Some(Broken::Undone)
+            }),
+            Property::always("I6 no decision undone", |_, w: &World| {
+                w.broken != Some(Broken::DecisionUndone)
+            }),
+            Property::always("I7 members follow the anchor", |_, w: &World| {
+                w.broken != Some(Broken::Divided)
+            }),
+            Property::always("I8 a standby never writes", |_, w: &World| {
+                w.broken != Some(Broken::StandbyWrote)
+            }),
+        ];
+        if self.live {
+            all.push(Property::always("I9 one side runs in the end", |model: &Self, w: &World| {
+                settle::ends_well(&model.scope, w)
+            }));
+        }
+        all
+    }
+}
+
+/// Explores a scope; the name of what was broken and the way there, if any.
+fn explore(scope: &Scope, live: bool, most: usize) -> Option<String> {
+    let started = Instant::now();
+    let model = Handoff { scope: scope.clone(), live };
+    let checker = model
+        .checker()
+        .finish_when(HasDiscoveries::AnyFailures)
+        .target_state_count(most)
+        .timeout(Duration::from_secs(600))
+        .spawn_bfs()
+        .join();
+    let found = checker.discoveries().into_iter().next();
+    let outcome = match &found {
+        Some((name, path)) => {
+            format!("{name} broken in {} steps", path.clone().into_actions().len())
+        }
+        None if checker.state_count() >= most => "cut off, nothing found".to_owned(),
+        None => "complete, nothing found".to_owned(),
+    };
+    let mutant = scope.mutant.map_or(String::new(), |mutant| format!(" {mutant:?}"));
+    println_row(&format!(
+        "{:<28}{mutant:<30} {:>8} states, depth {:>3}, {:>5.1} s: {outcome}",
+        scope.name,
+        checker.unique_state_count(),
+        checker.max_depth(),
+        started.elapsed().as_secs_f64(),
+    ));
+    found.map(|(name, path)| {
+        let mut text = format!("{name}\n");
+        for (at, action) in path.into_actions().iter().enumerate() {
+            text.push_str(&format!("{:>3} {action:?}\n", at + 1));
+        }
+        text
+    })
+}
+
+#[allow(clippy::print_stdout, reason = "what a run covered is its result")]
+fn println_row(row: &str) {
+    println!("{row}");
+}
+
+/// Random walks: deep where the search is wide. The way to what was broken.
+fn wander(scope: &Scope, seed: u64, walks: usize, live: bool) -> Option<String> {
+    let mut random = Random(seed);
+    let started = Instant::now();
+    let (mut steps, mut deepest, mut ups) = (0usize, 0usize, [0usize; 3]);
+    let mut actions = Vec::new();
+    for walk in 0..walks {
+        let mut world = World::new(scope);
+        let mut path = Vec::new();
+        while path.len() < WALK_STEPS_MAX {
+            actions.clear();
+            world.actions(scope, &mut actions);
+            let mut next = None;
+            while !actions.is_empty() && next.is_none() {
+                let action = actions.swap_remove(random.below(actions.len()));
+                // Starts and accidents are rare against messages.
+                if action.is_rare() && random.below(6) != 0 && !actions.is_empty() {
+                    continue;
+                }
+                next = world.after(scope, &action).map(|world| (action, world));
+            }
+            let Some((action, after)) = next else { break };
+            path.push(action);
+            world = after;
+            steps += 1;
+            if world.broken.is_some() {
+                break;
+            }
+        }
+        deepest = deepest.max(path.len());
+        let calm = settle::calm(scope, &world);
+        ups[usize::from(calm.is_up(world::S)) + 2 * usize::from(calm.is_up(world::D)).min(1)] += 1;
+        if world.broken.is_some() || (live && !settle::ends_well(scope, &world)) {
+            let name = world.broken.map_or("I9".to_owned(), |broken| format!("{broken:?}"));
+            println_row(&format!("{} walk {walk}: {name} broken", scope.name));
+            let lines = path.iter().enumerate();
+            return Some(lines.map(|(at, a)| format!("{:>3} {a:?}\n", at + 1)).collect());
+        }
+    }
+    println_row(&format!(
+        "{:<28} {walks} walks, {steps} steps, deepest {deepest}, {:.1} s, ends: none {} source {} destination {}",
+        scope.name,
+        started.elapsed().as_secs_f64(),
+        ups[0],
+        ups[1],
+        ups[2],
+    ));
+    None
+}
+
+const WALK_STEPS_MAX: usize = 120;
+
+/// xorshift: the same walks in every run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % bound as u64) as usize
+    }
+}
+
+/// Factor on how much is explored.
+fn effort() -> usize {
+    let large = std::env::var("BATON_MODEL").is_ok_and(|scope| scope == "large");
+    if large { 30 } else { 1 }
+}
+
+/// Everything may happen, within what a recovery is promised for.
+fn wide(name: &'static str, mode: Mode) -> Scope {
+    Scope {
+        server_crashes: 0,
+        armed: false,
+        writes: [3, 3],
+        stops: 3,
+        starts: 3,
+        coordinator: true,
+        slow_io: true,
+        slow_answers: true,
+        net_faults: 2,
+        waits: true,
+        ..Scope::new(name, mode)
+    }
+}
+
+/// Everything may happen, as often as it likes.
+fn wild(name: &'static str, mode: Mode) -> Scope {
+    Scope {
+        server_crashes: 3,
+        backend_crashes: [1, 1],
+        ghosts: true,
+        rogue: true,
+        attempts: 2,
+        orders: true,
+        waits: false,
+        ..wide(name, mode)
+    }
+}
+
+#[test]
+fn walks_with_one_accident_end_with_one_side_running() {
+    for (name, mode) in [("base", Mode::Base), ("fast", Mode::Fast)] {
+        let scopes = [
+            Scope { server_crashes: 1, ..wide(name, mode) },
+            Scope { server_crashes: 2, members: 3, ..wide(name, mode) },
+            Scope { backend_crashes: [1, 0], ..wide(name, mode) },
+            Scope { backend_crashes: [0, 1], ..wide(name, mode) },
+            Scope { server_crashes: 1, orders: true, ..wide(name, mode) },
+            Scope { server_crashes: 1, attempts: 2, ..wide(name, mode) },
+        ];
+        for (at, scope) in scopes.iter().enumerate() {
+            let found = wander(scope, 7 + at as u64, 1_000 * effort(), true);
+            assert_eq!(found.as_deref(), None, "{scope:?}");
+        }
+    }
+}
+
+#[test]
+fn walks_with_any_accidents_harm_nothing() {
+    for (name, mode) in [("base wild", Mode::Base), ("fast wild", Mode::Fast)] {
+        let scopes = [
+            wild(name, mode),
+            Scope { members: 3, ..wild(name, mode) },
+            Scope { fence: true, ..wild(name, mode) },
+        ];
+        for (at, scope) in scopes.iter().enumerate() {
+            let found = wander(scope, 70 + at as u64, 5_000 * effort(), false);
+            assert_eq!(found.as_deref(), None, "{scope:?}");
+        }
+    }
+}
+
+#[test]
+fn searches_find_nothing() {
+    let base = |name| Scope::new(name, Mode::Base);
+    let fast = |name| Scope::new(name, Mode::Fast);
+    let scopes = [
+        Scope { server_crashes: 0, ..base("no accident") },
+        Scope { ..base("base, a server crashes") },
+        Scope { ..fast("fast, a server crashes") },
+        Scope { members: 3, writes: [1, 0], ..fast("fast, three servers") },
+        Scope { server_crashes: 0, backend_crashes: [1, 0], ..base("the source dies") },
+        Scope { server_crashes: 0, backend_crashes: [0, 1], ..base("the destination dies") },
+        Scope { server_crashes: 0, coordinator: true, ..base("a coordinator") },
+        Scope { rogue: true, server_crashes: 0, ..base("a rogue standby") },
+        Scope { fence: true, server_crashes: 0, ..base("a fence") },
+    ];
+    for scope in scopes {
+        let found = explore(&scope, true, 120_000 * effort());
+        assert_eq!(found.as_deref(), None, "{scope:?}");
+    }
+}
+
+#[test]
+fn every_mutant_is_caught() {
+    let mut survivors = Vec::new();
+    for (mutant, mode, live) in mutant::ALL {
+        let name = "mutant";
+        let scope = Scope { mutant: Some(mutant), ..mutant.tempt(wild(name, mode)) };
+        let scope = if live {
+            Scope { mutant: Some(mutant), ..mutant.tempt(wide(name, mode)) }
+        } else {
+            scope
+        };
+        if wander(&scope, 700, 60_000, live).is_none() {
+            survivors.push(mutant);
+        }
+    }
+    assert!(survivors.is_empty(), "not caught: {survivors:?}");
+}
