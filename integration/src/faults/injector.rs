@@ -6,8 +6,10 @@
 use super::case::{Actor, Fault};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -15,8 +17,32 @@ use std::time::{Duration, Instant};
 /// How often a process is looked at.
 const POLL: Duration = Duration::from_millis(2);
 
-/// Who runs now, by process id.
-pub type Register = Arc<Mutex<BTreeMap<Actor, u32>>>;
+/// How a process is found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// A child of ours.
+    Pid(u32),
+    /// The agent notes it in this file.
+    Noted(PathBuf),
+}
+
+impl Who {
+    /// Its id, if it is known and it lives.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        let pid = match self {
+            Self::Pid(pid) => *pid,
+            Self::Noted(path) => {
+                let note: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+                u32::try_from(note["process"]["pid"].as_u64()?).ok()?
+            }
+        };
+        is_alive(pid).then_some(pid)
+    }
+}
+
+/// Who runs now.
+pub type Register = Arc<Mutex<BTreeMap<Actor, Who>>>;
 
 /// How far it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,7 +110,7 @@ impl Drop for Injector {
 }
 
 fn run(order: Order, register: &Register, shared: &Mutex<(Progress, bool)>) {
-    let find = |actor| register.lock().expect("nobody panics here").get(&actor).copied();
+    let find = |actor| register.lock().expect("nobody panics here").get(&actor)?.pid();
     let stopped = || shared.lock().expect("nobody panics here").1;
     let tell = |progress| shared.lock().expect("nobody panics here").0 = progress;
     let owner = loop {
@@ -94,11 +120,33 @@ fn run(order: Order, register: &Register, shared: &Mutex<(Progress, bool)>) {
             None => std::thread::sleep(POLL),
         }
     };
-    let Some(victim) = find(order.victim).filter(|pid| is_alive(*pid)) else {
-        send(owner, Signal::SIGCONT);
-        tell(Progress::Absent);
-        return;
-    };
+    match find(order.victim) {
+        Some(victim) => {
+            hurt(order, owner, victim, &tell);
+            let until = Instant::now() + order.hold;
+            while Instant::now() < until && !stopped() {
+                std::thread::sleep(POLL);
+            }
+            if order.fault == Fault::Freeze {
+                send(victim, Signal::SIGCONT);
+            }
+            tell(Progress::Over);
+        }
+        None => {
+            send(owner, Signal::SIGCONT);
+            tell(Progress::Absent);
+        }
+    }
+    // A process that its supervisor has started again stops at the point as well.
+    while !stopped() {
+        if let Some(pid) = find(order.owner).filter(|pid| is_stopped(*pid)) {
+            send(pid, Signal::SIGCONT);
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+fn hurt(order: Order, owner: u32, victim: u32, tell: &dyn Fn(Progress)) {
     match order.fault {
         Fault::Kill => send(victim, Signal::SIGKILL),
         Fault::Freeze => send(victim, Signal::SIGSTOP),
@@ -112,14 +160,6 @@ fn run(order: Order, register: &Register, shared: &Mutex<(Progress, bool)>) {
     if victim != owner {
         send(owner, Signal::SIGCONT);
     }
-    let until = Instant::now() + order.hold;
-    while Instant::now() < until && !stopped() {
-        std::thread::sleep(POLL);
-    }
-    if order.fault == Fault::Freeze {
-        send(victim, Signal::SIGCONT);
-    }
-    tell(Progress::Over);
 }
 
 fn send(pid: u32, signal: Signal) {
@@ -157,8 +197,8 @@ mod tests {
             |name| Daemon::start(dir.path(), name, Path::new("/bin/sleep"), ["60"]).unwrap();
         let both = [start("owner"), start("victim")];
         let register = Register::default();
-        register.lock().unwrap().insert(Actor::Anchor, both[0].pid());
-        register.lock().unwrap().insert(Actor::SourceVmm, both[1].pid());
+        register.lock().unwrap().insert(Actor::Anchor, Who::Pid(both[0].pid()));
+        register.lock().unwrap().insert(Actor::SourceVmm, Who::Pid(both[1].pid()));
         (dir, both, register)
     }
 
@@ -178,16 +218,21 @@ mod tests {
         both[0].freeze().unwrap();
         wait(&injector, Progress::Over);
         assert!(!is_stopped(both[0].pid()) && !is_stopped(both[1].pid()));
+        drop(injector);
 
         let injector = Injector::start(order(Actor::SourceVmm, Fault::Kill), &register);
         both[0].freeze().unwrap();
         wait(&injector, Progress::Over);
         assert!(both[0].is_running().unwrap() && !both[1].is_running().unwrap());
+        drop(injector);
 
         let injector = Injector::start(order(Actor::SourceVmm, Fault::Kill), &register);
         both[0].freeze().unwrap();
         wait_until("it is not there", SOON, || injector.progress() == Progress::Absent).unwrap();
         assert!(!is_stopped(both[0].pid()));
+        // Whoever is started in its place is not left at the point either.
+        both[0].freeze().unwrap();
+        wait_until("it goes on", SOON, || !is_stopped(both[0].pid())).unwrap();
     }
 
     #[test]
@@ -197,6 +242,7 @@ mod tests {
         both[0].freeze().unwrap();
         wait(&injector, Progress::Over);
         assert!(!both[0].is_running().unwrap());
+        drop(injector);
         let mut injector = Injector::start(order(Actor::Anchor, Fault::Kill), &register);
         assert_eq!(injector.stop(), Progress::Waiting, "nobody is at the point");
     }

@@ -3,6 +3,7 @@
 //! | module | noun |
 //! |---|---|
 //! | [`case`] | the cases, generated from the list of points |
+//! | [`cluster`] | the coordinator and the agents |
 //! | [`guest`] | a guest that stamps blocks and looks at them again |
 //! | [`history`] | what guests did, and the judge of it |
 //! | [`injector`] | waits for a point and hurts a process there |
@@ -14,6 +15,7 @@
 //! The daemons know nothing of this but the names of their points (`fault-point/`), and only in builds for tests.
 
 pub mod case;
+pub mod cluster;
 pub mod guest;
 pub mod history;
 pub mod injector;

@@ -1,13 +1,13 @@
 //! One case from start to end: the story, the accident in it, the orchestrator who brings it to an end, the judge.
 
 use super::case::{Case, Fault, Story};
+use super::cluster::VM;
 use super::history::{Event, Judge, What, now_ns};
 use super::injector::{Injector, Order, Progress};
 use super::world::{Side, World};
-use crate::handoff::Attempt;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -47,25 +47,19 @@ pub struct Outcome {
 /// Runs a case in a directory of its own. An error is a broken promise, or a harness that is broken.
 pub fn run(case: Case, times: Times, dir: &Path, hits: &Path) -> Result<Outcome> {
     let mut world = World::start(dir, case, hits)?;
-    world.start_host(Side::Source)?;
     world.vmm_mut(Side::Source)?.wait_ready()?;
     world.vmm(Side::Source)?.order("run")?;
     world.vmm(Side::Source)?.wait_progress(20, GO_ON)?;
 
     let hold = if case.fault == Fault::Freeze { times.freeze } else { times.dead };
     let order = Order { owner: case.owner, victim: case.victim, fault: case.fault, hold };
+    let id = world.fleet.name_attempt().id;
     let injector = Injector::start(order, &world.register);
-    let mut play = Play {
-        world,
-        injector,
-        attempt: None,
-        fork: None,
-        saved: dir.join("saved"),
-        started: [true, false],
-    };
+    let mut play =
+        Play { world, injector, id, fork: None, saved: dir.join("saved"), started: [true, false] };
     let told = play.tell(case.story);
     let winner = play.end(told.is_ok())?;
-    let accident = match play.injector.stop() {
+    let accident = match play.injector.progress() {
         Progress::Waiting => "missed",
         Progress::Absent => "absent",
         Progress::Hurt | Progress::Over => "hurt",
@@ -85,7 +79,8 @@ pub fn run(case: Case, times: Times, dir: &Path, hits: &Path) -> Result<Outcome>
 struct Play {
     world: World,
     injector: Injector,
-    attempt: Option<Attempt>,
+    /// Of the handoff.
+    id: String,
     /// When the guest was copied.
     fork: Option<u64>,
     saved: PathBuf,
@@ -108,49 +103,50 @@ impl Play {
             Story::Move | Story::Restart => {
                 self.start_destination()?;
                 self.wait_serving(Side::Destination)?;
-                self.settle()
+                self.finish()
             }
             Story::Return => {
                 self.order(Side::Source, "run")?;
                 self.wait_serving(Side::Source)?;
-                self.settle()
+                self.finish()
             }
             Story::Race => {
                 self.order(Side::Source, "run")?;
                 self.start_destination()?;
                 self.wait("the race is decided", |play| Ok(play.decided()?.is_some()))?;
-                self.settle()
+                self.finish()
             }
             Story::Frozen => {
                 self.wait("the destination sees the seal", |play| {
-                    let status = play.world.host(Side::Destination)?.status()?;
+                    let status = play.world.host(Side::Destination).status()?;
                     let members = status["handoff"]["members"].as_array();
                     Ok(members.is_some_and(|all| all.iter().all(|m| m["phase"] == "sealed")))
                 })?;
                 self.world.restart_anchor()?;
                 self.order(Side::Source, "run")?;
                 self.wait_serving(Side::Source)?;
-                self.settle()
+                self.finish()
             }
         }
     }
 
     fn prepare(&mut self) -> Result<()> {
-        self.world.start_host(Side::Destination)?;
-        let fleet = &self.world.fleet;
-        self.attempt = Some(fleet.name_attempt());
-        for member in 0..self.world.fleet.members.len() {
-            self.wait("the volume is armed", |play| {
-                let attempt = play.attempt.as_ref().context("just made")?;
-                let plan =
-                    play.world.fleet.plan(attempt, Side::Source.owner(), Side::Destination.owner());
-                play.world.fleet.post(member, "arm", &json!({ "plan": plan })).map(|_| true)
-            })?;
-        }
-        self.wait("the destination is ready", |play| {
-            Ok(play.world.host(Side::Destination)?.standing()? == "ready")
+        let body = json!({ "from": Side::Source.host(), "to": Side::Destination.host() });
+        let path = self.path("?wait=READY&timeout=2s");
+        self.wait("the handoff is ready", |play| {
+            let shown = play.world.coordinator.call("PUT", &path, Some(&body))?;
+            match shown["state"].as_str() {
+                Some("READY") => Ok(true),
+                Some("PREPARING") => Ok(false),
+                _ => bail!("it is {shown}"),
+            }
         })?;
+        self.world.start_vmm(Side::Destination)?;
         self.world.vmm_mut(Side::Destination)?.wait_ready()
+    }
+
+    fn path(&self, more: &str) -> String {
+        format!("/v1/vms/{VM}/handoffs/{}{more}", self.id)
     }
 
     fn start_destination(&mut self) -> Result<()> {
@@ -213,27 +209,28 @@ impl Play {
     }
 
     /// How the anchor decided, if it has.
-    fn decided(&self) -> Result<Option<(Side, Value)>> {
-        let Some(attempt) = &self.attempt else { return Ok(None) };
+    fn decided(&self) -> Result<Option<Side>> {
         let record = self.world.fleet.record(0)?;
-        let decided = matches!(record["phase"].as_str(), Some("active" | "reclaimed"))
-            || record["decided"]["id"] == attempt.id.as_str();
-        if !decided {
-            return Ok(None);
+        if record["decided"]["id"] == self.id.as_str() {
+            return Ok(match record["decided"]["winner"].as_str() {
+                Some("source") => Some(Side::Source),
+                Some("destination") => Some(Side::Destination),
+                other => bail!("the anchor says that {other:?} has won"),
+            });
         }
-        let proof = self.world.fleet.proof(attempt)?;
-        let winner = match proof["winner"].as_str() {
-            Some("source") => Side::Source,
-            Some("destination") => Side::Destination,
-            other => bail!("the anchor says that {other:?} has won"),
-        };
-        Ok(Some((winner, proof)))
+        let mine = record["handoff"]["id"] == self.id.as_str();
+        Ok(match record["phase"].as_str() {
+            Some("active") if mine => Some(Side::Destination),
+            Some("reclaimed") if mine => Some(Side::Source),
+            _ => None,
+        })
     }
 
-    fn settle(&mut self) -> Result<()> {
-        self.wait("all volumes are settled", |play| {
-            let attempt = play.attempt.clone().context("a handoff was armed")?;
-            play.world.fleet.settle(&attempt).map(|_| true)
+    fn finish(&mut self) -> Result<()> {
+        let path = self.path(":finish");
+        self.wait("the handoff is finished", |play| {
+            let shown = play.world.coordinator.call("POST", &path, None)?;
+            Ok(shown["decided"] == true)
         })
     }
 
@@ -241,53 +238,85 @@ impl Play {
     fn end(&mut self, told: bool) -> Result<Side> {
         // Whatever was done to a process is over before anybody judges who is gone.
         self.wait_for("the accident ends", GO_ON, |play| {
-            Ok(matches!(
-                play.injector.progress(),
-                Progress::Waiting | Progress::Absent | Progress::Over
-            ))
+            Ok(play.injector.progress() != Progress::Hurt)
         })?;
-        let mut winner = Side::Source;
-        self.wait_for("the handoff is decided", GO_ON, |play| {
-            let armed = (0..play.world.fleet.members.len())
-                .map(|member| Ok(!play.world.fleet.record(member)?["handoff"].is_null()))
-                .collect::<Result<Vec<_>>>()?;
-            match play.decided()? {
-                Some((side, _)) => winner = side,
-                None if !armed.contains(&true) => return Ok(true),
-                None => {
-                    if !told {
-                        play.call_off()?;
-                    }
-                    return Ok(false);
-                }
+        let mut poked = false;
+        let mut outcome = None;
+        self.wait_for("the handoff is decided and over", GO_ON, |play| {
+            if let Some(winner) = play.decided()?
+                && !poked
+            {
+                poked = true;
+                play.poke(winner.other());
             }
-            let attempt = play.attempt.clone().context("it is decided")?;
-            play.world.fleet.settle(&attempt)?;
+            let shown = match play.world.coordinator.call("GET", &play.path(""), None) {
+                Err(error) if format!("{error:#}").contains("404") => {
+                    // It was never accepted.
+                    outcome = Some(Side::Source);
+                    return Ok(true);
+                }
+                shown => shown?,
+            };
+            if shown["over"] != true {
+                let verb = if told { ":finish" } else { ":cancel" };
+                let _ = play.world.coordinator.call("POST", &play.path(verb), None);
+                return Ok(false);
+            }
+            outcome = match shown["outcome"].as_str() {
+                Some("source") => Some(Side::Source),
+                Some("destination") => Some(Side::Destination),
+                other => bail!("the handoff is over and the outcome is {other:?}"),
+            };
             Ok(true)
-        })?;
+        })
+        .with_context(|| self.says())?;
+        let winner = outcome.context("it is decided")?;
+        if self.decided()?.is_some_and(|decided| decided != winner) {
+            bail!("the coordinator says {winner:?}, and the anchor another");
+        }
         Ok(winner)
     }
 
-    fn call_off(&self) -> Result<()> {
-        let attempt = self.attempt.as_ref().context("there is a handoff")?;
-        // Lost, unknown and won are told apart by the record.
-        self.world.fleet.reclaim(attempt).map(drop)
+    /// The worst orchestrator starts the loser again. It may be stuck in what it asked of its backend.
+    fn poke(&mut self, loser: Side) {
+        if self.world.vmm_lives(loser) && self.started[loser as usize] {
+            let _ = self.world.vmm(loser).and_then(|vmm| vmm.order("run"));
+        }
     }
 
-    /// The winner's guest runs, and the loser's does not although it is told to.
+    /// Everybody's view, for a failure.
+    fn says(&self) -> String {
+        let handoff = self.world.coordinator.call("GET", &self.path(""), None);
+        let standing = |side| self.world.host(side).standing();
+        format!(
+            "coordinator: {handoff:?}; source: {:?}; destination: {:?}; anchor: {:?}",
+            standing(Side::Source),
+            standing(Side::Destination),
+            self.world.fleet.record(0),
+        )
+    }
+
+    /// The winner's guest runs, on volumes that are all its own.
     fn go_on(&mut self, winner: Side) -> Result<&'static str> {
-        let loser = winner.other();
         for member in 0..self.world.fleet.members.len() {
             let record = self.world.fleet.record(member)?;
             if record["owner"]["name"] != winner.owner() || !record["handoff"].is_null() {
                 bail!("the {winner:?} has won, and volume {member} says {record}");
             }
         }
-        self.world.serve_on(winner)?;
-        if self.world.vmm_lives(loser) && self.started[loser as usize] {
-            // The worst orchestrator starts it again. It may be stuck in what it asked of its backend.
-            let _ = self.world.vmm(loser)?.order("run");
+        let access = self.world.coordinator.call("GET", &format!("/v1/vms/{VM}/access"), None)?;
+        if access["owner_host"] != winner.host() {
+            bail!("the {winner:?} has won, and the coordinator says {access}");
         }
+        self.wait_for("the winner's backend serves", GO_ON, |play| {
+            let host = play.world.host(winner);
+            if host.standing().is_ok_and(|standing| standing == "serving") {
+                return Ok(true);
+            }
+            host.own()?;
+            Ok(false)
+        })
+        .with_context(|| self.says())?;
         let guest = if self.world.vmm_lives(winner) && self.started[winner as usize] {
             "went on"
         } else {
@@ -303,10 +332,7 @@ impl Play {
             let now = play.world.vmm(winner)?.answered()?;
             Ok(now.iter().zip(&before).all(|(now, before)| *now >= before + 20))
         })
-        .with_context(|| {
-            let status = self.world.host(winner).and_then(|host| host.status());
-            format!("the {winner:?}'s backend says {status:?}")
-        })?;
+        .with_context(|| self.says())?;
         Ok(guest)
     }
 

@@ -1,11 +1,13 @@
-//! All processes of a case: two storage servers, a backend and a VMM on each of two hosts, and who supervises them.
+//! All processes of a case: two storage servers, a coordinator, and on each of two hosts an agent with a backend, and a
+//! VMM.
 //!
 //! What dies is started again as its supervisor would do it, but not before the injector says so, and never a VMM: a
-//! guest whose VMM is gone is gone, and boots again where its volumes are.
+//! guest whose VMM is gone is gone, and boots again where its volumes are. Backends are the agents' business.
 
 use super::case::{Actor, Case};
+use super::cluster::{AgentHost, Kept, coordinator};
 use super::history::{self, Event};
-use super::injector::Register;
+use super::injector::{Register, Who};
 use super::stub::{Stub, history_path};
 use crate::baton::Environment;
 use crate::daemon::Daemon;
@@ -16,10 +18,6 @@ use std::time::{Duration, Instant};
 
 /// Size of each volume; the guest uses a small part.
 const DISK_BYTES: u64 = 16 << 20;
-/// Owner name of the source.
-pub const SOURCE: &str = "host-a/vm";
-/// Owner name of the destination.
-pub const DESTINATION: &str = "host-b/vm";
 /// Owner name of whoever looks at the end.
 const JUDGE: &str = "host-c/judge";
 /// Between two tries to start something that does not start.
@@ -35,12 +33,21 @@ pub enum Side {
 }
 
 impl Side {
-    /// Its owner name.
+    /// Name of the host.
+    #[must_use]
+    pub fn host(self) -> &'static str {
+        match self {
+            Self::Source => "host-a",
+            Self::Destination => "host-b",
+        }
+    }
+
+    /// Owner name of its backend.
     #[must_use]
     pub fn owner(self) -> &'static str {
         match self {
-            Self::Source => SOURCE,
-            Self::Destination => DESTINATION,
+            Self::Source => "host-a/vm",
+            Self::Destination => "host-b/vm",
         }
     }
 
@@ -60,6 +67,13 @@ impl Side {
         }
     }
 
+    fn agent(self) -> Actor {
+        match self {
+            Self::Source => Actor::SourceAgent,
+            Self::Destination => Actor::DestinationAgent,
+        }
+    }
+
     fn vmm(self) -> Actor {
         match self {
             Self::Source => Actor::SourceVmm,
@@ -75,67 +89,61 @@ pub struct World {
     pub fleet: Fleet,
     /// Who runs, for the injector.
     pub register: Register,
+    /// Its REST API is what the orchestrator uses.
+    pub coordinator: Kept,
     dir: PathBuf,
-    case: Case,
     hits: PathBuf,
-    hosts: [Option<Host>; 2],
+    hosts: [AgentHost; 2],
     vmms: [Option<Stub>; 2],
     vmms_started: u64,
     last_restart: Instant,
-    /// Backends are started again only as long as nobody knows who has the volumes.
-    keep_backends: bool,
 }
 
 impl World {
-    /// Starts the servers and makes the volumes.
+    /// Starts the servers, the agents, the coordinator, and the backend and the VMM of the source.
     pub fn start(dir: &Path, case: Case, hits: &Path) -> Result<Self> {
-        let env = |actor| environment(case, actor, hits);
+        let env = |actors: &[Actor]| environment(case, actors, hits);
         let fleet = Fleet::start_in(dir, case.volumes, case.volumes, DISK_BYTES, |n| {
-            env(if n == 0 { Actor::Anchor } else { Actor::Other })
+            env(&[if n == 0 { Actor::Anchor } else { Actor::Other }])
         })?;
-        let world = Self {
+        let host = |side: Side| {
+            let env = env(&[side.agent(), side.backend()]);
+            AgentHost::start(dir, side.host(), &fleet, side == Side::Source, &env)
+        };
+        let hosts = [host(Side::Source)?, host(Side::Destination)?];
+        let named = [(Side::Source.host(), &hosts[0]), (Side::Destination.host(), &hosts[1])];
+        let coordinator = coordinator(dir, &fleet, named, &env(&[Actor::Coordinator]))?;
+        let mut world = Self {
             fleet,
             register: Register::default(),
+            coordinator,
             dir: dir.to_owned(),
-            case,
             hits: hits.to_owned(),
-            hosts: [None, None],
+            hosts,
             vmms: [None, None],
             vmms_started: 0,
             last_restart: Instant::now(),
-            keep_backends: true,
         };
-        world.register();
+        world.host(Side::Source).own()?;
+        world.start_vmm(Side::Source)?;
         Ok(world)
     }
 
-    /// Starts the backend of a host, with its VMM, whose rings do not run.
-    pub fn start_host(&mut self, side: Side) -> Result<()> {
-        let (label, begin) = match side {
-            Side::Source => ("source", Begin::Claim),
-            Side::Destination => ("destination", Begin::Standby),
-        };
-        let env = environment(self.case, side.backend(), &self.hits);
-        let host = Host::start_in(&self.dir, label, side.owner(), &self.fleet, begin, 1, env)?;
-        self.hosts[side as usize] = Some(host);
-        self.register();
-        self.start_vmm(side)
-    }
-
-    /// Starts a VMM on a host; an earlier one is killed.
+    /// Starts a VMM on a host, whose backend runs; an earlier one is killed.
     pub fn start_vmm(&mut self, side: Side) -> Result<()> {
         self.vmms[side as usize] = None;
         self.vmms_started += 1;
-        let sockets = self.host(side)?.sockets();
+        let sockets = self.host(side).sockets();
         let stub = Stub::start(&self.dir, self.vmms_started, &sockets)?;
         self.vmms[side as usize] = Some(stub);
         self.register();
         Ok(())
     }
 
-    /// A host's backend.
-    pub fn host(&self, side: Side) -> Result<&Host> {
-        self.hosts[side as usize].as_ref().context("the host has no backend")
+    /// A host, its agent and its backend.
+    #[must_use]
+    pub fn host(&self, side: Side) -> &AgentHost {
+        &self.hosts[side as usize]
     }
 
     /// A host's VMM.
@@ -164,59 +172,37 @@ impl World {
         Ok(())
     }
 
-    /// Starts what has died, as its supervisor would: servers always, backends until the outcome is known.
+    /// Starts what has died, as its supervisor would.
     pub fn mend(&mut self) {
         if self.last_restart.elapsed() < RESTART {
             return;
         }
         let hits = hits_only(&self.hits);
         let mut mended = false;
+        let mut dead = |daemon: &mut Daemon| {
+            let dead = !daemon.is_running().unwrap_or(true);
+            mended |= dead;
+            dead
+        };
+        // What does not start is tried again.
         for server in &mut self.fleet.servers {
-            if !server.daemon.is_running().unwrap_or(true) {
+            if dead(&mut server.daemon) {
                 server.set_environment(hits.clone());
-                // Tried again if it fails.
                 let _ = server.restart();
-                mended = true;
             }
         }
-        for side in [Side::Source, Side::Destination].into_iter().filter(|_| self.keep_backends) {
-            let dead = self.hosts[side as usize]
-                .as_mut()
-                .is_some_and(|host| !host.daemon.is_running().unwrap_or(true));
-            if dead {
-                let begin = self.begin_of(side);
-                let host = self.hosts[side as usize].as_mut().expect("it is dead");
-                host.set_environment(hits.clone());
-                let _ = host.set_begin(begin).and_then(|()| host.restart());
-                mended = true;
+        for host in &mut self.hosts {
+            if dead(&mut host.agent.daemon) {
+                let _ = host.agent.restart(&hits);
             }
+        }
+        if dead(&mut self.coordinator.daemon) {
+            let _ = self.coordinator.restart(&hits);
         }
         if mended {
             self.last_restart = Instant::now();
             self.register();
         }
-    }
-
-    /// A backend of the owner claims; any other stands by. The source's finds out by itself.
-    fn begin_of(&self, side: Side) -> Begin {
-        let owned = self.fleet.owner(0).is_ok_and(|owner| owner == DESTINATION);
-        if side == Side::Source || owned { Begin::Claim } else { Begin::Standby }
-    }
-
-    /// The outcome is known: the loser's backend stays as it is, the winner's is started again if it does not serve.
-    pub fn serve_on(&mut self, side: Side) -> Result<()> {
-        self.keep_backends = false;
-        let host = self.hosts[side as usize].as_mut().context("the winner has a backend")?;
-        if host.daemon.is_running()? && host.standing().is_ok_and(|standing| standing == "serving")
-        {
-            return Ok(());
-        }
-        host.daemon.kill()?;
-        host.set_environment(hits_only(&self.hits));
-        host.set_begin(Begin::Claim)?;
-        host.restart()?;
-        self.register();
-        Ok(())
     }
 
     /// Takes the volumes by force, and looks at every block with a guest that knows nothing. Returns what it saw.
@@ -242,16 +228,17 @@ impl World {
     fn register(&self) {
         let mut now = self.register.lock().expect("nobody panics here");
         now.clear();
-        let mut add = |actor: Actor, daemon: &Daemon| now.insert(actor, daemon.pid());
+        let child = |daemon: &Daemon| Who::Pid(daemon.pid());
         for (actor, server) in [Actor::Anchor, Actor::Other].into_iter().zip(&self.fleet.servers) {
-            add(actor, &server.daemon);
+            now.insert(actor, child(&server.daemon));
         }
+        now.insert(Actor::Coordinator, child(&self.coordinator.daemon));
         for side in [Side::Source, Side::Destination] {
-            if let Some(host) = &self.hosts[side as usize] {
-                add(side.backend(), &host.daemon);
-            }
+            let host = self.host(side);
+            now.insert(side.agent(), child(&host.agent.daemon));
+            now.insert(side.backend(), host.backend());
             if let Some(vmm) = &self.vmms[side as usize] {
-                add(side.vmm(), &vmm.daemon);
+                now.insert(side.vmm(), child(&vmm.daemon));
             }
         }
     }
@@ -261,9 +248,9 @@ fn hits_only(hits: &Path) -> Environment {
     vec![("BATON_FAULT_HITS".to_owned(), hits.into())]
 }
 
-fn environment(case: Case, actor: Actor, hits: &Path) -> Environment {
+fn environment(case: Case, actors: &[Actor], hits: &Path) -> Environment {
     let mut env = hits_only(hits);
-    if actor == case.owner {
+    if actors.contains(&case.owner) {
         env.push(("BATON_FAULT_POINT".to_owned(), format!("{}=stop", case.point).into()));
     }
     env
