@@ -102,7 +102,15 @@ impl Work {
                     "baton:handoff-in-progress"
                         if trouble.detail.contains(&self.row.id.to_string()) =>
                     {
-                        Input::Armed(place)
+                        // The same plan is granted again while it is armed.
+                        match self.is_foreign(member).await {
+                            Ok(false) => Input::Armed(place),
+                            Ok(true) => Input::CannotArm(place, self.with_volume(member, trouble)),
+                            Err(error) => {
+                                self.endure(&mut patience, error).await;
+                                continue;
+                            }
+                        }
                     }
                     _ => Input::CannotArm(place, self.with_volume(member, trouble)),
                 },
@@ -113,6 +121,13 @@ impl Work {
             };
             return self.reports.tell(input).await;
         }
+    }
+
+    /// Another coordinator armed it under the same id, with a key of its own.
+    async fn is_foreign(&self, member: &Member) -> Result<bool, StorageError> {
+        let server = self.core.storages.of(member)?;
+        let (_, record) = server.access(&member.volume, None).await?;
+        Ok(record.phase == "armed")
     }
 
     fn with_volume(&self, member: &Member, trouble: Trouble) -> Trouble {
@@ -136,6 +151,9 @@ impl Work {
                 Err(error) => Err(error),
             };
             match seen {
+                Ok((_, record)) if record.coordinator_term > self.core.term => {
+                    return self.reports.tell(Input::StaleTerm).await;
+                }
                 Ok((boot, record)) => {
                     let now = Some((boot, record.version));
                     if now != known {

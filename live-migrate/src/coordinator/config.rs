@@ -51,6 +51,8 @@ pub struct Config {
     pub call_timeout: Duration,
     /// For a handoff to become READY, unless it says otherwise.
     pub ready_timeout: Duration,
+    /// For a destination to run once a driven migration was let go.
+    pub switch_timeout: Duration,
     /// For tests: when to die.
     pub death: Option<Death>,
     /// error, warn, info, debug or trace.
@@ -100,6 +102,7 @@ struct Raw {
     journal: Option<PathBuf>,
     call_timeout_ms: Option<u64>,
     ready_timeout_ms: Option<u64>,
+    switch_timeout_ms: Option<u64>,
     tls: Option<RawTls>,
     #[serde(default)]
     host: Vec<RawHost>,
@@ -240,6 +243,7 @@ impl TryFrom<Raw> for Config {
             storages,
             call_timeout: millis("call_timeout_ms", raw.call_timeout_ms, 10_000)?,
             ready_timeout: millis("ready_timeout_ms", raw.ready_timeout_ms, 30_000)?,
+            switch_timeout: millis("switch_timeout_ms", raw.switch_timeout_ms, 60_000)?,
             death,
             log_level: level.parse().map_err(|_| {
                 value("log.level", &level, "write error, warn, info, debug or trace")

@@ -28,8 +28,6 @@ use super::prepare::{Durability, PrepareHandoff};
 const LOOK: Duration = Duration::from_millis(50);
 /// Looks at a machine that failed in a row before it counts as lost.
 const SILENT_MAX: u32 = 40;
-/// For the destination to run after the switch was let go.
-const SWITCH_LIMIT: Duration = Duration::from_secs(60);
 
 /// A migration to drive.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -175,7 +173,7 @@ impl Driver {
         let (source, destination) = self.agents()?;
         let vm = self.row().vm.clone();
         self.note("activate", json!({})).await;
-        let deadline = tokio::time::Instant::now() + SWITCH_LIMIT;
+        let deadline = tokio::time::Instant::now() + self.core.config.switch_timeout;
         let mut let_go = tokio::time::Instant::now();
         loop {
             self.still_on()?;

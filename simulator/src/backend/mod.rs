@@ -217,7 +217,7 @@ impl Backend {
                 }
                 pending.sent = Some((connection, epoch));
                 let kind = pending.kind;
-                stage.to_server(connection, ToServer::Io { seq: Seq(*seq), epoch, kind });
+                stage.send_to_server(connection, ToServer::Io { seq: Seq(*seq), epoch, kind });
             }
         }
     }
@@ -269,7 +269,7 @@ impl Backend {
             (State::Standby | State::Opening, Some((attempt, proof))) => {
                 queue.link.state = State::Opening;
                 queue.link.since = stage.now;
-                stage.to_server(connection, ToServer::Open(Open { attempt, proof }));
+                stage.send_to_server(connection, ToServer::Open(Open { attempt, proof }));
             }
             (State::Standby, None) => {
                 queue.link.stands_by = false;
@@ -311,7 +311,7 @@ impl Backend {
             Asked::Unfreeze { boot_id } => Ask::Unfreeze { boot_id },
         };
         let request = HandoffRequest { attempt, ask };
-        stage.to_server(connection, ToServer::Handoff { asked, request });
+        stage.send_to_server(connection, ToServer::Handoff { asked, request });
     }
 
     fn send_open(&mut self, stage: &mut Stage, at: usize) {
@@ -320,7 +320,7 @@ impl Backend {
             (control.state, control.connection, self.members[at].open)
         {
             self.members[at].control.since = stage.now;
-            stage.to_server(connection, ToServer::Open(Open { attempt, proof }));
+            stage.send_to_server(connection, ToServer::Open(Open { attempt, proof }));
         }
     }
 
@@ -367,7 +367,7 @@ impl Backend {
         slot.connection = Some(connection);
         slot.state = State::Greeting;
         slot.since = stage.now;
-        stage.to_server(connection, ToServer::Hello { greeting, resume_from });
+        stage.send_to_server(connection, ToServer::Hello { greeting, resume_from });
     }
 
     /// A message arrives on one of its connections.
@@ -412,7 +412,7 @@ impl Backend {
                 {
                     record.phase = Phase::Sealed;
                 }
-                stage.to_server(connection, ToServer::Access { boot_id, version });
+                stage.send_to_server(connection, ToServer::Access { boot_id, version });
                 self.tell(stage, vm, Input::View { member: at, boot_id, record });
             }
             ToClient::Handoff { asked, attempt, answer } => {
@@ -467,7 +467,7 @@ impl Backend {
         else {
             return;
         };
-        stage.to_server(connection, ToServer::Access { boot_id, version });
+        stage.send_to_server(connection, ToServer::Access { boot_id, version });
         for ask in self.members[at].asks.clone() {
             self.send_ask(stage, at, ask);
         }

@@ -160,9 +160,10 @@ pub(super) async fn show(
 ) -> Result<Response, Fault> {
     may_look(&peer)?;
     let waiting = query(waiting)?;
+    let until = waiting.until()?;
     let handle = find(&core, &vm, &id)?;
     let known = headers.get(header::IF_NONE_MATCH).and_then(|etag| etag.to_str().ok());
-    let row = match (waiting.until()?, known, &waiting.timeout) {
+    let row = match (until, known, &waiting.timeout) {
         (Some((until, timeout)), ..) => wait(&handle, until, timeout).await,
         (None, Some(known), Some(timeout)) => {
             let mut shown = handle.watch();
