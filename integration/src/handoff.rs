@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -45,6 +46,8 @@ pub struct Fleet {
     pub servers: Vec<Storage>,
     /// The VM's volumes; the first is the anchor.
     pub members: Vec<Member>,
+    /// Where clients of each server connect instead, such as a proxy; empty for no such thing.
+    pub through: Vec<SocketAddr>,
     /// "fast" or "base".
     pub mode: &'static str,
     term: u64,
@@ -91,7 +94,7 @@ impl Fleet {
                 Ok(Member { server, volume, id })
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { servers, members, mode: "fast", term: 1 })
+        Ok(Self { servers, members, through: Vec::new(), mode: "fast", term: 1 })
     }
 
     /// The server of a member.
@@ -103,7 +106,8 @@ impl Fleet {
     /// URI of a member.
     #[must_use]
     pub fn uri(&self, member: usize) -> String {
-        self.server(member).uri(&self.members[member].volume, None)
+        let through = self.through.get(self.members[member].server).copied();
+        self.server(member).uri(&self.members[member].volume, through)
     }
 
     /// Plans a move of all volumes between two owner names: the anchor first, then the others.

@@ -298,16 +298,8 @@ impl Play {
 
     /// The winner's guest runs, on volumes that are all its own.
     fn go_on(&mut self, winner: Side) -> Result<&'static str> {
-        for member in 0..self.world.fleet.members.len() {
-            let record = self.world.fleet.record(member)?;
-            if record["owner"]["name"] != winner.owner() || !record["handoff"].is_null() {
-                bail!("the {winner:?} has won, and volume {member} says {record}");
-            }
-        }
-        let access = self.world.coordinator.call("GET", &format!("/v1/vms/{VM}/access"), None)?;
-        if access["owner_host"] != winner.host() {
-            bail!("the {winner:?} has won, and the coordinator says {access}");
-        }
+        // A server may have died after its part was done.
+        self.wait_for("all agree on the winner", GO_ON, |play| play.agree(winner))?;
         self.wait_for("the winner's backend serves", GO_ON, |play| {
             let host = play.world.host(winner);
             if host.standing().is_ok_and(|standing| standing == "serving") {
@@ -334,6 +326,21 @@ impl Play {
         })
         .with_context(|| self.says())?;
         Ok(guest)
+    }
+
+    /// All volumes and the coordinator name the winner, and nothing is left armed.
+    fn agree(&self, winner: Side) -> Result<bool> {
+        for member in 0..self.world.fleet.members.len() {
+            let record = self.world.fleet.record(member)?;
+            if record["owner"]["name"] != winner.owner() || !record["handoff"].is_null() {
+                bail!("the {winner:?} has won, and volume {member} says {record}");
+            }
+        }
+        let access = self.world.coordinator.call("GET", &format!("/v1/vms/{VM}/access"), None)?;
+        if access["owner_host"] != winner.host() {
+            bail!("the {winner:?} has won, and the coordinator says {access}");
+        }
+        Ok(true)
     }
 
     fn judge(&mut self, winner: Side, guest: &'static str) -> Result<u64> {
