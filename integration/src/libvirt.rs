@@ -11,7 +11,7 @@
 use crate::daemon::Daemon;
 use crate::guest::GuestFiles;
 use crate::probe::Probe;
-use crate::qemu::accelerator;
+use crate::qemu::{COMMAND_LINE, accelerator};
 use crate::workspace::{system_program, target_dir};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
@@ -235,7 +235,7 @@ impl Host {
     <type arch='x86_64' machine='q35'>hvm</type>
     <kernel>{kernel}</kernel>
     <initrd>{initrd}</initrd>
-    <cmdline>console=ttyS0 panic=-1 quiet</cmdline>
+    <cmdline>{COMMAND_LINE}</cmdline>
   </os>
   <features><acpi/></features>
   <cpu mode='custom' match='exact' check='none'><model fallback='forbid'>Nehalem</model></cpu>

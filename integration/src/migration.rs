@@ -120,7 +120,17 @@ impl Migration {
     /// Gives up, as an orchestrator does that heard nothing in time, and makes the guest run on the source again.
     pub fn cancel(&mut self) -> Result<()> {
         self.source.execute("migrate_cancel", json!({}))?;
-        self.source.wait_migration("cancelled", STEP_TIMEOUT)?;
+        // QEMU closes the connection first, and then finds its own migration to have failed, if that is quicker.
+        let ends = ["cancelled", "failed"];
+        self.source
+            .wait_event(STEP_TIMEOUT, |e| {
+                let status = e["data"]["status"].as_str();
+                e["event"] == "MIGRATION" && status.is_some_and(|status| ends.contains(&status))
+            })
+            .context("waiting for the migration to be cancelled")?;
+        wait_until("the source has ended the migration", STEP_TIMEOUT, || {
+            run_state(&mut self.source).is_ok_and(|state| state != "finish-migrate")
+        })?;
         // QEMU may have done this by itself; an orchestrator makes sure.
         self.source.execute("cont", json!({})).map(drop)
     }

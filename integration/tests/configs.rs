@@ -90,6 +90,36 @@ fn a_storage_server_starts_from_its_example() {
 }
 
 #[test]
+fn an_agent_starts_from_its_example() {
+    let dir = TestDir::new("configs").unwrap();
+    let program = program("baton-agent").unwrap();
+    let run = |daemon: &str, args: &[&str]| {
+        let mut daemon = Daemon::start(dir.path(), daemon, &program, args).unwrap();
+        daemon.wait_line("listening api=unix:", READY_TIMEOUT).unwrap();
+        assert!(daemon.terminate(READY_TIMEOUT).unwrap().success());
+    };
+    let at = |name: &str| dir.join(name).display().to_string();
+    let made = Command::new(&program)
+        .args(["dev-ca", "--host", "host-a", "--coordinator", "c", "--operator", "me"])
+        .args(["--dir", &at("tls")])
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let text = replaced(
+        &all_keys(&read("baton-agent.toml")),
+        &[
+            ("/run/baton/agent.sock", at("agent.sock")),
+            ("/etc/baton/tls", at("tls")),
+            ("/var/lib/baton/agent", at("state")),
+            ("\"/run/baton\"", format!("\"{}\"", at("run"))),
+        ],
+    );
+    let file = at("baton-agent.toml");
+    fs::write(&file, text).unwrap();
+    run("agent", &["--config", &file]);
+}
+
+#[test]
 fn every_toml_file_has_a_test_here() {
     let mut names: Vec<_> = fs::read_dir(configs())
         .unwrap()
@@ -97,7 +127,7 @@ fn every_toml_file_has_a_test_here() {
         .filter(|name| name.ends_with(".toml"))
         .collect();
     names.sort();
-    assert_eq!(names, ["baton-storage.toml", "vm.toml"]);
+    assert_eq!(names, ["baton-agent.toml", "baton-storage.toml", "vm.toml"]);
 }
 
 #[test]
@@ -114,7 +144,7 @@ fn systemd_accepts_the_units() {
             .unwrap();
         units.push(dir.join(&name));
     }
-    assert_eq!(units.len(), 3, "{units:?}");
+    assert_eq!(units.len(), 4, "{units:?}");
     let Ok(output) = Command::new("systemd-analyze").arg("verify").args(&units).output() else {
         eprintln!("**** SKIPPED: systemd_accepts_the_units: there is no systemd-analyze ****");
         return;

@@ -4,6 +4,7 @@
 //! The guest re-reads what it wrote, and checks its RAM copies of what it has read: stale RAM would be a hole in the
 //! dirty log.
 
+use baton_integration::baton::wait_until;
 use baton_integration::guest::skip_without_qemu;
 use baton_integration::handoff::{Begin, Fleet, Host};
 use baton_integration::migration::{Migration, Pace, destination, run_state};
@@ -41,7 +42,11 @@ fn move_once(
     assert!(status["disks"].as_array().unwrap().iter().all(drained), "{status}");
     migration.switch_over().unwrap();
     migration.wait_completed().unwrap();
-    assert_eq!(run_state(&mut migration.source).unwrap(), "postmigrate");
+    // QEMU says "completed" a moment before its run state follows.
+    wait_until("the source has let the guest go", SOON, || {
+        run_state(&mut migration.source).is_ok_and(|state| state == "postmigrate")
+    })
+    .unwrap();
     drop(source);
     to.wait_standing("serving").unwrap();
     assert_eq!(fleet.settle(&attempt).unwrap(), "destination");

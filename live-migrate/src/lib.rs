@@ -3,6 +3,8 @@
 //!
 //! | module | is |
 //! |---|---|
+//! | [`agent`] | `baton-agent`: configuration, API, what ties the rest together |
+//! | [`supervisor`] | backends of this host: started, watched, found again |
 //! | [`vmm`] | narrow drivers for QEMU (QMP) and cloud-hypervisor (HTTP) |
 //! | [`identity`] | who a peer is: role and name, a URI in its certificate |
 //! | [`tls`] | mutual TLS: our certificate, whom we believe, why not |
@@ -17,6 +19,7 @@
 //! the epoch of the volume's access record (`baton_protocol::access`), whoever
 //! says what.
 
+pub mod agent;
 pub mod client;
 pub mod coordinator;
 pub mod dev_ca;
@@ -24,6 +27,7 @@ pub mod door;
 mod http;
 pub mod identity;
 pub mod problem;
+pub mod supervisor;
 pub mod tls;
 mod unix;
 pub mod vmm;

@@ -1,5 +1,7 @@
 //! Errors of the HTTP APIs: RFC 9457 problem documents.
 
+use std::borrow::Cow;
+
 use axum::Json;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -11,7 +13,8 @@ use utoipa::ToSchema;
 pub struct Problem {
     /// Stable name of the kind of problem; programs go by it.
     #[serde(rename = "type")]
-    pub kind: &'static str,
+    #[schema(value_type = String)]
+    pub kind: Cow<'static, str>,
     /// The kind in words.
     pub title: &'static str,
     /// HTTP status.
@@ -28,6 +31,7 @@ impl Problem {
         title: &'static str,
         detail: impl ToString,
     ) -> Self {
+        let kind = Cow::Borrowed(kind);
         Self { kind, title, status: status.as_u16(), detail: detail.to_string() }
     }
 

@@ -2,7 +2,7 @@
 //! killed at any time, and may have a successor that it does not know of.
 
 use baton_protocol::access::Refusal;
-use baton_protocol::handoff::{Plan, Proof, Side, Try};
+use baton_protocol::handoff::{Plan, Proof, Side};
 use baton_protocol::{SessionId, VolumeId};
 
 use crate::agenda::{MS, Time};
@@ -38,8 +38,6 @@ pub(crate) struct Row {
 pub(crate) struct Journal {
     pub(crate) term: u64,
     pub(crate) row: Option<Row>,
-    /// Handoffs that are over, with what shows it.
-    over: Vec<(Try, SessionId, Proof)>,
     /// Round and winner of the last handoff that is over.
     pub(crate) finished: Option<(u64, Side)>,
 }
@@ -58,9 +56,6 @@ pub(crate) struct Coordinator {
 pub(crate) enum Order {
     /// Start a standby backend on the destination.
     StartStandby,
-    /// End the destination's backend and VM for good, if it never started its
-    /// rings; then abdicate for it.
-    EndDestination,
 }
 
 fn place(volume: VolumeId) -> usize {
@@ -97,7 +92,13 @@ impl Coordinator {
         Self { number, up: true, frozen_until: 0, term: journal.term }
     }
 
-    pub(crate) fn tick(&mut self, stage: &mut Stage, journal: &mut Journal) -> Option<Order> {
+    /// `is_dead`: the destination's agent says that its backend is gone.
+    pub(crate) fn tick(
+        &mut self,
+        stage: &mut Stage,
+        journal: &mut Journal,
+        is_dead: bool,
+    ) -> Option<Order> {
         stage.after(3 * MS, Event::CoordinatorTick { coordinator: self.number });
         let row = journal.row.as_mut()?;
         let (anchor, attempt) = (row.anchor(), row.plan.attempt);
@@ -130,7 +131,12 @@ impl Coordinator {
                     row.stand = Stand::Cancelling;
                 }
             }
-            Stand::Cancelling => self.call(stage, anchor, Call::Reclaim(attempt)),
+            Stand::Cancelling => {
+                if is_dead {
+                    self.call(stage, anchor, Call::Abdicate(attempt));
+                }
+                self.call(stage, anchor, Call::Reclaim(attempt));
+            }
             Stand::Settling { session, proof, .. } => {
                 let shown = proof.map(|proof| (session, proof));
                 let mut others = false;
@@ -155,37 +161,23 @@ impl Coordinator {
         stage.call(self.number, self.term, volume, call);
     }
 
-    pub(crate) fn hear(
-        &mut self,
-        stage: &mut Stage,
-        journal: &mut Journal,
-        reply: Reply,
-    ) -> Option<Order> {
+    pub(crate) fn hear(&mut self, stage: &mut Stage, journal: &mut Journal, reply: Reply) {
         if let Some(Refusal::StaleTerm { .. }) = reply.refused {
             note!(stage, "coordinator {} is over", self.number);
             self.up = false;
-            return None;
+            return;
         }
-        let row = journal.row.as_mut()?;
+        let Some(row) = &mut journal.row else { return };
         let (anchor, attempt) = (row.anchor(), row.plan.attempt);
         let asked = match &reply.call {
             Call::Arm(plan) => Some(plan.attempt),
             Call::Reclaim(attempt) | Call::Abdicate(attempt) | Call::Settle(attempt, _) => {
                 Some(*attempt)
             }
-            Call::View => reply.armed,
+            Call::View | Call::Fence(_) => reply.armed,
         };
-        if let (Call::Arm(_), Some(Refusal::HandoffInProgress(old))) = (&reply.call, &reply.refused)
-            && *old != attempt
-            && let Some((_, session, proof)) = journal.over.iter().find(|over| over.0 == *old)
-        {
-            // A late ARM of a handoff that is over.
-            let call = Call::Settle(*old, Some((*session, *proof)));
-            self.call(stage, reply.volume, call);
-            return None;
-        }
         if asked != Some(attempt) {
-            return None;
+            return;
         }
         if reply.volume == anchor
             && let Some((winner, session, proof)) = reply.decided
@@ -209,26 +201,14 @@ impl Coordinator {
                 self.call(stage, reply.volume, Call::Arm(Box::new(row.plan.clone())));
             }
             (Call::Settle(..), Some(Refusal::BadProof)) => self.call(stage, anchor, Call::View),
-            (Call::Reclaim(_), Some(Refusal::UnknownFrozen)) => {
-                return Some(Order::EndDestination);
-            }
             _ => {}
         }
-        if let Stand::Settling { winner, session, proof } = row.stand
+        if let Stand::Settling { winner, .. } = row.stand
             && row.settled.iter().all(|settled| *settled)
         {
             note!(stage, "round {} is settled for the {winner:?}", row.round);
             journal.finished = Some((row.round, winner));
-            if let Some(proof) = proof {
-                journal.over.push((attempt, session, proof));
-            }
             journal.row = None;
         }
-        None
-    }
-
-    /// The destination can never activate: says so for it.
-    pub(crate) fn abdicate(&self, stage: &mut Stage, row: &Row) {
-        self.call(stage, row.anchor(), Call::Abdicate(row.plan.attempt));
     }
 }

@@ -111,7 +111,8 @@ pub enum Fault {
     DiskSlow,
     /// The coordinator's next messages are lost.
     MessagesLost,
-    /// The coordinator's next messages arrive twice, much later.
+    /// The coordinator's next messages, but ARM, arrive twice, the second time
+    /// much later.
     MessagesDoubled,
     /// The VM's memory never arrives at the destination.
     ImageLost,

@@ -45,7 +45,8 @@ fn main() -> ExitCode {
             }
         };
     }
-    let (mut hits, mut handoffs, mut won, mut broken) = (Hits::default(), 0, [0; 2], 0u64);
+    let (mut hits, mut handoffs, mut won) = (Hits::default(), 0, [0; 2]);
+    let (mut fenced, mut broken) = (0, 0u64);
     for seed in args.seed.. {
         if handoffs >= args.handoffs {
             break;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         let report = run(seed, args.bug, false);
         hits.add(&report.hits);
         handoffs += report.handoffs;
+        fenced += report.fenced;
         won.iter_mut().zip(report.won).for_each(|(sum, won)| *sum += won);
         if let Some(violation) = report.violation {
             let step = report.trace.steps();
@@ -64,7 +66,10 @@ fn main() -> ExitCode {
             }
         }
     }
-    println!("{handoffs} handoffs: the source won {}, the destination {}", won[0], won[1]);
+    println!(
+        "{handoffs} handoffs: the source won {}, the destination {}; an operator had to end {fenced}",
+        won[0], won[1]
+    );
     for (fault, hits) in Fault::ALL.iter().zip(hits.faults) {
         println!("  {hits:8} {fault:?}");
     }

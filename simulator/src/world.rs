@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use baton_protocol::VolumeId;
 use baton_protocol::handoff::role::{Order as RoleOrder, Standing};
-use baton_protocol::handoff::{HandoffId, Key, Members, Mode, Plan, Try};
+use baton_protocol::handoff::{HandoffId, Key, Members, Mode, Plan, Side, Try};
 
 use crate::agenda::{Agenda, MS, Time};
 use crate::backend::Backend;
@@ -16,13 +16,15 @@ use crate::fault::{Fault, Hits, Point, Trap};
 use crate::history::History;
 use crate::network::{Network, Partition};
 use crate::server::{Server, Volume, owner_name};
-use crate::stage::{DeadBackend, Event, Setting, Stage, note};
+use crate::stage::{Call, DeadBackend, Event, Setting, Stage, note};
 use crate::trace::Trace;
 use crate::vm::{Image, Vm};
 use crate::watch::{Violation, Watch};
 
 /// How long the VM may stand still once nothing goes wrong any more.
 const LIVENESS: Time = 1500 * MS;
+/// How long an operator waits for what cannot be decided.
+const OPERATOR: Time = 500 * MS;
 /// The longest that something goes wrong.
 const FAULT_MAX: Time = 90 * MS;
 
@@ -41,6 +43,9 @@ pub struct Report {
     pub handoffs: u64,
     /// Handoffs that source and destination won.
     pub won: [u64; 2],
+    /// Handoffs that only an operator could end: a server and a backend were
+    /// killed at the wrong moments.
+    pub fenced: u64,
     /// What the guests asked and were answered.
     pub history: History,
 }
@@ -90,8 +95,10 @@ struct World {
     hosts: [usize; 2],
     migration: Migration,
     image_lost: bool,
-    /// The destination's rings were started in this round.
-    destination_ran: bool,
+    /// Servers and backends that were killed in this round.
+    killed: [u32; 2],
+    /// Handoffs that only an operator could end.
+    fenced: u64,
     /// Nothing goes wrong any more from here on.
     calm_from: Time,
     round_from: Time,
@@ -117,6 +124,7 @@ pub fn run(seed: u64, bug: Option<Bug>, keep_trace: bool) -> Report {
         hits: stage.hits,
         handoffs: world.round,
         won: world.won,
+        fenced: world.fenced,
         history: stage.history,
     }
 }
@@ -190,7 +198,8 @@ impl World {
             hosts: [0, 1],
             migration: Migration::Settled { winner: 0, since: 0, before: [0; 3] },
             image_lost: false,
-            destination_ran: false,
+            killed: [0; 2],
+            fenced: 0,
             calm_from: 0,
             round_from: 0,
             won: [0; 2],
@@ -265,7 +274,7 @@ impl World {
                     self.volumes[volume].hear(stage, &self.servers[at], connection, message);
                 } else {
                     stage.network.connections[connection].server_open = false;
-                    stage.to_client(connection, crate::stage::ToClient::End);
+                    stage.send_to_client(connection, crate::stage::ToClient::End);
                 }
             }
             Event::ToClient { connection, message } => {
@@ -304,18 +313,18 @@ impl World {
             }
             Event::Reply { coordinator, reply } => {
                 let from = &mut self.coordinators[coordinator];
-                if from.up
-                    && let Some(order) = from.hear(stage, &mut self.journal, reply)
-                {
-                    self.carry_out(coordinator, order);
+                if from.up {
+                    from.hear(stage, &mut self.journal, reply);
                 }
             }
             Event::CoordinatorTick { coordinator } => {
                 let ticks = &mut self.coordinators[coordinator];
+                let destination = self.current[self.hosts[1]];
+                let is_dead = destination.is_some_and(|number| !self.backends[number].alive);
                 if ticks.up
-                    && let Some(order) = ticks.tick(stage, &mut self.journal)
+                    && let Some(Order::StartStandby) = ticks.tick(stage, &mut self.journal, is_dead)
                 {
-                    self.carry_out(coordinator, order);
+                    self.start_standby();
                 }
             }
             Event::CoordinatorStarts { coordinator } => {
@@ -338,7 +347,6 @@ impl World {
                 let vm = &mut self.vms[backend.host];
                 if backend.alive && on == vm.running {
                     backend.rings(stage, vm, member, on);
-                    self.destination_ran |= on && backend.host == self.hosts[1];
                 }
             }
             Event::BackendStarts { host } => self.start_backend(host),
@@ -366,7 +374,7 @@ impl World {
             backend.take(stage, vm);
         }
         let late = stage.now - self.round_from > 150 * MS;
-        let pause = if late || !vm.running { 8 * MS } else { stage.between(100, 1500) };
+        let pause = if late || !vm.running { 5 * MS } else { stage.between(30, 300) };
         stage.after(pause, Event::Guest { host });
     }
 
@@ -391,29 +399,12 @@ impl World {
         was_alive
     }
 
-    /// A coordinator has the agents do something.
-    fn carry_out(&mut self, coordinator: usize, order: Order) {
+    /// The coordinator has the destination's agent start a backend.
+    fn start_standby(&mut self) {
         let to = self.hosts[1];
-        match order {
-            Order::StartStandby => {
-                if self.wanted[to].is_none() {
-                    self.wanted[to] = Some(false);
-                    self.stage.after(MS, Event::BackendStarts { host: to });
-                }
-            }
-            Order::EndDestination => {
-                if self.destination_ran {
-                    return;
-                }
-                note!(self.stage, "the destination is ended for good");
-                self.kill_backend(to);
-                self.wanted[to] = None;
-                self.vms[to].image = None;
-                self.vms[to].running = false;
-                if let Some(row) = &self.journal.row {
-                    self.coordinators[coordinator].abdicate(&mut self.stage, row);
-                }
-            }
+        if self.wanted[to].is_none() {
+            self.wanted[to] = Some(false);
+            self.stage.after(MS, Event::BackendStarts { host: to });
         }
     }
 
@@ -443,6 +434,10 @@ impl World {
             let what = format!("{:?} of round {} does not end", self.migration, self.round);
             self.stage.watch.broken("I9", what);
             return true;
+        }
+        let stuck = now > self.calm_from.max(self.round_from) + OPERATOR;
+        if stuck && self.journal.row.is_some() && self.killed.iter().all(|killed| *killed > 0) {
+            self.fence();
         }
         if let Some((round, winner)) = self.journal.finished
             && round == self.round
@@ -492,6 +487,26 @@ impl World {
             Migration::Precopy { .. } | Migration::GivenUp => {}
         }
         false
+    }
+
+    /// After a server and a backend were killed in one handoff nobody may know who
+    /// holds the volumes. Then an operator says so, who has looked which VM went
+    /// on last.
+    fn fence(&mut self) {
+        let owner = self.stage.watch.owner();
+        let name = owner_name(owner);
+        let open: Vec<usize> =
+            (0..self.volumes.len()).filter(|v| !self.volumes[*v].belongs_to(&name)).collect();
+        if open.is_empty() {
+            note!(self.stage, "an operator has given the volumes to host {owner}");
+            self.fenced += 1;
+            let winner = if owner == self.hosts[0] { Side::Source } else { Side::Destination };
+            self.journal.finished = Some((self.round, winner));
+            self.journal.row = None;
+        }
+        for volume in open {
+            self.stage.call(0, 0, volume, Call::Fence(name.clone()));
+        }
     }
 
     fn stop_rings(&mut self) {
@@ -584,7 +599,7 @@ impl World {
             Try { id: HandoffId(self.handoff.id.0 + 1), attempt: 1 }
         };
         self.image_lost = false;
-        self.destination_ran = false;
+        self.killed = [0; 2];
         self.round_from = self.stage.now;
         self.migration = Migration::Waiting;
         let volumes: Vec<VolumeId> = self.volumes.iter().map(|v| v.record.volume).collect();
@@ -608,7 +623,7 @@ impl World {
 
     fn plan_faults(&mut self) {
         self.calm_from = self.stage.now;
-        for _ in 0..self.stage.rng.usize(0..=4) {
+        for _ in 0..self.stage.rng.usize(0..=7) {
             let fault = Fault::ALL[self.stage.rng.usize(..Fault::ALL.len())];
             if self.stage.setting.overlaps && fault.forgets() {
                 continue;
@@ -718,6 +733,11 @@ impl World {
             Fault::ReclaimOrdered => self.order(from, RoleOrder::Reclaim),
         };
         if happened {
+            match fault {
+                Fault::ServerKilled | Fault::PowerLost => self.killed[0] += 1,
+                Fault::SourceKilled | Fault::DestinationKilled => self.killed[1] += 1,
+                _ => {}
+            }
             self.calm_from = self.calm_from.max(thaws);
             let place = Fault::ALL.iter().position(|other| *other == fault).unwrap_or_default();
             self.stage.hits.faults[place] += 1;

@@ -50,6 +50,14 @@ struct State {
     journal: Journal,
 }
 
+impl State {
+    /// A member's record says who won the last handoff.
+    fn is_decided(&self) -> bool {
+        let records = self.views.iter().flatten().map(|(_, record)| record);
+        self.last.is_some_and(|(last, _)| records.into_iter().any(|r| r.winner(last).is_some()))
+    }
+}
+
 /// See the module's documentation. One per process.
 #[derive(Debug)]
 pub struct VmHandoff {
@@ -293,9 +301,15 @@ impl VmHandoff {
                 for member in &self.members {
                     member.port().park();
                 }
+                let why = if why == Parked::Lost && !state.is_decided() {
+                    // Nobody handed it over.
+                    "fenced: the volume was given to another owner".to_owned()
+                } else {
+                    why.to_string()
+                };
                 tracing::error!(
                     owner = self.owner,
-                    "{why}; its requests wait for ever and see no error: stop this VM"
+                    "{why}; the VM's requests wait for ever and see no error: stop this VM"
                 );
             }
         }

@@ -48,6 +48,8 @@ struct State {
     lanes: BTreeMap<u16, Lane>,
     /// Everything submitted, oldest first.
     ops: Vec<(u16, Op)>,
+    /// How many there were each time a queue came to rest.
+    rests: Vec<usize>,
     size_bytes: u64,
     state: VolumeState,
     listener: Option<EventListener>,
@@ -84,6 +86,7 @@ impl TestVolume {
             bytes: vec![0; usize::try_from(size_bytes).expect("small")],
             lanes: BTreeMap::new(),
             ops: Vec::new(),
+            rests: Vec::new(),
             size_bytes,
             state: VolumeState::Connected,
             listener: None,
@@ -163,6 +166,11 @@ impl TestVolume {
     /// Everything submitted so far, oldest first, which is forgotten by this.
     pub(crate) fn take_ops(&self) -> Vec<Op> {
         std::mem::take(&mut self.lock().ops).into_iter().map(|(_, op)| op).collect()
+    }
+
+    /// How much had been submitted each time a queue came to rest.
+    pub(crate) fn rests(&self) -> Vec<usize> {
+        self.lock().rests.clone()
     }
 
     pub(crate) fn grow(&self, size_bytes: u64) {
@@ -265,6 +273,12 @@ impl VolumeQueue for Queue {
             completions.push(Completion { tag: request.tag, result });
         }
         self.shared.changed.notify_all();
+    }
+
+    fn rest(&mut self) {
+        let mut state = self.shared.lock();
+        let submitted = state.ops.len();
+        state.rests.push(submitted);
     }
 
     fn wake_fd(&self) -> BorrowedFd<'_> {

@@ -80,6 +80,29 @@ fn a_guest_that_cannot_flush_gets_write_through() {
     assert_write_through(&device, &mut front_end);
 }
 
+/// What is submitted after a queue came to rest would wait for the end of a handoff.
+#[test]
+fn a_queue_that_stops_rests_when_its_writes_are_followed_by_their_flushes() {
+    let device = Device::start(Mode::Immediate);
+    let mut front_end = device.front_end();
+    front_end.set_config(WRITEBACK, &[0]).unwrap();
+    device.volume.set_mode(Mode::Hold);
+    front_end.queue(0).submit(&Request::Write { sector: 0, data: &[1; 512] }).unwrap();
+    front_end.queue(0).kick().unwrap();
+    device.volume.wait_held(0, 1);
+    std::thread::scope(|scope| {
+        let stopping = scope.spawn(|| front_end.get_vring_base(0).unwrap());
+        std::thread::sleep(A_WHILE);
+        assert_eq!(device.volume.rests(), [0_usize; 0], "a flush is to come");
+        device.volume.release(0, 0);
+        device.volume.wait_held(0, 1);
+        device.volume.release(0, 0);
+        assert_eq!(stopping.join().unwrap(), 1);
+    });
+    let rests = device.volume.rests();
+    assert!(!rests.is_empty() && rests.iter().all(|submitted| *submitted == 2), "{rests:?}");
+}
+
 #[test]
 fn a_guest_that_can_flush_but_not_choose_gets_write_back() {
     let device = Device::start(Mode::Immediate);

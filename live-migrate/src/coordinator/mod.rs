@@ -6,5 +6,28 @@
 //! | module | is |
 //! |---|---|
 //! | [`plan`] | a handoff's row and the pure function that says what is due |
+//! | [`journal`] | rows, term and events, durable before anything is begun |
+//! | [`keeper`] | one handoff: writes its row, has what is due carried out |
+//! | `carry_out` | one action: calls until it is done, reports what it learns |
+//! | [`storages`], [`agents`] | who is called |
+//! | [`prepare`] | a new handoff: who, what and whether |
+//! | [`vms`] | a VM as a whole: where it is, who owns it, fencing it, why |
+//! | [`migrate`] | drives a whole migration |
+//! | `api`, [`view`], [`fault`] | HTTP: routes, what is shown, problems |
+//! | [`core`], [`config`], [`server`] | what is shared, what is configured, start |
 
+pub mod agents;
+mod api;
+mod carry_out;
+pub mod config;
+pub mod core;
+pub mod fault;
+pub mod journal;
+pub mod keeper;
+pub mod migrate;
 pub mod plan;
+pub mod prepare;
+pub mod server;
+pub mod storages;
+pub mod view;
+pub mod vms;

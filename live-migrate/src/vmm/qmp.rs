@@ -28,6 +28,9 @@ const NAME: &str = "QEMU";
 /// is for one that came before the session did.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
+/// Between looks at a change that is under way, of which no event tells.
+const SETTLE: Duration = Duration::from_millis(5);
+
 /// A QEMU process.
 #[derive(Debug)]
 pub struct Qemu {
@@ -155,8 +158,9 @@ impl Qemu {
     }
 
     async fn look(&self, session: &Session) -> Result<VmmStatus, VmmError> {
-        let run = self.execute(session, qmp::query_status {}).await?.status;
+        // In this order, so that the machine's state is not older than the phase.
         let migration = self.execute(session, qmp::query_migrate {}).await?;
+        let run = self.execute(session, qmp::query_status {}).await?.status;
         Ok(VmmStatus {
             run: run_state(run),
             detail: qapi::Enum::name(&run).to_owned(),
@@ -257,17 +261,31 @@ impl Vmm for Qemu {
             news.as_mut().enable();
             let status = self.look(&session).await?;
             let now = tokio::time::Instant::now();
-            if status.migration.phase.is_decided() || now >= until {
+            let settling = is_settling(&status);
+            if (status.migration.phase.is_decided() && !settling) || now >= until {
                 return Ok(status);
             }
-            let _ = tokio::time::timeout_at(until.min(now + LOOK_EVERY), news).await;
+            let pause = if settling { SETTLE } else { LOOK_EVERY };
+            let _ = tokio::time::timeout_at(until.min(now + pause), news).await;
         }
     }
 
     async fn proceed(&self) -> Result<(), VmmError> {
+        let session = self.session().await?;
         let state = MigrationStatus::pre_switchover;
-        self.command(qmp::migrate_continue { state }).await?;
-        Ok(())
+        self.execute(&session, qmp::migrate_continue { state }).await?;
+        // QEMU answers before it goes on, and somebody who waits next must not be
+        // told that it still waits.
+        let left = async {
+            while self.look(&session).await?.migration.phase == MigrationPhase::PreSwitchover {
+                tokio::time::sleep(SETTLE).await;
+            }
+            Ok(())
+        };
+        match tokio::time::timeout(self.timeout, left).await {
+            Ok(left) => left,
+            Err(_) => Err(self.silent(qmp::migrate_continue::NAME)),
+        }
     }
 
     async fn cancel(&self) -> Result<(), VmmError> {
@@ -295,9 +313,19 @@ impl Vmm for Qemu {
     }
 }
 
-/// No process has the socket open.
+/// The migration is over and the machine's state does not show it yet.
+fn is_settling(status: &VmmStatus) -> bool {
+    status.run == RunState::Switching
+        && status.migration.phase != MigrationPhase::PreSwitchover
+        && status.migration.phase.is_decided()
+}
+
+/// No process has the socket open, or the one that had it is ending.
 fn nobody(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset
+    )
 }
 
 fn gone() -> VmmStatus {

@@ -217,7 +217,7 @@ impl Backend {
                 }
                 pending.sent = Some((connection, epoch));
                 let kind = pending.kind;
-                stage.to_server(connection, ToServer::Io { seq: Seq(*seq), epoch, kind });
+                stage.send_to_server(connection, ToServer::Io { seq: Seq(*seq), epoch, kind });
             }
         }
     }
@@ -269,7 +269,7 @@ impl Backend {
             (State::Standby | State::Opening, Some((attempt, proof))) => {
                 queue.link.state = State::Opening;
                 queue.link.since = stage.now;
-                stage.to_server(connection, ToServer::Open(Open { attempt, proof }));
+                stage.send_to_server(connection, ToServer::Open(Open { attempt, proof }));
             }
             (State::Standby, None) => {
                 queue.link.stands_by = false;
@@ -311,7 +311,7 @@ impl Backend {
             Asked::Unfreeze { boot_id } => Ask::Unfreeze { boot_id },
         };
         let request = HandoffRequest { attempt, ask };
-        stage.to_server(connection, ToServer::Handoff { asked, request });
+        stage.send_to_server(connection, ToServer::Handoff { asked, request });
     }
 
     fn send_open(&mut self, stage: &mut Stage, at: usize) {
@@ -320,7 +320,7 @@ impl Backend {
             (control.state, control.connection, self.members[at].open)
         {
             self.members[at].control.since = stage.now;
-            stage.to_server(connection, ToServer::Open(Open { attempt, proof }));
+            stage.send_to_server(connection, ToServer::Open(Open { attempt, proof }));
         }
     }
 
@@ -360,14 +360,14 @@ impl Backend {
             None if link == 0 && claims && !slot.stands_by => Greeting::Claim,
             _ => Greeting::Standby,
         };
-        let queue = link.checked_sub(1).map_or(QueueId::CONTROL, |queue| {
-            QueueId(u16::try_from(queue).expect("few queues"))
-        });
+        let queue = link
+            .checked_sub(1)
+            .map_or(QueueId::CONTROL, |queue| QueueId(u16::try_from(queue).expect("few queues")));
         let connection = stage.connect((number, host, session), member, queue);
         slot.connection = Some(connection);
         slot.state = State::Greeting;
         slot.since = stage.now;
-        stage.to_server(connection, ToServer::Hello { greeting, resume_from });
+        stage.send_to_server(connection, ToServer::Hello { greeting, resume_from });
     }
 
     /// A message arrives on one of its connections.
@@ -387,7 +387,9 @@ impl Backend {
         match message {
             ToClient::End => self.reconnect(stage, at, link, 0),
             ToClient::Refused(why) => self.refused(stage, at, link, why),
-            ToClient::Welcome { epoch, owner } => self.welcomed(stage, vm, (at, link), epoch, owner),
+            ToClient::Welcome { epoch, owner } => {
+                self.welcomed(stage, vm, (at, link), epoch, owner)
+            }
             ToClient::Done { seq, read } => self.done(stage, vm, (at, link - 1), seq, read),
             ToClient::Stale { seq } => {
                 let queue = &mut self.members[at].queues[link - 1];
@@ -410,7 +412,7 @@ impl Backend {
                 {
                     record.phase = Phase::Sealed;
                 }
-                stage.to_server(connection, ToServer::Access { boot_id, version });
+                stage.send_to_server(connection, ToServer::Access { boot_id, version });
                 self.tell(stage, vm, Input::View { member: at, boot_id, record });
             }
             ToClient::Handoff { asked, attempt, answer } => {
@@ -465,7 +467,7 @@ impl Backend {
         else {
             return;
         };
-        stage.to_server(connection, ToServer::Access { boot_id, version });
+        stage.send_to_server(connection, ToServer::Access { boot_id, version });
         for ask in self.members[at].asks.clone() {
             self.send_ask(stage, at, ask);
         }
@@ -544,7 +546,9 @@ impl Backend {
                 let waits = match queue.link.state {
                     State::Down => false,
                     State::Greeting | State::Opening => late(queue.link.since),
-                    State::Standby => granted && !held && now.saturating_sub(queue.link.since) > 5 * MS,
+                    State::Standby => {
+                        granted && !held && now.saturating_sub(queue.link.since) > 5 * MS
+                    }
                     State::Owner => !held && oldest.is_some_and(late),
                 };
                 if waits && queue.link.connection.is_some() {

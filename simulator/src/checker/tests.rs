@@ -12,7 +12,7 @@ fn agrees_with_a_slow_oracle() {
         let mut history = History::default();
         let mut oracle = LinearizabilityTester::new(Register(0u64));
         let mut open: Vec<usize> = Vec::new();
-        let (mut next, mut written) = (1, 0);
+        let mut written = 0;
         for _ in 0..rng.usize(2..=12) {
             if open.len() < 3 && rng.u8(..3) > 0 {
                 let kind = if rng.bool() {
@@ -28,7 +28,6 @@ fn agrees_with_a_slow_oracle() {
                 let id = history.invoke(0, kind);
                 oracle.on_invoke(id, op).expect("a thread of its own");
                 open.push(id);
-                next += 1;
             } else if !open.is_empty() {
                 let id = open.swap_remove(rng.usize(..open.len()));
                 let read = rng.u64(..=written);
@@ -40,7 +39,6 @@ fn agrees_with_a_slow_oracle() {
                 oracle.on_return(id, ret).expect("it was invoked");
             }
         }
-        let _ = next;
         let expected = oracle.is_consistent();
         assert_eq!(check(&history).is_ok(), expected, "{history:?}");
         if expected { right += 1 } else { wrong += 1 }

@@ -4,7 +4,7 @@
 use baton_protocol::access::{By, Input, Phase, Refusal, Step, Store};
 use baton_protocol::handoff::role::Asked;
 use baton_protocol::handoff::{Ask, HandoffRequest, Open, Outcome, Side, Try};
-use baton_protocol::{QueueId, Seq, SessionId};
+use baton_protocol::{Epoch, QueueId, Seq, SessionId};
 
 use super::{Server, Volume, WaitingSeal, answer, host_of, owner_name};
 use crate::agenda::MS;
@@ -70,7 +70,7 @@ impl Volume {
             Call::Reclaim(_) => stage.reached(Point::ReclaimArrived),
             Call::Abdicate(_) => stage.reached(Point::AbdicateArrived),
             Call::Settle(..) => stage.reached(Point::SettleArrived),
-            Call::View => {}
+            Call::View | Call::Fence(_) => {}
         }
         self.jobs.push_back(Job::Call { coordinator, term, call });
         self.work(stage, server);
@@ -159,9 +159,7 @@ impl Volume {
 
     /// What the record says. `None`: it has no say.
     fn judge(&self, server: &Server, job: &Job) -> (Result<Option<Step>, Refusal>, Option<Point>) {
-        let step = |input: Input<'_>| {
-            (self.record.step(input).map(Some), reached_by(&input))
-        };
+        let step = |input: Input<'_>| (self.record.step(input).map(Some), reached_by(&input));
         match job {
             Job::Greet { connection, greeting } => {
                 let Some(peer) = self.peers.get(connection) else { return (Ok(None), None) };
@@ -200,6 +198,9 @@ impl Volume {
                 let (term, by) = (*term, By::Coordinator { term: *term });
                 match call {
                     Call::View => (Ok(None), None),
+                    // Twice would fence the nominee that has claimed since.
+                    Call::Fence(name) if self.belongs_to(name) => (Ok(None), None),
+                    Call::Fence(name) => step(Input::Fence { term: None, nominee: Some(name) }),
                     Call::Arm(plan) => step(Input::Arm { plan, term, generation: 0 }),
                     Call::Reclaim(attempt) => step(Input::Reclaim { attempt: *attempt, by }),
                     Call::Abdicate(attempt) => step(Input::Abdicate { attempt: *attempt, by }),
@@ -243,20 +244,14 @@ impl Volume {
 
     /// What is about to be told.
     fn watch(&self, stage: &mut Stage) {
-        let Some(handoff) = &self.record.handoff else { return };
-        let closed = match self.record.phase {
-            Phase::Sealed => Some(self.record.epoch),
-            Phase::Frozen if handoff.sealed => Some(self.record.epoch),
-            _ => None,
+        let sealed = match self.record.phase {
+            Phase::Sealed => true,
+            Phase::Frozen => self.record.handoff.as_ref().is_some_and(|handoff| handoff.sealed),
+            _ => false,
         };
-        let below = self.record.admits().owner.map(|epoch| {
-            let mut below = epoch;
-            below.0 -= 1;
-            below
-        });
-        if let Some(epoch) = closed.or(below) {
-            stage.watch.closed(self.number, epoch);
-        }
+        let below = if sealed { 0 } else { 1 };
+        stage.watch.closed(self.number, Epoch(self.record.epoch.0.saturating_sub(below)));
+        let Some(handoff) = &self.record.handoff else { return };
         let plan = &handoff.plan;
         if plan.anchor == self.record.volume
             && let Some(winner) = self.record.winner(plan.attempt)
@@ -290,7 +285,7 @@ impl Volume {
                     self.arriving.push(*connection);
                 } else if let Some(peer) = self.peers.get_mut(connection) {
                     let behind = peer.behind_open.take().unwrap_or_default();
-                    stage.to_client(*connection, ToClient::Opened(None));
+                    stage.send_to_client(*connection, ToClient::Opened(None));
                     self.run_behind(stage, server, *connection, behind);
                 }
             }
@@ -300,7 +295,7 @@ impl Volume {
                     Call::Reclaim(attempt) | Call::Abdicate(attempt) | Call::Settle(attempt, _) => {
                         Some(*attempt)
                     }
-                    Call::View => None,
+                    Call::View | Call::Fence(_) => None,
                 };
                 let attempt = attempt.or(self.record.handoff.as_ref().map(|h| h.plan.attempt));
                 let decided = attempt.and_then(|attempt| {
@@ -337,11 +332,11 @@ impl Volume {
         };
         if let Some(refused) = refused {
             self.peers.remove(&connection);
-            stage.to_client(connection, ToClient::Refused(refused));
+            stage.send_to_client(connection, ToClient::Refused(refused));
             stage.network.connections[connection].server_open = false;
         } else if greeting == Greeting::Standby {
             let epoch = self.record.epoch;
-            stage.to_client(connection, ToClient::Welcome { epoch, owner: false });
+            stage.send_to_client(connection, ToClient::Welcome { epoch, owner: false });
         } else {
             self.arriving.push(connection);
         }
@@ -380,7 +375,7 @@ impl Volume {
     ) {
         note!(stage, "volume {} answers {asked:?}: {outcome:?}", self.number);
         let answer = Box::new(answer(server.boot, &self.record, outcome, proof));
-        stage.to_client(connection, ToClient::Handoff { asked, attempt, answer });
+        stage.send_to_client(connection, ToClient::Handoff { asked, attempt, answer });
     }
 
     fn seal_asked(

@@ -131,6 +131,12 @@ impl Volume {
         }
     }
 
+    /// Nobody else may have it, and no handoff of it is under way.
+    pub(crate) fn belongs_to(&self, name: &str) -> bool {
+        let owner = self.record.owner.as_ref().is_some_and(|owner| owner.name == name);
+        owner && self.record.phase == Phase::Owned
+    }
+
     /// The server's process ends. What its kernel has of a request may still
     /// reach the disk; nothing does after the next process has started.
     pub(crate) fn crash(&mut self, stage: &mut Stage, power: bool) {
@@ -146,7 +152,7 @@ impl Volume {
             stage.history.lose_power(self.number);
         }
         for connection in std::mem::take(&mut self.peers).into_keys() {
-            stage.to_client(connection, ToClient::End);
+            stage.send_to_client(connection, ToClient::End);
             stage.network.connections[connection].server_open = false;
         }
         self.seats.clear();
@@ -239,7 +245,7 @@ impl Volume {
         {
             seat.window.complete(running.seq);
         }
-        stage.to_client(running.connection, ToClient::Done { seq: running.seq, read });
+        stage.send_to_client(running.connection, ToClient::Done { seq: running.seq, read });
         self.work(stage, server);
     }
 
@@ -259,15 +265,16 @@ impl Volume {
             || (stage.has(Bug::NoReclaim) && sealed && self.current.is_none());
         if !admitted {
             note!(stage, "volume {} refuses seq {} of epoch {epoch}", self.number, seq.0);
-            stage.to_client(connection, ToClient::Stale { seq });
+            stage.send_to_client(connection, ToClient::Stale { seq });
             return;
         }
-        if let Some(seat) = self.seats.get_mut(&queue).filter(|seat| seat.connection == connection) {
+        if let Some(seat) = self.seats.get_mut(&queue).filter(|seat| seat.connection == connection)
+        {
             seat.arrived = seat.arrived.max(seq);
             match seat.window.arrive(seq) {
                 Arrival::New => {}
                 Arrival::Done => {
-                    stage.to_client(connection, ToClient::Done { seq, read: 0 });
+                    stage.send_to_client(connection, ToClient::Done { seq, read: 0 });
                     return;
                 }
                 arrival => {
@@ -326,10 +333,10 @@ impl Volume {
             let epoch = self.record.epoch;
             match peer.behind_open.take() {
                 Some(behind) => {
-                    stage.to_client(connection, ToClient::Opened(Some(epoch)));
+                    stage.send_to_client(connection, ToClient::Opened(Some(epoch)));
                     self.run_behind(stage, server, connection, behind);
                 }
-                None => stage.to_client(connection, ToClient::Welcome { epoch, owner: true }),
+                None => stage.send_to_client(connection, ToClient::Welcome { epoch, owner: true }),
             }
         }
         self.arriving.len() != before
@@ -357,7 +364,7 @@ impl Volume {
     /// The server's end of a connection is over.
     fn part(&mut self, stage: &mut Stage, connection: usize) {
         self.peers.remove(&connection);
-        stage.to_client(connection, ToClient::End);
+        stage.send_to_client(connection, ToClient::End);
         stage.network.connections[connection].server_open = false;
     }
 
@@ -368,7 +375,7 @@ impl Volume {
             if peer.watches.is_some_and(|known| known != now) {
                 peer.watches = None;
                 let answer = answer(server.boot, &self.record, Outcome::Granted, None);
-                stage.to_client(*connection, ToClient::Access(Box::new(answer)));
+                stage.send_to_client(*connection, ToClient::Access(Box::new(answer)));
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The plan against real access records, with lost and late messages, restarts
 //! of coordinator and servers, and backends that do as they like.
 
-use baton_protocol::access::{AccessRecord, By, Input as Ask, Phase, Refusal as No};
+use baton_protocol::access::{AccessRecord, By, Input as Ask, Phase, Refusal as No, Store};
 use baton_protocol::handoff::{Key, Mode, Plan, Proof, Side};
 use baton_protocol::{SessionId, VolumeId};
 use proptest::prelude::*;
@@ -16,6 +16,8 @@ const TERM: u64 = 3;
 struct World {
     row: Row,
     records: Vec<AccessRecord>,
+    /// What a restart of its server leaves of each: nothing that could wait.
+    disks: Vec<AccessRecord>,
     /// ARMs that may still arrive.
     late: Vec<usize>,
     activated: bool,
@@ -36,8 +38,15 @@ impl World {
         let mut row = fresh();
         let member = row.members[0].clone();
         row.members = (1..=owned.len() as u64).map(|id| Member { id, ..member.clone() }).collect();
-        let mut world =
-            Self { row, records, late: Vec::new(), activated: false, destination_alive: true };
+        let disks = records.clone();
+        let mut world = Self {
+            row,
+            records,
+            disks,
+            late: Vec::new(),
+            activated: false,
+            destination_alive: true,
+        };
         world.tell(Input::Start);
         world
     }
@@ -63,6 +72,9 @@ impl World {
 
     fn ask(&mut self, place: usize, ask: Ask<'_>) -> Result<(), No> {
         let step = self.records[place].step(ask)?;
+        if step.store == Store::First {
+            self.disks[place] = step.record.clone();
+        }
         self.records[place] = step.record;
         Ok(())
     }
@@ -195,7 +207,7 @@ impl World {
     }
 
     fn server_restarts(&mut self, place: usize) {
-        self.records[place] = self.records[place].clone().after_restart();
+        self.records[place] = self.disks[place].clone().after_restart();
     }
 
     /// From here on everybody answers; the handoff must come to its end.

@@ -1,0 +1,111 @@
+//! The backend of a VM: its process, and its part in a handoff.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use utoipa::ToSchema;
+
+use super::super::{Agent, COMMAND_LIMIT};
+use super::{body, find};
+use crate::problem::Problem;
+use crate::supervisor::control::Control;
+use crate::supervisor::{BackendState, Role};
+
+/// How to start a backend.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StartBackend {
+    /// `owner` claims the volumes, `standby` waits for a handoff.
+    role: Role,
+}
+
+/// Starts the backend and waits until it answers. One that runs is left alone;
+/// the role then counts from its next start on.
+#[utoipa::path(put, path = "/v1/vms/{vm}/backend", params(("vm" = String, Path)),
+    request_body = StartBackend, responses((status = 200, body = BackendState),
+    (status = 400, body = Problem), (status = 404, body = Problem), (status = 409, body = Problem),
+    (status = 504, body = Problem)))]
+pub(super) async fn start(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<String>,
+    request: Result<Json<StartBackend>, JsonRejection>,
+) -> Result<Json<BackendState>, Problem> {
+    let StartBackend { role } = body(request)?;
+    let vm = find(&agent, &name)?;
+    let launch = agent.launch(&vm, role).map_err(|error| {
+        Problem::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "baton:state-failed",
+            "The agent cannot write what the backend needs",
+            format!("cannot write in {}: {error}", agent.config.run_dir.display()),
+        )
+    })?;
+    Ok(Json(agent.supervisor.start(launch).await?))
+}
+
+/// Stops the backend: asks it to end, and kills it if it does not.
+#[utoipa::path(delete, path = "/v1/vms/{vm}/backend", params(("vm" = String, Path)),
+    responses((status = 204), (status = 404, body = Problem), (status = 409, body = Problem)))]
+pub(super) async fn stop(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, Problem> {
+    find(&agent, &name)?;
+    agent.supervisor.stop(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn tell(agent: &Agent, name: &str, command: &str) -> Result<Json<Value>, Problem> {
+    find(agent, name)?;
+    let control = Control::new(agent.config.control_socket(name));
+    Ok(Json(control.ask(&json!({"cmd": command}), COMMAND_LIMIT).await?))
+}
+
+/// Passes `seal` to the backend: drain, and give the volumes up to the handoff.
+#[utoipa::path(post, path = "/v1/vms/{vm}/backend/seal", params(("vm" = String, Path)),
+    responses((status = 200, body = Object), (status = 404, body = Problem),
+    (status = 409, body = Problem), (status = 504, body = Problem)))]
+pub(super) async fn seal(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Problem> {
+    tell(&agent, &name, "seal").await
+}
+
+/// Passes `activate` to the backend: ask for the volumes.
+#[utoipa::path(post, path = "/v1/vms/{vm}/backend/activate", params(("vm" = String, Path)),
+    responses((status = 200, body = Object), (status = 404, body = Problem),
+    (status = 409, body = Problem), (status = 504, body = Problem)))]
+pub(super) async fn activate(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Problem> {
+    tell(&agent, &name, "activate").await
+}
+
+/// Passes `abdicate` to the backend: promise never to have activated.
+#[utoipa::path(post, path = "/v1/vms/{vm}/backend/abdicate", params(("vm" = String, Path)),
+    responses((status = 200, body = Object), (status = 404, body = Problem),
+    (status = 409, body = Problem), (status = 504, body = Problem)))]
+pub(super) async fn abdicate(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Problem> {
+    tell(&agent, &name, "abdicate").await
+}
+
+/// Passes `reclaim` to the backend: ask for the volumes back.
+#[utoipa::path(post, path = "/v1/vms/{vm}/backend/reclaim", params(("vm" = String, Path)),
+    responses((status = 200, body = Object), (status = 404, body = Problem),
+    (status = 409, body = Problem), (status = 504, body = Problem)))]
+pub(super) async fn reclaim(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Problem> {
+    tell(&agent, &name, "reclaim").await
+}

@@ -1,0 +1,195 @@
+//! The agent's API: this host, its VMs, their backends and monitors.
+//!
+//! JSON over HTTP; errors are RFC 9457 documents. The table [`ROUTES`] is the
+//! router, and a test holds it against the OpenAPI document. Coordinators and
+//! operators are let in, and those of this host who reach the socket.
+
+mod backends;
+mod monitors;
+mod refusals;
+mod vms;
+
+use std::sync::Arc;
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
+use axum::http::StatusCode;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, get, post, put};
+use axum::{Json, Router};
+use utoipa::OpenApi;
+
+use super::Agent;
+use super::definition::VmDefinition;
+use super::facts::HostFacts;
+use crate::door::Peer;
+use crate::identity::Role;
+use crate::problem::Problem;
+
+/// A definition of 256 disks fits.
+const BODY_BYTES_MAX: usize = 256 << 10;
+/// Who may.
+const CALLERS: [Role; 2] = [Role::Coordinator, Role::Operator];
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Baton host agent",
+        description = "One host: its VMs, the backends of their disks, their monitors."
+    ),
+    paths(
+        host,
+        vms::list,
+        vms::show,
+        vms::define,
+        vms::forget,
+        backends::start,
+        backends::stop,
+        backends::seal,
+        backends::activate,
+        backends::abdicate,
+        backends::reclaim,
+        monitors::status,
+        monitors::incoming,
+        monitors::migrate,
+        monitors::proceed,
+        monitors::cancel,
+        monitors::resume,
+        monitors::stop,
+        monitors::quit,
+        health,
+        document
+    )
+)]
+struct Document;
+
+type Method = fn() -> MethodRouter<Arc<Agent>>;
+
+/// Path, methods, handlers.
+const ROUTES: [(&str, &[&str], Method); 18] = [
+    ("/v1/host", &["get"], || get(host)),
+    ("/v1/vms", &["get"], || get(vms::list)),
+    ("/v1/vms/{vm}", &["get", "put", "delete"], || {
+        get(vms::show).put(vms::define).delete(vms::forget)
+    }),
+    ("/v1/vms/{vm}/backend", &["put", "delete"], || put(backends::start).delete(backends::stop)),
+    ("/v1/vms/{vm}/backend/seal", &["post"], || post(backends::seal)),
+    ("/v1/vms/{vm}/backend/activate", &["post"], || post(backends::activate)),
+    ("/v1/vms/{vm}/backend/abdicate", &["post"], || post(backends::abdicate)),
+    ("/v1/vms/{vm}/backend/reclaim", &["post"], || post(backends::reclaim)),
+    ("/v1/vms/{vm}/vmm", &["get"], || get(monitors::status)),
+    ("/v1/vms/{vm}/vmm/incoming", &["post"], || post(monitors::incoming)),
+    ("/v1/vms/{vm}/vmm/migrate", &["post"], || post(monitors::migrate)),
+    ("/v1/vms/{vm}/vmm/continue", &["post"], || post(monitors::proceed)),
+    ("/v1/vms/{vm}/vmm/cancel", &["post"], || post(monitors::cancel)),
+    ("/v1/vms/{vm}/vmm/resume", &["post"], || post(monitors::resume)),
+    ("/v1/vms/{vm}/vmm/stop", &["post"], || post(monitors::stop)),
+    ("/v1/vms/{vm}/vmm/quit", &["post"], || post(monitors::quit)),
+    ("/healthz", &["get"], || get(health)),
+    ("/openapi.json", &["get"], || get(document)),
+];
+
+/// All routes.
+pub(super) fn router(agent: Arc<Agent>) -> Router {
+    let mut router = Router::new();
+    for (path, _, methods) in ROUTES {
+        router = router.route(path, methods());
+    }
+    router
+        .fallback(async || {
+            Problem::new(
+                StatusCode::NOT_FOUND,
+                "baton:no-such-route",
+                "There is nothing here",
+                "the routes are listed at /openapi.json",
+            )
+        })
+        .method_not_allowed_fallback(async || {
+            Problem::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "baton:method",
+                "The route has no such method",
+                "the routes and their methods are listed at /openapi.json",
+            )
+        })
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(middleware::from_fn(let_in))
+        .with_state(agent)
+}
+
+async fn let_in(ConnectInfo(peer): ConnectInfo<Peer>, request: Request, next: Next) -> Response {
+    if let Err(problem) = peer.require(&CALLERS) {
+        tracing::warn!(%peer, path = request.uri().path(), "refused");
+        return problem.into_response();
+    }
+    if request.method() != axum::http::Method::GET {
+        tracing::info!(%peer, method = %request.method(), path = request.uri().path(), "asked");
+    }
+    next.run(request).await
+}
+
+fn body<T>(request: Result<Json<T>, JsonRejection>) -> Result<T, Problem> {
+    request.map(|Json(value)| value).map_err(|rejection| {
+        Problem::bad_request(format!("the body is not what is expected: {}", rejection.body_text()))
+    })
+}
+
+fn find(agent: &Agent, name: &str) -> Result<VmDefinition, Problem> {
+    agent.inventory.find(name).ok_or_else(|| {
+        Problem::new(
+            StatusCode::NOT_FOUND,
+            "baton:no-such-vm",
+            "There is no such VM here",
+            format!(
+                "host {} knows no VM `{name}`; add it to the configuration, or send it with PUT /v1/vms/{{vm}}",
+                agent.config.host
+            ),
+        )
+    })
+}
+
+/// Shows what this host is.
+#[utoipa::path(get, path = "/v1/host", responses((status = 200, body = HostFacts)))]
+async fn host(State(agent): State<Arc<Agent>>) -> Json<HostFacts> {
+    Json(agent.facts.clone())
+}
+
+/// `ok` while the agent serves.
+#[utoipa::path(get, path = "/healthz", responses((status = 200, content_type = "text/plain", body = String)))]
+async fn health() -> &'static str {
+    "ok\n"
+}
+
+/// This document.
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, content_type = "application/json", body = String)))]
+async fn document() -> Json<utoipa::openapi::OpenApi> {
+    Json(Document::openapi())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_document_lists_every_route_and_nothing_else() {
+        let document = serde_json::to_value(Document::openapi()).expect("JSON");
+        let documented: BTreeSet<(String, String)> = document["paths"]
+            .as_object()
+            .expect("paths")
+            .iter()
+            .flat_map(|(path, methods)| {
+                let methods = methods.as_object().expect("methods").keys();
+                methods.map(move |method| (path.clone(), method.clone()))
+            })
+            .collect();
+        let routed: BTreeSet<(String, String)> = ROUTES
+            .iter()
+            .flat_map(|(path, methods, _)| {
+                methods.iter().map(move |method| ((*path).to_owned(), (*method).to_owned()))
+            })
+            .collect();
+        assert_eq!(documented, routed);
+    }
+}

@@ -1,0 +1,166 @@
+//! The host agent: what it is told in its configuration and over its API, and
+//! what it does with backends and monitors of this host.
+
+mod api;
+pub mod config;
+pub mod definition;
+mod facts;
+mod inventory;
+mod machine;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::door::{Address, Door, DoorError, Peer};
+use crate::supervisor::{Launch, Role, Settings, Supervisor};
+use crate::tls::{Credentials, CredentialsError};
+
+use config::Config;
+use definition::VmDefinition;
+use facts::HostFacts;
+use inventory::{Inventory, InventoryError};
+
+/// Why the agent does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Nobody could connect.
+    #[error(transparent)]
+    Door(#[from] DoorError),
+    /// The certificates.
+    #[error(transparent)]
+    Credentials(#[from] CredentialsError),
+    /// They are another's.
+    #[error(
+        "the certificate is {found}'s, and this host is configured as {host}; give the agent its own host's certificate"
+    )]
+    WrongHost {
+        /// In the certificate.
+        found: crate::identity::Identity,
+        /// In the configuration.
+        host: String,
+    },
+    /// What was remembered.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// A directory.
+    #[error("cannot make directory {}", path.display())]
+    Directory {
+        /// Which.
+        path: std::path::PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// What the handlers share.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    config: Config,
+    facts: HostFacts,
+    inventory: Inventory,
+    supervisor: Supervisor,
+    machines: machine::Machines,
+}
+
+/// A running agent. Dropping it leaves backends and monitors running.
+#[derive(Debug)]
+pub struct Running {
+    /// Where its API is.
+    pub address: Address,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Running {
+    /// Ends the API; backends and monitors stay.
+    pub async fn stop(self) {
+        self.task.abort();
+        let _ = self.task.await;
+    }
+}
+
+/// Starts the agent: takes over what an agent before it left running, and serves
+/// its API.
+///
+/// # Errors
+/// [`StartError`]; nothing runs that did not before.
+pub async fn start(config: Config) -> Result<Running, StartError> {
+    let credentials = config.tls.as_ref().map(Credentials::load).transpose()?;
+    if let Some(credentials) = &credentials {
+        let found = credentials.identity();
+        if found.role != crate::identity::Role::Host || found.name != config.host {
+            let (found, host) = (found.clone(), config.host.clone());
+            return Err(StartError::WrongHost { found, host });
+        }
+    }
+    for path in [&config.state_dir, &config.run_dir, &config.run_dir.join(config::LAUNCH_DIR)] {
+        std::fs::create_dir_all(path)
+            .map_err(|source| StartError::Directory { path: path.clone(), source })?;
+    }
+    let inventory = Inventory::open(&config)?;
+    let door = Door::open(&config.listen, credentials.as_ref()).await?;
+    let address = door.address().clone();
+    let supervisor = Supervisor::new(Settings {
+        manager: config.manager.clone(),
+        state_dir: config.state_dir.clone(),
+        start_limit: config.start_limit,
+        stop_grace: config.stop_grace,
+        hang: config.hang,
+    });
+    let facts = HostFacts::gather(&config.host).await;
+    let machines = machine::Machines::default();
+    let agent = Arc::new(Agent { config, facts, inventory, supervisor, machines });
+    agent.take_over();
+    let service = api::router(agent).into_make_service_with_connect_info::<Peer>();
+    let task = tokio::spawn(async move {
+        if let Err(error) = axum::serve(door, service).await {
+            tracing::error!(%error, "the API ended");
+        }
+    });
+    Ok(Running { address, task })
+}
+
+impl Agent {
+    fn take_over(&self) {
+        for vm in self.inventory.list() {
+            let Some(role) = self.supervisor.remembered(&vm.name) else { continue };
+            match self.launch(&vm, role) {
+                Ok(launch) => self.supervisor.adopt(launch),
+                Err(error) => {
+                    tracing::error!(vm = vm.name, %error, "cannot take over a backend");
+                }
+            }
+        }
+    }
+
+    /// Writes a backend's configuration and says how to start it.
+    fn launch(&self, vm: &VmDefinition, role: Role) -> io::Result<Launch> {
+        let vm_dir = self.config.vm_dir(&vm.name);
+        // A unit of systemd has its directory made by systemd, for its own user.
+        if self.config.manager == crate::supervisor::Manager::Child {
+            std::fs::create_dir_all(&vm_dir)?;
+        }
+        let at = |suffix: &str| {
+            self.config.run_dir.join(config::LAUNCH_DIR).join(format!("{}.{suffix}", vm.name))
+        };
+        let toml = vm.backend_toml(&self.config.host, &vm_dir);
+        let config = at("toml");
+        let new = at("toml.new");
+        std::fs::write(&new, toml)?;
+        std::fs::rename(&new, &config)?;
+        Ok(Launch {
+            vm: vm.name.clone(),
+            program: self.config.backend_program.clone(),
+            config,
+            control: self.config.control_socket(&vm.name),
+            standby: role == Role::Standby,
+            log: self.config.state_dir.join(format!("{}.backend.log", vm.name)),
+            environment: at("env"),
+        })
+    }
+}
+
+/// For a status that a person waits for.
+const STATUS_LIMIT: Duration = Duration::from_secs(1);
+/// For a command that may have to wait for storage: a seal waits for what is in flight.
+const COMMAND_LIMIT: Duration = Duration::from_secs(30);

@@ -1,0 +1,101 @@
+//! `baton-coordinator`: arguments, configuration, run.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use baton_live_migrate::coordinator::config::Config;
+use baton_live_migrate::coordinator::server;
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Could not start, or failed while running.
+const FAILED: u8 = 1;
+/// Wrong flags or configuration; clap uses the same number.
+const USAGE: u8 = 2;
+/// A newer coordinator has taken over: do not start this one again.
+const SUPERSEDED: u8 = 5;
+
+/// Plans handoffs of VMs' volumes between hosts, and cleans up behind them.
+#[derive(Debug, Parser)]
+#[command(
+    name = "baton-coordinator",
+    version,
+    after_help = "Exit status: 0 stopped by a signal, 1 could not start or failed, 2 wrong flags \
+                  or configuration, 5 a newer coordinator has taken over."
+)]
+struct Flags {
+    /// Configuration file
+    #[arg(long, value_name = "FILE", default_value = "/etc/baton/baton-coordinator.toml")]
+    config: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let config = match Config::load(&Flags::parse().config) {
+        Ok(config) => config,
+        Err(error) => return fail(USAGE, &error),
+    };
+    let builder = tracing_subscriber::fmt()
+        .with_max_level(config.log_level)
+        .with_writer(std::io::stderr)
+        .with_target(false);
+    if config.log_json {
+        builder.json().init();
+    } else {
+        builder.with_ansi(false).init();
+    }
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(FAILED, &error),
+    };
+    let code = runtime.block_on(serve(config));
+    runtime.shutdown_background();
+    code
+}
+
+async fn serve(config: Config) -> ExitCode {
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    let (mut terminate, mut interrupt) = match signals {
+        (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
+        (Err(error), _) | (_, Err(error)) => return fail(FAILED, &error),
+    };
+    let coordinator = match server::start(config).await {
+        Ok(coordinator) => coordinator,
+        Err(error) => return fail(FAILED, &error),
+    };
+    say(&format!("listening api={} term={}", coordinator.address, coordinator.term));
+    // Fails only without systemd.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let mut down = coordinator.down();
+    let code = tokio::select! {
+        _ = terminate.recv() => ExitCode::SUCCESS,
+        _ = interrupt.recv() => ExitCode::SUCCESS,
+        why = down.wait_for(Option::is_some) => {
+            let why = why.ok().and_then(|why| *why).unwrap_or("it lost its term");
+            say(&format!("baton-coordinator: term {} is over: {why}; a newer coordinator has taken over, so this one ends", coordinator.term));
+            ExitCode::from(SUPERSEDED)
+        }
+    };
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    coordinator.stop().await;
+    code
+}
+
+/// One sentence, with its causes.
+fn fail(code: u8, error: &dyn std::error::Error) -> ExitCode {
+    let mut text = format!("baton-coordinator: {error}");
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    say(text.trim_end());
+    ExitCode::from(code)
+}
+
+fn say(line: &str) {
+    // Nobody may be listening any more.
+    let _ = writeln!(std::io::stderr(), "{line}");
+}

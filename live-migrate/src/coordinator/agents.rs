@@ -1,0 +1,333 @@
+//! The hosts' agents, as the coordinator uses them, and what they say of VMs.
+//!
+//! An agent's word is a report. Nothing here decides who owns a volume.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::config::{Config, Host};
+use super::plan::{Standing, Trouble};
+use crate::client::{CallError, Client, Method};
+use crate::identity::{Identity, Role};
+use crate::problem::Problem;
+use crate::tls::Credentials;
+
+/// Why an agent did not do what it was told.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum AgentError {
+    /// No answer, or it failed: it may be tried again.
+    #[error("{}", .0.detail)]
+    Unreachable(Trouble),
+    /// It understood and refused.
+    #[error("{}", .trouble.detail)]
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// Type and sentence.
+        trouble: Trouble,
+    },
+}
+
+impl AgentError {
+    /// Type and sentence.
+    #[must_use]
+    pub fn trouble(&self) -> &Trouble {
+        match self {
+            Self::Unreachable(trouble) | Self::Refused { trouble, .. } => trouble,
+        }
+    }
+
+    /// There is no such VM or backend there.
+    #[must_use]
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Self::Refused { status: 404, .. })
+    }
+}
+
+/// One host's agent.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    /// The host.
+    pub host: Host,
+    client: Client,
+    timeout: Duration,
+}
+
+/// All agents.
+#[derive(Clone, Debug)]
+pub struct Agents(Vec<Agent>);
+
+/// A disk of a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskView {
+    /// Its name in the VM.
+    pub name: String,
+    /// URI of its volume.
+    pub volume: String,
+}
+
+/// A VM at one host, as its agent tells it.
+#[derive(Clone, Debug)]
+pub struct VmView(pub Value);
+
+impl VmView {
+    fn definition(&self) -> &Value {
+        // What was remembered is a definition alone.
+        if self.0["definition"].is_object() { &self.0["definition"] } else { &self.0 }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.definition()["name"].as_str().unwrap_or_default()
+    }
+
+    /// Its disks that it may write: only those move.
+    #[must_use]
+    pub fn disks(&self) -> Vec<DiskView> {
+        let disks = self.definition()["disk"].as_array().map_or(&[][..], Vec::as_slice);
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let writable = disks.iter().filter(|disk| disk["read_only"] != Value::Bool(true));
+        writable
+            .map(|disk| DiskView { name: text(&disk["name"]), volume: text(&disk["volume"]) })
+            .collect()
+    }
+
+    /// What defines it, for another host: nothing that is a path of this one.
+    #[must_use]
+    pub fn portable(&self) -> Value {
+        const OF_THE_VM: [&str; 3] = ["name", "disk", "vmm"];
+        const OF_A_DISK: [&str; 5] = ["name", "volume", "read_only", "num_queues", "queue_size"];
+        let mut vm = self.definition().clone();
+        if let Some(vm) = vm.as_object_mut() {
+            vm.retain(|key, _| OF_THE_VM.contains(&key.as_str()));
+            for disk in vm.get_mut("disk").and_then(Value::as_array_mut).into_iter().flatten() {
+                if let Some(disk) = disk.as_object_mut() {
+                    disk.retain(|key, _| OF_A_DISK.contains(&key.as_str()));
+                }
+            }
+        }
+        vm
+    }
+
+    /// What the backend says of itself; null when it does not answer.
+    #[must_use]
+    pub fn status(&self) -> &Value {
+        &self.0["status"]
+    }
+
+    /// The backend's part of the handoff.
+    #[must_use]
+    pub fn handoff(&self) -> &Value {
+        &self.status()["handoff"]
+    }
+
+    /// What the backend does in the handoff.
+    #[must_use]
+    pub fn standing_word(&self) -> Option<&str> {
+        self.handoff()["standing"].as_str()
+    }
+
+    /// The backend's process is there, or may be.
+    #[must_use]
+    pub fn backend_runs(&self) -> bool {
+        !matches!(self.0["backend"]["run"].as_str(), Some("stopped" | "failed"))
+    }
+
+    /// What the machine does, in the agent's words: `running`, `paused`, ...
+    #[must_use]
+    pub fn run(&self) -> &str {
+        self.0["vmm"]["run"].as_str().unwrap_or("unknown")
+    }
+
+    /// The machine's last migration.
+    #[must_use]
+    pub fn migration(&self) -> &Value {
+        &self.0["vmm"]["migration"]
+    }
+
+    /// As the plan takes it, for one handoff.
+    #[must_use]
+    pub fn standing(&self, id: &str, attempt: u32) -> Standing {
+        if !self.backend_runs() {
+            // A machine that runs, or of which nobody says how it is, may have
+            // activated before its backend died.
+            let runs = matches!(self.run(), "running" | "unknown");
+            return if runs { Standing::Unknown } else { Standing::Dead };
+        }
+        let handoff = self.handoff();
+        let same = handoff["id"].as_str() == Some(id)
+            && handoff["attempt"].as_u64() == Some(u64::from(attempt));
+        match self.standing_word() {
+            Some("ready") if same => Standing::Ready,
+            Some("activating") if same => Standing::Active,
+            Some("serving") => Standing::Active,
+            Some("parked") => Standing::Parked,
+            _ => Standing::Starting,
+        }
+    }
+}
+
+impl Agents {
+    /// Of the configuration.
+    #[must_use]
+    pub fn new(config: &Config, credentials: Option<&Arc<Credentials>>) -> Self {
+        let agent = |host: &Host| Agent {
+            host: host.clone(),
+            client: Client::new(
+                Identity { role: Role::Host, name: host.name.clone() },
+                host.agent.clone(),
+                credentials.cloned(),
+                config.call_timeout,
+            ),
+            timeout: config.call_timeout,
+        };
+        Self(config.hosts.iter().map(agent).collect())
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Agent> {
+        self.0.iter()
+    }
+
+    /// The one of a host.
+    #[must_use]
+    pub fn of(&self, host: &str) -> Option<&Agent> {
+        self.0.iter().find(|agent| agent.host.name == host)
+    }
+}
+
+impl Agent {
+    /// The VMs it knows.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn vms(&self) -> Result<Vec<VmView>, AgentError> {
+        let answer = self.call(Method::GET, "/v1/vms", None).await?;
+        let vms = answer["vms"].as_array().or(answer.as_array());
+        Ok(vms.cloned().unwrap_or_default().into_iter().map(VmView).collect())
+    }
+
+    /// One VM.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn vm(&self, vm: &str) -> Result<VmView, AgentError> {
+        self.call(Method::GET, &format!("/v1/vms/{vm}"), None).await.map(VmView)
+    }
+
+    /// Tells it of a VM.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn define(&self, vm: &str, definition: &Value) -> Result<(), AgentError> {
+        self.call(Method::PUT, &format!("/v1/vms/{vm}"), Some(definition)).await.map(drop)
+    }
+
+    /// Starts a backend that claims nothing.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn stand_by(&self, vm: &str) -> Result<(), AgentError> {
+        let path = format!("/v1/vms/{vm}/backend");
+        self.call(Method::PUT, &path, Some(&json!({"role": "standby"}))).await.map(drop)
+    }
+
+    /// Stops the backend; there may be none.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn stop_backend(&self, vm: &str) -> Result<(), AgentError> {
+        match self.call(Method::DELETE, &format!("/v1/vms/{vm}/backend"), None).await {
+            Err(error) if error.is_missing() => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    /// Orders the backend: `seal`, `activate`, ...
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn order(&self, vm: &str, what: &str) -> Result<Value, AgentError> {
+        self.call(Method::POST, &format!("/v1/vms/{vm}/backend/{what}"), Some(&json!({}))).await
+    }
+
+    /// Tells the machine's monitor: `incoming`, `migrate`, `continue`, ...
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn monitor(&self, vm: &str, what: &str, body: &Value) -> Result<Value, AgentError> {
+        let path = format!("/v1/vms/{vm}/vmm/{what}");
+        // A monitor may be started first, and a drain of slow disks holds it up.
+        let within = self.timeout * 4;
+        let answer = self.client.call_within(Method::POST, &path, Some(body), within).await;
+        answer.map_err(|error| self.judge(error))
+    }
+
+    async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Value, AgentError> {
+        self.client.call(method, path, body).await.map_err(|error| self.judge(error))
+    }
+
+    fn judge(&self, error: CallError) -> AgentError {
+        match error {
+            CallError::Refused { status, kind, detail, .. } if status < 500 => {
+                AgentError::Refused { status, trouble: Trouble { kind, detail } }
+            }
+            other => AgentError::Unreachable(Trouble {
+                kind: "baton:agent-unreachable".to_owned(),
+                detail: format!("agent of {}: {}", self.host.name, Problem::described(&other)),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn standing(vm: Value) -> Standing {
+        VmView(vm).standing("ID", 1)
+    }
+
+    #[test]
+    fn what_an_agent_says_of_the_destination() {
+        let backend = |standing: &str, id: &str| {
+            json!({"backend": {"run": "running"}, "vmm": {"run": "incoming"},
+                "status": {"handoff": {"standing": standing, "id": id, "attempt": 1}}})
+        };
+        assert_eq!(standing(backend("ready", "ID")), Standing::Ready);
+        assert_eq!(standing(backend("ready", "OTHER")), Standing::Starting);
+        assert_eq!(standing(backend("standby", "ID")), Standing::Starting);
+        assert_eq!(standing(backend("activating", "ID")), Standing::Active);
+        assert_eq!(standing(backend("serving", "OTHER")), Standing::Active);
+        assert_eq!(standing(backend("parked", "ID")), Standing::Parked);
+        let stopped = |vmm: Value| standing(json!({"backend": {"run": "stopped"}, "vmm": vmm}));
+        assert_eq!(stopped(json!({"run": "gone"})), Standing::Dead);
+        assert_eq!(stopped(json!({"run": "incoming"})), Standing::Dead);
+        // Not proven: its machine runs, or nobody says.
+        assert_eq!(stopped(json!({"run": "running"})), Standing::Unknown);
+        assert_eq!(stopped(Value::Null), Standing::Unknown);
+    }
+
+    #[test]
+    fn another_host_gets_no_paths_of_this_one() {
+        let vm =
+            VmView(json!({"backend": {}, "definition": {"name": "web", "qmp": "/x", "vmm": "qemu",
+            "disk": [{"name": "root", "volume": "baton://s:1/v", "socket": "/y", "num_queues": 2},
+                     {"name": "cd", "volume": "file:///z", "read_only": true}]}}));
+        assert_eq!(
+            vm.portable(),
+            json!({"name": "web", "vmm": "qemu",
+            "disk": [{"name": "root", "volume": "baton://s:1/v", "num_queues": 2},
+                     {"name": "cd", "volume": "file:///z", "read_only": true}]})
+        );
+        assert_eq!(vm.disks().len(), 1);
+    }
+}

@@ -1,0 +1,366 @@
+//! Carries out one action of a row: calls servers and agents until it is done,
+//! and reports what it learns. It may be aborted at any await: everything it
+//! does may be done again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::agents::{Agent, AgentError, VmView};
+use super::core::Core;
+use super::keeper::Reports;
+use super::plan::{Action, Input, Member, Row, Standing, Trouble};
+use super::storages::{Reclaimed, StorageError};
+
+/// Between two tries, at first and at most.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// Between two looks at a standby backend, while it starts and afterwards.
+const LOOK: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+
+pub(super) async fn carry_out(core: Arc<Core>, row: Arc<Row>, action: Action, reports: Reports) {
+    let work = Work { core, row, reports };
+    match action {
+        Action::Arm(place) => work.arm(place).await,
+        Action::Watch(place) => work.watch(place).await,
+        Action::Stand => work.stand(true).await,
+        Action::Inspect => work.stand(false).await,
+        Action::Countdown => {
+            tokio::time::sleep(Duration::from_millis(work.row.ready_timeout_ms)).await;
+            work.reports.tell(Input::Late).await;
+        }
+        Action::OrderSeal => work.order(&work.row.from, "seal", Input::SealOrdered).await,
+        Action::OrderActivate => work.order(&work.row.to, "activate", Input::ActivateOrdered).await,
+        Action::Reclaim => work.reclaim().await,
+        Action::Abdicate => work.abdicate().await,
+        Action::Prove => work.prove().await,
+        Action::Settle(place) => work.settle(place).await,
+        Action::StopSource => work.stop(&work.row.from).await,
+        Action::StopDestination => work.stop(&work.row.to).await,
+    }
+}
+
+struct Work {
+    core: Arc<Core>,
+    row: Arc<Row>,
+    reports: Reports,
+}
+
+/// Grows with every failure; says each new trouble once.
+struct Patience {
+    pause: Duration,
+    told: Option<Trouble>,
+}
+
+impl Patience {
+    fn new() -> Self {
+        Self { pause: PAUSE.0, told: None }
+    }
+
+    async fn wait(&mut self, reports: &Reports, trouble: Option<&Trouble>) {
+        if let Some(trouble) = trouble.filter(|trouble| self.told.as_ref() != Some(*trouble)) {
+            self.told = Some(trouble.clone());
+            reports.tell(Input::Hindered(trouble.clone())).await;
+        }
+        tokio::time::sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(PAUSE.1);
+    }
+}
+
+impl Work {
+    fn member(&self, place: usize) -> Option<&Member> {
+        self.row.members.get(place)
+    }
+
+    /// A failure that is nobody's answer: wait, or end the coordinator.
+    async fn endure(&self, patience: &mut Patience, error: StorageError) {
+        match error {
+            StorageError::StaleTerm(_) => {
+                self.reports.tell(Input::StaleTerm).await;
+                std::future::pending::<()>().await;
+            }
+            StorageError::Unreachable(trouble) | StorageError::Refused { trouble } => {
+                patience.wait(&self.reports, Some(&trouble)).await;
+            }
+        }
+    }
+
+    async fn arm(&self, place: usize) {
+        let Some(member) = self.member(place) else { return };
+        let mut patience = Patience::new();
+        loop {
+            let armed = match self.core.storages.of(member) {
+                Ok(server) => server.arm(&self.row, &member.volume, self.core.term).await,
+                Err(error) => Err(error),
+            };
+            let input = match armed {
+                Ok(()) => Input::Armed(place),
+                Err(StorageError::Refused { trouble }) => match trouble.kind.as_str() {
+                    // Armed before, and gone on since: the watch says how.
+                    "baton:no-such-handoff" => Input::Armed(place),
+                    "baton:handoff-in-progress"
+                        if trouble.detail.contains(&self.row.id.to_string()) =>
+                    {
+                        // The same plan is granted again while it is armed.
+                        match self.is_foreign(member).await {
+                            Ok(false) => Input::Armed(place),
+                            Ok(true) => Input::CannotArm(place, self.with_volume(member, trouble)),
+                            Err(error) => {
+                                self.endure(&mut patience, error).await;
+                                continue;
+                            }
+                        }
+                    }
+                    _ => Input::CannotArm(place, self.with_volume(member, trouble)),
+                },
+                Err(error) => {
+                    self.endure(&mut patience, error).await;
+                    continue;
+                }
+            };
+            return self.reports.tell(input).await;
+        }
+    }
+
+    /// Another coordinator armed it under the same id, with a key of its own.
+    async fn is_foreign(&self, member: &Member) -> Result<bool, StorageError> {
+        let server = self.core.storages.of(member)?;
+        let (_, record) = server.access(&member.volume, None).await?;
+        Ok(record.phase == "armed")
+    }
+
+    fn with_volume(&self, member: &Member, trouble: Trouble) -> Trouble {
+        let kind = match trouble.kind.as_str() {
+            "baton:no-such-volume" => "baton:unknown-volume".to_owned(),
+            _ => trouble.kind,
+        };
+        Trouble {
+            kind,
+            detail: format!("volume `{}` at {}: {}", member.volume, member.storage, trouble.detail),
+        }
+    }
+
+    async fn watch(&self, place: usize) {
+        let Some(member) = self.member(place) else { return };
+        let mut patience = Patience::new();
+        let mut known = None;
+        loop {
+            let seen = match self.core.storages.of(member) {
+                Ok(server) => server.access(&member.volume, known.as_ref()).await,
+                Err(error) => Err(error),
+            };
+            match seen {
+                Ok((_, record)) if record.coordinator_term > self.core.term => {
+                    return self.reports.tell(Input::StaleTerm).await;
+                }
+                Ok((boot, record)) => {
+                    let now = Some((boot, record.version));
+                    if now != known {
+                        let seen = record.seen(&self.row);
+                        self.reports.tell(Input::Seen(place, seen, record.epoch)).await;
+                    }
+                    known = now;
+                    patience = Patience::new();
+                }
+                Err(error) => self.endure(&mut patience, error).await,
+            }
+        }
+    }
+
+    async fn stand(&self, start: bool) {
+        let Some(agent) = self.core.agents.of(&self.row.to) else {
+            let detail = format!("host `{}` is not in the configuration any more", self.row.to);
+            let trouble = Trouble { kind: "baton:unknown-host".to_owned(), detail };
+            return self.reports.tell(Input::CannotStand(trouble)).await;
+        };
+        let id = self.row.id.to_string();
+        let mut patience = Patience::new();
+        let mut told = None;
+        let mut look = LOOK.0;
+        loop {
+            match self.look(agent, start, &id).await {
+                Ok(standing) => {
+                    if told != Some(standing) {
+                        self.reports.tell(Input::Standing(standing)).await;
+                        told = Some(standing);
+                        look = LOOK.0;
+                    }
+                    tokio::time::sleep(look).await;
+                    look = (look * 3 / 2).min(LOOK.1);
+                }
+                Err(AgentError::Refused { trouble, .. }) if start => {
+                    return self.reports.tell(Input::CannotStand(trouble)).await;
+                }
+                Err(error) => patience.wait(&self.reports, Some(error.trouble())).await,
+            }
+        }
+    }
+
+    /// One look at the destination; starts what is missing.
+    async fn look(&self, agent: &Agent, start: bool, id: &str) -> Result<Standing, AgentError> {
+        let vm = match agent.vm(&self.row.vm).await {
+            Ok(vm) => vm,
+            Err(error) if error.is_missing() && start => {
+                let definition = self.core.definition(&self.row.vm, &self.row.from).await?;
+                agent.define(&self.row.vm, &definition).await?;
+                agent.stand_by(&self.row.vm).await?;
+                return Ok(Standing::Starting);
+            }
+            // Its machine may run all the same.
+            Err(error) if error.is_missing() => return Ok(Standing::Unknown),
+            Err(error) => return Err(error),
+        };
+        let standing = vm.standing(id, self.row.attempt);
+        if !start {
+            return Ok(standing);
+        }
+        match standing {
+            Standing::Active if vm.standing_word() == Some("serving") => {
+                Err(AgentError::Refused { status: 409, trouble: self.runs_there(&vm) })
+            }
+            // Of a handoff before this one.
+            Standing::Parked => {
+                agent.stop_backend(&self.row.vm).await?;
+                agent.stand_by(&self.row.vm).await?;
+                Ok(Standing::Starting)
+            }
+            _ if !vm.backend_runs() => {
+                agent.stand_by(&self.row.vm).await?;
+                Ok(Standing::Starting)
+            }
+            other => Ok(other),
+        }
+    }
+
+    fn runs_there(&self, vm: &VmView) -> Trouble {
+        Trouble {
+            kind: "baton:destination-runs-vm".to_owned(),
+            detail: format!(
+                "the backend of `{}` on {} serves already (its machine: {}); the source {} still owns the volumes: stop the one on {} first",
+                self.row.vm,
+                self.row.to,
+                vm.run(),
+                self.row.from,
+                self.row.to
+            ),
+        }
+    }
+
+    async fn order(&self, host: &str, what: &str, done: Input) {
+        let mut patience = Patience::new();
+        loop {
+            let Some(agent) = self.core.agents.of(host) else { return };
+            match agent.order(&self.row.vm, what).await {
+                Ok(_) => return self.reports.tell(done).await,
+                Err(error) => patience.wait(&self.reports, Some(error.trouble())).await,
+            }
+        }
+    }
+
+    async fn reclaim(&self) {
+        let Some(anchor) = self.row.anchor() else { return };
+        let mut patience = Patience::new();
+        loop {
+            let answer = match self.core.storages.of(anchor) {
+                Ok(server) => server.reclaim(&self.row, &anchor.volume, self.core.term).await,
+                Err(error) => Err(error),
+            };
+            match answer {
+                Ok(Reclaimed::Source(grant)) => {
+                    return self.reports.tell(Input::Reclaimed(grant)).await;
+                }
+                Ok(Reclaimed::Lost) => return self.reports.tell(Input::ReclaimLost).await,
+                Ok(Reclaimed::Foreign) => return self.reports.tell(Input::ReclaimForeign).await,
+                Ok(Reclaimed::Unknown) => {
+                    self.reports.tell(Input::ReclaimUnknown).await;
+                    patience.wait(&self.reports, None).await;
+                }
+                Err(error) => self.endure(&mut patience, error).await,
+            }
+        }
+    }
+
+    async fn abdicate(&self) {
+        let Some(anchor) = self.row.anchor() else { return };
+        let mut patience = Patience::new();
+        loop {
+            let answer = match self.core.storages.of(anchor) {
+                Ok(server) => server.abdicate(&self.row, &anchor.volume, self.core.term).await,
+                Err(error) => Err(error),
+            };
+            match answer {
+                Ok(()) => return self.reports.tell(Input::Abdicated).await,
+                Err(error) => self.endure(&mut patience, error).await,
+            }
+        }
+    }
+
+    async fn prove(&self) {
+        let Some(anchor) = self.row.anchor() else { return };
+        let mut patience = Patience::new();
+        loop {
+            let answer = match self.core.storages.of(anchor) {
+                Ok(server) => server.proof(&self.row, &anchor.volume).await,
+                Err(error) => Err(error),
+            };
+            match answer {
+                Ok(Some(grant)) => return self.reports.tell(Input::Proved(grant)).await,
+                Ok(None) => patience.wait(&self.reports, None).await,
+                // Settled before a restart of ours, and armed for another since.
+                Err(error) if error.refusal() == "baton:no-such-handoff" => {
+                    return self.reports.tell(Input::Settled(0)).await;
+                }
+                Err(error) => self.endure(&mut patience, error).await,
+            }
+        }
+    }
+
+    async fn settle(&self, place: usize) {
+        let Some(member) = self.member(place) else { return };
+        let mut patience = Patience::new();
+        loop {
+            let answer = match self.core.storages.of(member) {
+                Ok(server) => server.settle(&self.row, &member.volume, self.core.term).await,
+                Err(error) => Err(error),
+            };
+            match answer {
+                Ok(()) => return self.reports.tell(Input::Settled(place)).await,
+                Err(error) => match error.refusal() {
+                    // Fenced, or deleted: nothing is armed there.
+                    "baton:no-such-handoff" | "baton:no-such-volume" => {
+                        return self.reports.tell(Input::Settled(place)).await;
+                    }
+                    "baton:bad-proof" => return self.reports.tell(Input::ProofStale).await,
+                    _ => self.endure(&mut patience, error).await,
+                },
+            }
+        }
+    }
+
+    /// Stops the loser's backend, and no other.
+    async fn stop(&self, host: &str) {
+        let Some(agent) = self.core.agents.of(host) else {
+            return self.reports.tell(Input::LoserGone).await;
+        };
+        let stopped = async {
+            match agent.vm(&self.row.vm).await {
+                Ok(vm) if vm.standing_word() == Some("serving") => Err(AgentError::Refused {
+                    status: 409,
+                    trouble: Trouble {
+                        kind: "baton:loser-serves".to_owned(),
+                        detail: format!(
+                            "the backend of `{}` on {host} serves, so it was left alone",
+                            self.row.vm
+                        ),
+                    },
+                }),
+                Err(error) if error.is_missing() => Ok(()),
+                Ok(_) => agent.stop_backend(&self.row.vm).await,
+                Err(error) => Err(error),
+            }
+        };
+        let input = match stopped.await {
+            Ok(()) => Input::LoserGone,
+            Err(error) => Input::LoserLeft(error.trouble().clone()),
+        };
+        self.reports.tell(input).await;
+    }
+}

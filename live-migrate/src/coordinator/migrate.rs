@@ -1,0 +1,342 @@
+//! Drives a whole migration: prepares, tells both machines what to do, cleans up.
+//!
+//! ```text
+//!  prepare -> incoming -> precopy -> switch -> activate -> cleanup -> done
+//!     |          |           |         |          |
+//!     +----------+-----------+---------+----------+--> rolling-back -> rolled-back
+//! ```
+//!
+//! It believes neither machine: it goes on when the access records say so, and
+//! resumes the source only when the anchor says that the source owns the volumes.
+//! After a restart of the coordinator a migration that has not switched is rolled
+//! back, one that has is watched to its end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use utoipa::ToSchema;
+
+use super::agents::{Agent, AgentError, VmView};
+use super::core::{Core, unix_us};
+use super::keeper::Handle;
+use super::plan::{Input, Row, State, Trigger, Trouble, Winner};
+use super::prepare::{Durability, PrepareHandoff};
+
+/// Between two looks at a machine.
+const LOOK: Duration = Duration::from_millis(50);
+/// Looks at a machine that failed in a row before it counts as lost.
+const SILENT_MAX: u32 = 40;
+
+/// A migration to drive.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateVm {
+    /// A ULID; makes the request idempotent.
+    pub id: String,
+    /// Host that runs the VM; found if absent.
+    pub from: Option<String>,
+    /// Host that shall run it.
+    pub to: String,
+    /// Where the destination's monitor listens, `tcp:HOST:PORT` or `unix:PATH`;
+    /// the configuration's `migration_uri` of that host if absent.
+    pub uri: Option<String>,
+    /// What is on disk during the switch.
+    #[serde(default)]
+    pub durability: Durability,
+    /// How long it may take to become READY, such as `30s`.
+    pub ready_timeout: Option<String>,
+    /// Most bytes of memory a second.
+    pub max_bandwidth_bytes_per_s: Option<u64>,
+}
+
+impl MigrateVm {
+    /// The handoff of it.
+    #[must_use]
+    pub fn handoff(&self) -> PrepareHandoff {
+        PrepareHandoff {
+            from: self.from.clone(),
+            to: self.to.clone(),
+            volumes: None,
+            mode: Trigger::Implicit,
+            durability: self.durability,
+            ready_timeout: self.ready_timeout.clone(),
+            labels: std::collections::BTreeMap::new(),
+        }
+    }
+
+    /// What its row notes at first.
+    ///
+    /// # Errors
+    /// No address for the destination's monitor.
+    pub fn note(&self, core: &Core, vm: &str) -> Result<Value, super::fault::Fault> {
+        let agent = super::prepare::agent(core, &self.to)?;
+        let uri = self.uri.clone().or_else(|| agent.host.migration_uri.clone()).ok_or_else(|| {
+            super::fault::Fault::bad_request(format!(
+                "where does the monitor on {} listen? Say `uri`, or set `migration_uri` of that host",
+                self.to
+            ))
+        })?;
+        let uri = uri.replace("{vm}", vm);
+        Ok(json!({"step": "prepare", "uri": uri, "bandwidth": self.max_bandwidth_bytes_per_s,
+            "at_unix_us": {"prepare": unix_us()}}))
+    }
+}
+
+/// Drives the migration of a row that notes one.
+pub(super) fn drive(core: &Arc<Core>, handle: Handle, restarted: bool) {
+    let core = Arc::clone(core);
+    tokio::spawn(async move {
+        let driver = Driver { core, handle };
+        driver.run(restarted).await;
+    });
+}
+
+struct Driver {
+    core: Arc<Core>,
+    handle: Handle,
+}
+
+/// Why it does not go on.
+type Failed = Trouble;
+
+impl Driver {
+    fn row(&self) -> Arc<Row> {
+        self.handle.row()
+    }
+
+    fn step(&self) -> String {
+        let row = self.row();
+        row.driven.as_ref().and_then(|note| note["step"].as_str()).unwrap_or_default().to_owned()
+    }
+
+    async fn run(&self, restarted: bool) {
+        let switched = matches!(self.step().as_str(), "switch" | "activate" | "cleanup");
+        let result = if restarted && !switched {
+            Err(trouble(
+                "the coordinator restarted before the switch, so the migration was rolled back",
+            ))
+        } else if restarted {
+            self.watch_switch().await
+        } else {
+            self.begin().await
+        };
+        if let Err(trouble) = result {
+            self.roll_back(trouble).await;
+        }
+    }
+
+    async fn begin(&self) -> Result<(), Failed> {
+        let (source, destination) = self.agents()?;
+        let vm = self.row().vm.clone();
+        self.until(State::Ready).await?;
+        self.note("incoming", json!({})).await;
+        let uri = self.row().driven.as_ref().map_or(Value::Null, |note| note["uri"].clone());
+        destination
+            .monitor(&vm, "incoming", &json!({"uri": uri}))
+            .await
+            .map_err(|error| error.trouble().clone())?;
+        self.note("precopy", json!({})).await;
+        let bandwidth = self.row().driven.as_ref().map_or(Value::Null, |n| n["bandwidth"].clone());
+        let outgoing = json!({"uri": uri, "pause_before_switchover": true,
+            "max_bandwidth_bytes_per_s": bandwidth});
+        source.monitor(&vm, "migrate", &outgoing).await.map_err(|error| error.trouble().clone())?;
+        // The machine stops, its rings with it, and the backend seals by itself.
+        let mut silent = 0;
+        loop {
+            self.still_on()?;
+            match source.vm(&vm).await {
+                Ok(view) => {
+                    silent = 0;
+                    match view.migration()["phase"].as_str().unwrap_or_default() {
+                        "pre-switchover" if self.row().state.reached(State::Sealed) => break,
+                        "failed" | "cancelled" => return Err(failed(&view)),
+                        // Without the pause it may be past it already.
+                        "completed" | "device" => break,
+                        _ => {}
+                    }
+                }
+                Err(error) => self.lost(&mut silent, &error)?,
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        self.note("switch", json!({})).await;
+        source
+            .monitor(&vm, "continue", &json!({}))
+            .await
+            .map_err(|error| error.trouble().clone())?;
+        self.watch_switch().await
+    }
+
+    async fn watch_switch(&self) -> Result<(), Failed> {
+        let (source, destination) = self.agents()?;
+        let vm = self.row().vm.clone();
+        self.note("activate", json!({})).await;
+        let deadline = tokio::time::Instant::now() + self.core.config.switch_timeout;
+        let mut let_go = tokio::time::Instant::now();
+        loop {
+            self.still_on()?;
+            if self.row().winner == Some(Winner::Destination) {
+                break;
+            }
+            match source.vm(&vm).await {
+                Ok(view) => match view.migration()["phase"].as_str().unwrap_or_default() {
+                    "failed" | "cancelled" => return Err(failed(&view)),
+                    // The order to go on was lost with the coordinator before us.
+                    "pre-switchover" if let_go.elapsed() > Duration::from_secs(1) => {
+                        let_go = tokio::time::Instant::now();
+                        let _ = source.monitor(&vm, "continue", &json!({})).await;
+                    }
+                    _ => {}
+                },
+                Err(error) => tracing::warn!(%error, vm, "the source does not say how it is"),
+            }
+            if tokio::time::Instant::now() > deadline {
+                return Err(trouble("the destination did not run in time after the switch"));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        // From here on the destination owns the volumes; nothing is rolled back.
+        let mut runs = false;
+        while !runs && tokio::time::Instant::now() < deadline {
+            runs = destination.vm(&vm).await.is_ok_and(|view| view.run() == "running");
+            if !runs {
+                tokio::time::sleep(LOOK).await;
+            }
+        }
+        let report = self.report(source, destination).await;
+        self.note("cleanup", json!({"report": report, "destination_runs": runs})).await;
+        if let Err(error) = source.monitor(&vm, "quit", &json!({})).await {
+            tracing::warn!(%error, vm, "the source's machine could not be ended");
+        }
+        let _ = self.handle.ask(Input::Finish).await;
+        self.over().await;
+        self.note("done", json!({})).await;
+        Ok(())
+    }
+
+    async fn roll_back(&self, why: Trouble) {
+        let row = self.row();
+        self.note("rolling-back", json!({"error": why})).await;
+        let _ = self.handle.ask(Input::Cancel).await;
+        // Nobody is told anything before the anchor has spoken.
+        let mut shown = self.handle.watch();
+        let decided = |row: &Arc<Row>| row.winner.is_some() || row.state.is_over();
+        if shown.wait_for(decided).await.is_err() {
+            return;
+        }
+        let outcome = self.row().outcome();
+        if let (Ok((source, _)), Some(Winner::Source)) = (self.agents(), outcome) {
+            let _ = source.monitor(&row.vm, "cancel", &json!({})).await;
+            self.resume(source, &row.vm).await;
+        }
+        if outcome == Some(Winner::Destination) {
+            let _ = self.handle.ask(Input::Finish).await;
+        }
+        self.over().await;
+        let step = if outcome == Some(Winner::Destination) { "done" } else { "rolled-back" };
+        self.note(step, json!({})).await;
+    }
+
+    /// The source owns the volumes: it shall run again.
+    async fn resume(&self, source: &Agent, vm: &str) {
+        for _ in 0..SILENT_MAX {
+            match source.vm(vm).await {
+                Ok(view) if matches!(view.run(), "running" | "gone" | "shutdown") => return,
+                Ok(_) => {
+                    if let Err(error) = source.monitor(vm, "resume", &json!({})).await {
+                        tracing::warn!(%error, vm, "the source was not resumed; trying again");
+                    }
+                }
+                Err(error) => tracing::warn!(%error, vm, "the source does not say how it is"),
+            }
+            tokio::time::sleep(LOOK * 4).await;
+        }
+        tracing::error!(vm, "the source owns its volumes but could not be resumed");
+    }
+
+    /// What the backends measured, before one of them is stopped.
+    async fn report(&self, source: &Agent, destination: &Agent) -> Value {
+        let vm = self.row().vm.clone();
+        let (source, destination) = tokio::join!(source.vm(&vm), destination.vm(&vm));
+        let side = |view: Result<VmView, AgentError>| match view {
+            Ok(view) => {
+                let handoff = view.handoff();
+                json!({"timings": handoff["timings"], "events": handoff["events"],
+                    "latency": view.status()["latency"], "migration": view.migration()})
+            }
+            Err(error) => json!({"error": error.to_string()}),
+        };
+        json!({"source": side(source), "destination": side(destination)})
+    }
+
+    fn agents(&self) -> Result<(&Agent, &Agent), Failed> {
+        let row = self.row();
+        let of = |host: &str| {
+            self.core.agents.of(host).ok_or_else(|| Trouble {
+                kind: "baton:unknown-host".to_owned(),
+                detail: format!("host `{host}` is not in the configuration any more"),
+            })
+        };
+        Ok((of(&row.from)?, of(&row.to)?))
+    }
+
+    async fn until(&self, state: State) -> Result<(), Failed> {
+        let mut shown = self.handle.watch();
+        let reached = |row: &Arc<Row>| row.state.reached(state) || row.back.is_some();
+        shown.wait_for(reached).await.map_err(|_| trouble("the coordinator is going away"))?;
+        self.still_on()
+    }
+
+    /// The handoff is over when every member knows.
+    async fn over(&self) {
+        let mut shown = self.handle.watch();
+        let _ = shown.wait_for(|row| row.is_over()).await;
+    }
+
+    fn still_on(&self) -> Result<(), Failed> {
+        let row = self.row();
+        match &row.back {
+            None if row.fenced => Err(trouble("the volumes were fenced")),
+            None => Ok(()),
+            Some(_) if row.winner == Some(Winner::Destination) => Ok(()),
+            Some(super::plan::Because::Failed(trouble)) => Err(trouble.clone()),
+            Some(super::plan::Because::Cancelled) => Err(trouble("somebody cancelled it")),
+            Some(super::plan::Because::TakenBack) => {
+                Err(trouble("the source's machine was resumed before the destination ran"))
+            }
+        }
+    }
+
+    fn lost(&self, silent: &mut u32, error: &AgentError) -> Result<(), Failed> {
+        *silent += 1;
+        if *silent > SILENT_MAX { Err(error.trouble().clone()) } else { Ok(()) }
+    }
+
+    /// Notes how far it is; tried again by the next note if the journal fails.
+    async fn note(&self, step: &str, more: Value) {
+        let mut note = self.row().driven.clone().unwrap_or_else(|| json!({}));
+        note["step"] = step.into();
+        note["at_unix_us"][step] = unix_us().into();
+        if let (Some(note), Value::Object(more)) = (note.as_object_mut(), more) {
+            note.extend(more);
+        }
+        if let Err(error) = self.handle.ask(Input::Driven(note)).await {
+            tracing::error!(%error, step, "a step of a migration is not in the journal");
+        }
+    }
+}
+
+fn trouble(detail: &str) -> Trouble {
+    Trouble { kind: "baton:migration-failed".to_owned(), detail: detail.to_owned() }
+}
+
+fn failed(view: &VmView) -> Trouble {
+    let migration = view.migration();
+    let error = migration["error"].as_str().unwrap_or("it gives no reason");
+    trouble(&format!(
+        "the source's monitor says {}: {error}",
+        migration["phase"].as_str().unwrap_or("failed")
+    ))
+}

@@ -1,0 +1,462 @@
+//! A new handoff: who, what and whether, before the first row is written.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use baton_protocol::handoff::HandoffId;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use utoipa::ToSchema;
+
+use super::agents::{Agent, DiskView, VmView};
+use super::core::{Core, unix_us};
+use super::fault::{Fault, owner_sentence};
+use super::keeper::Handle;
+use super::plan::{self, Member, Progress, Row, Seen, Standing, State, Trigger};
+use super::storages::place_of;
+use crate::identity::is_name;
+
+const LABELS_MAX: usize = 32;
+const LABEL_BYTES_MAX: usize = 256;
+const TIMEOUT_MAX: Duration = Duration::from_secs(3600);
+
+/// Whether SEALED and ACTIVE are on disk before anyone is told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Durability {
+    /// Not: no sync while the machine stands still.
+    #[default]
+    Fast,
+    /// They are.
+    Base,
+}
+
+/// A handoff to prepare.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PrepareHandoff {
+    /// Host that runs the VM. Found by the volumes' owner if absent.
+    pub from: Option<String>,
+    /// Host that shall run it.
+    pub to: String,
+    /// Disks that move; all that the VM may write if absent.
+    pub volumes: Option<Vec<String>>,
+    /// Who says when the volumes switch.
+    #[serde(default)]
+    pub mode: Trigger,
+    /// What is on disk during the switch.
+    #[serde(default)]
+    pub durability: Durability,
+    /// How long it may take to become READY, such as `30s`.
+    pub ready_timeout: Option<String>,
+    /// For the caller's own use.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// A time as people write it: `500ms`, `30s`, `2m`.
+///
+/// # Errors
+/// A sentence.
+pub fn duration(text: &str) -> Result<Duration, Fault> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let wrong = || {
+        Fault::bad_request(format!(
+            "`{text}` is not a time; write 500ms, 30s or 2m, at most an hour"
+        ))
+    };
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let factor = match unit {
+        "ms" => 1,
+        "s" | "" => 1000,
+        "m" => 60_000,
+        _ => return Err(wrong()),
+    };
+    let time = Duration::from_millis(number.saturating_mul(factor));
+    if time > TIMEOUT_MAX { Err(wrong()) } else { Ok(time) }
+}
+
+/// An id of a caller.
+///
+/// # Errors
+/// A sentence.
+pub fn id(text: &str) -> Result<HandoffId, Fault> {
+    let id: HandoffId = text.parse().map_err(Fault::bad_request)?;
+    if id == HandoffId(0) { Err(Fault::bad_request("an id cannot be zero")) } else { Ok(id) }
+}
+
+/// A VM's name.
+///
+/// # Errors
+/// A sentence.
+pub fn vm_name(name: &str) -> Result<(), Fault> {
+    if is_name(name) {
+        Ok(())
+    } else {
+        Err(Fault::bad_request(
+            "a VM's name has a letter or digit, then up to 63 of letters, digits, `.`, `_` and `-`",
+        ))
+    }
+}
+
+/// Prepares a handoff, or finds the one that was prepared with this id.
+///
+/// # Errors
+/// [`Fault`]; nothing was started.
+pub async fn prepare(
+    core: &Arc<Core>,
+    vm: &str,
+    id: HandoffId,
+    request: PrepareHandoff,
+    driven: Option<serde_json::Value>,
+) -> Result<(Handle, bool), Fault> {
+    vm_name(vm)?;
+    let hash = hash(vm, &request, driven.is_some());
+    // Who has this id, and whether the VM is free, must not change meanwhile.
+    let _turn = core.turn(vm).await;
+    if let Some(known) = core.handoff(id) {
+        let row = known.row();
+        return if row.request_hash == hash {
+            Ok((known, false))
+        } else {
+            Err(Fault::new(
+                StatusCode::CONFLICT,
+                "baton:id-in-use",
+                "The id belongs to another request",
+                format!(
+                    "handoff {id} of `{}` was asked for with another body; {}; choose a new id",
+                    row.vm,
+                    owner_sentence(&row)
+                ),
+            )
+            .about(&row))
+        };
+    }
+    if let Some(other) = core.latest(vm)
+        && !other.row().is_over()
+    {
+        let row = other.row();
+        return Err(Fault::new(
+            StatusCode::CONFLICT,
+            "baton:handoff-in-progress",
+            "Another handoff is under way",
+            format!(
+                "handoff {} of `{vm}` is {}; {}; cancel or finish it first",
+                row.id,
+                row.state,
+                owner_sentence(&row)
+            ),
+        )
+        .about(&row));
+    }
+    let row = plan(core, vm, id, request, hash, driven).await?;
+    let shown = row.clone();
+    let handle = core.keep(row).await.map_err(|error| Fault::refused(&error, &shown))?;
+    Ok((handle, true))
+}
+
+fn hash(vm: &str, request: &PrepareHandoff, driven: bool) -> String {
+    let body = serde_json::json!([vm, request, driven]).to_string();
+    plan::hex_of(&Sha256::digest(body.as_bytes()))
+}
+
+async fn plan(
+    core: &Arc<Core>,
+    vm: &str,
+    id: HandoffId,
+    request: PrepareHandoff,
+    request_hash: String,
+    driven: Option<serde_json::Value>,
+) -> Result<Row, Fault> {
+    let ready_timeout = match &request.ready_timeout {
+        Some(text) => duration(text)?,
+        None => core.config.ready_timeout,
+    };
+    let fits = |text: &String| text.len() <= LABEL_BYTES_MAX;
+    if request.labels.len() > LABELS_MAX || !request.labels.iter().all(|(k, v)| fits(k) && fits(v))
+    {
+        return Err(Fault::bad_request(format!(
+            "at most {LABELS_MAX} labels of {LABEL_BYTES_MAX} bytes"
+        )));
+    }
+    agent(core, &request.to)?;
+    let (view, hint) = view(core, vm, request.from.as_deref()).await?;
+    let disks = chosen(&view, request.volumes.as_deref())?;
+    let mut members = Vec::with_capacity(disks.len());
+    let mut owner = None;
+    for disk in disks {
+        let (member, owned_by) = member(core, &disk).await?;
+        match owned_by {
+            Some(name) if owner.as_ref().is_none_or(|owner| *owner == name) => owner = Some(name),
+            Some(name) => {
+                return Err(not_owner(
+                    &member,
+                    &format!("belongs to `{name}`, the volume before it to another"),
+                    request.from.as_deref(),
+                ));
+            }
+            None => {
+                return Err(not_owner(
+                    &member,
+                    "belongs to nobody: the VM does not run",
+                    request.from.as_deref(),
+                ));
+            }
+        }
+        members.push(member);
+    }
+    let owned_by = owner.as_deref().unwrap_or_default();
+    let running_on = owned_by.strip_suffix(&format!("/{vm}")).unwrap_or_default();
+    let from = request.from.clone().or(hint).unwrap_or_else(|| running_on.to_owned());
+    if plan::owner(&from, vm) != owned_by {
+        let known = core.agents.of(&from).is_some();
+        let what = format!("belongs to `{owned_by}`, not to `{from}/{vm}`");
+        return match members.first() {
+            Some(member) if known => Err(not_owner(member, &what, Some(&from))),
+            _ => Err(unknown_host(&from)),
+        };
+    }
+    agent(core, &from)?;
+    if from == request.to {
+        return Err(Fault::new(
+            StatusCode::CONFLICT,
+            "baton:destination-runs-vm",
+            "The destination runs the VM already",
+            format!("{from} owns the volumes of `{vm}` and runs it; there is nothing to move"),
+        ));
+    }
+    if let Ok(there) = agent(core, &request.to)?.vm(vm).await
+        && (there.standing_word() == Some("serving") || there.run() == "running")
+    {
+        return Err(Fault::new(
+            StatusCode::CONFLICT,
+            "baton:destination-runs-vm",
+            "The destination runs the VM already",
+            format!(
+                "`{vm}` runs on {} already (machine: {}, backend: {}), and the source {from} owns the volumes; stop the one on {} first",
+                request.to,
+                there.run(),
+                there.standing_word().unwrap_or("none"),
+                request.to
+            ),
+        ));
+    }
+    let key = plan::random_key().map_err(|error| {
+        Fault::new(StatusCode::INTERNAL_SERVER_ERROR, "baton:failed", "No random bytes", error)
+    })?;
+    core.remember(&view).await?;
+    Ok(Row {
+        id,
+        attempt: 1,
+        vm: vm.to_owned(),
+        from,
+        to: request.to,
+        request_hash,
+        trigger: request.mode,
+        fast: request.durability == Durability::Fast,
+        key,
+        labels: request.labels,
+        created_unix_us: unix_us(),
+        ready_timeout_ms: u64::try_from(ready_timeout.as_millis()).unwrap_or(u64::MAX),
+        members,
+        state: State::Preparing,
+        standing: Standing::Unknown,
+        stood: false,
+        was_active: false,
+        back: None,
+        winner: None,
+        proof: None,
+        unknown: false,
+        abdicated: false,
+        fenced: false,
+        switchover: false,
+        seal_ordered: false,
+        activate: false,
+        activate_ordered: false,
+        finish: false,
+        loser_gone: false,
+        trouble: None,
+        driven,
+        version: 0,
+        term: core.term,
+        reached: Vec::new(),
+    })
+}
+
+/// The VM as its source's agent tells it, and where it was found.
+async fn view(
+    core: &Core,
+    vm: &str,
+    from: Option<&str>,
+) -> Result<(VmView, Option<String>), Fault> {
+    if let Some(from) = from {
+        return match agent(core, from)?.vm(vm).await {
+            Ok(view) => Ok((view, Some(from.to_owned()))),
+            Err(error) if error.is_missing() => {
+                Err(unknown_vm(vm, &format!("the agent of {from} knows no such VM")))
+            }
+            Err(error) => Err(error.into()),
+        };
+    }
+    let mut silent = None;
+    for agent in core.agents.iter() {
+        match agent.vm(vm).await {
+            // The volumes say which host it is.
+            Ok(view) => return Ok((view, None)),
+            Err(error) if error.is_missing() => {}
+            Err(error) => silent = Some(error),
+        }
+    }
+    match silent {
+        Some(error) => Err(error.into()),
+        None => Err(unknown_vm(vm, "no agent knows such a VM")),
+    }
+}
+
+fn chosen(view: &VmView, wanted: Option<&[String]>) -> Result<Vec<DiskView>, Fault> {
+    let all = view.disks();
+    let Some(wanted) = wanted else {
+        return if all.is_empty() {
+            Err(Fault::new(
+                StatusCode::CONFLICT,
+                "baton:not-movable",
+                "The VM has no disk to move",
+                format!("`{}` has no disk that it may write", view.name()),
+            ))
+        } else {
+            Ok(all)
+        };
+    };
+    // Part of a VM's volumes here and part there is what nobody wants.
+    let names = |disk: &DiskView, wanted: &String| {
+        disk.name == *wanted || disk.volume.ends_with(&format!("/{wanted}"))
+    };
+    let known = |wanted: &String| all.iter().any(|disk| names(disk, wanted));
+    if let Some(foreign) = wanted.iter().find(|wanted| !known(wanted)) {
+        return Err(Fault::unknown(
+            "baton:unknown-volume",
+            "There is no such volume",
+            format!(
+                "`{}` has no writable disk `{foreign}`; leave `volumes` out to move all",
+                view.name()
+            ),
+        ));
+    }
+    let left = all.iter().find(|disk| !wanted.iter().any(|wanted| names(disk, wanted)));
+    match left {
+        Some(left) => Err(Fault::bad_request(format!(
+            "disk `{}` of `{}` would stay behind; a VM's volumes move together: name all, or none",
+            left.name,
+            view.name()
+        ))),
+        None => Ok(all),
+    }
+}
+
+async fn member(core: &Core, disk: &DiskView) -> Result<(Member, Option<String>), Fault> {
+    let not_movable = |why: String| {
+        Fault::new(
+            StatusCode::CONFLICT,
+            "baton:not-movable",
+            "A disk cannot move",
+            format!("disk `{}`: {why}", disk.name),
+        )
+    };
+    let (data, volume) = place_of(&disk.volume).map_err(not_movable)?;
+    let server = core.storages.at(&data).ok_or_else(|| {
+        not_movable(format!(
+            "no storage server {} is configured; add a [[storage]] section",
+            data.join(",")
+        ))
+    })?;
+    let found = server.show(&volume).await.map_err(|error| {
+        if error.refusal() == "baton:no-such-volume" {
+            Fault::unknown(
+                "baton:unknown-volume",
+                "There is no such volume",
+                format!("disk `{}`: {error}", disk.name),
+            )
+        } else {
+            error.into()
+        }
+    })?;
+    let member = Member {
+        disk: disk.name.clone(),
+        storage: server.name.clone(),
+        volume,
+        id: found.id,
+        progress: Progress::Planned,
+        seen: Seen::Nothing,
+        epoch: found.epoch,
+    };
+    Ok((member, found.owner))
+}
+
+/// The agent of a host.
+///
+/// # Errors
+/// No such host.
+pub fn agent<'a>(core: &'a Core, host: &str) -> Result<&'a Agent, Fault> {
+    core.agents.of(host).ok_or_else(|| unknown_host(host))
+}
+
+fn unknown_host(host: &str) -> Fault {
+    let shown: String = host.chars().take(80).collect();
+    Fault::unknown(
+        "baton:unknown-host",
+        "There is no such host",
+        format!("no host `{shown}` is configured; add a [[host]] section or correct the name"),
+    )
+}
+
+/// No such VM.
+#[must_use]
+pub fn unknown_vm(vm: &str, why: &str) -> Fault {
+    Fault::unknown(
+        "baton:unknown-vm",
+        "There is no such VM",
+        format!("`{vm}`: {why}; GET /v1/vms lists what is known"),
+    )
+}
+
+fn not_owner(member: &Member, what: &str, from: Option<&str>) -> Fault {
+    let from = from.unwrap_or("the source");
+    Fault::new(
+        StatusCode::CONFLICT,
+        "baton:not-owner",
+        "The source does not own the volumes",
+        format!(
+            "volume `{}` at {} {what}; {from} has nothing to hand off: look at `access`, and fence if its owner is gone for good",
+            member.volume, member.storage
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_as_people_write_them() {
+        for (text, ms) in [
+            ("500ms", 500),
+            ("30s", 30_000),
+            ("2m", 120_000),
+            ("7", 7000),
+            ("1h", 0),
+            ("", 0),
+            ("99999999999999999999s", 0),
+            ("61m", 0),
+        ] {
+            let parsed = duration(text).map(|time| time.as_millis());
+            if ms == 0 {
+                assert!(parsed.is_err(), "{text}");
+            } else {
+                assert_eq!(parsed.expect(text), ms);
+            }
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! Backends of this host: at most one for each VM, started and stopped on
+//! demand, started again when they die, killed when they hang, and found again
+//! when the agent itself was restarted.
+//!
+//! Knows nothing of volumes or handoffs. A restart is always safe: storage
+//! decides who may write, and the guest's requests wait meanwhile.
+
+mod backoff;
+pub mod control;
+mod keeper;
+mod process;
+mod runner;
+pub mod watchdog;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use utoipa::ToSchema;
+
+use keeper::Keeper;
+pub use keeper::{BackendState, Run};
+use process::Record;
+pub use runner::{Launch, Manager};
+
+/// How a backend starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// Claims its volumes.
+    Owner,
+    /// Claims nothing and waits for a handoff.
+    Standby,
+}
+
+impl Role {
+    fn of(standby: bool) -> Self {
+        if standby { Self::Standby } else { Self::Owner }
+    }
+}
+
+/// How backends are kept.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// By whom.
+    pub manager: Manager,
+    /// Pid files; survives the agent, not the host.
+    pub state_dir: PathBuf,
+    /// To answer for the first time.
+    pub start_limit: Duration,
+    /// To end when asked, before it is killed.
+    pub stop_grace: Duration,
+    /// Silence after which it is killed.
+    pub hang: Duration,
+}
+
+impl Settings {
+    fn record(&self, vm: &str) -> PathBuf {
+        self.state_dir.join(format!("{vm}.backend.json"))
+    }
+}
+
+/// Why a backend does not run as it was told.
+#[derive(Debug, thiserror::Error)]
+pub enum SuperviseError {
+    /// It could not be started, or died at its start.
+    #[error("the backend of {vm} does not start: {reason}")]
+    Failed {
+        /// Whose.
+        vm: String,
+        /// Its last words.
+        reason: String,
+    },
+    /// It runs and does not answer yet.
+    #[error("the backend of {vm} runs but did not answer within {} ms; it goes on starting: is its storage reachable?", after.as_millis())]
+    Slow {
+        /// Whose.
+        vm: String,
+        /// How long it had.
+        after: Duration,
+    },
+    /// It could not be stopped.
+    #[error("the backend of {vm} cannot be stopped: {reason}")]
+    Stuck {
+        /// Whose.
+        vm: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+#[derive(Debug)]
+struct Kept {
+    keeper: Arc<Keeper>,
+    task: JoinHandle<()>,
+    /// The task did all it will.
+    over: watch::Receiver<bool>,
+}
+
+/// All backends of this host. Dropping it leaves them running.
+#[derive(Debug)]
+pub struct Supervisor {
+    settings: Arc<Settings>,
+    kept: Mutex<HashMap<String, Kept>>,
+}
+
+impl Supervisor {
+    /// Keeps none yet.
+    #[must_use]
+    pub fn new(settings: Settings) -> Self {
+        Self { settings: Arc::new(settings), kept: Mutex::default() }
+    }
+
+    /// What the backend of a VM does.
+    pub fn state(&self, vm: &str) -> BackendState {
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.get(vm).map_or_else(BackendState::default, |kept| kept.keeper.state.borrow().clone())
+    }
+
+    /// How the backend of a VM was started by an agent before this one, on this boot of the host.
+    #[must_use]
+    pub fn remembered(&self, vm: &str) -> Option<Role> {
+        let record = Record::read(&self.settings.record(vm))?;
+        record.process.is_of_this_boot().then(|| Role::of(record.standby))
+    }
+
+    /// Takes over a backend that [is remembered](Self::remembered): keeps the
+    /// process if it still runs, else starts it again.
+    pub fn adopt(&self, launch: Launch) {
+        let found = self.found(&launch.vm);
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.get(&launch.vm).is_none_or(|kept| *kept.over.borrow()) {
+            tracing::info!(vm = launch.vm, runs = found.is_some(), "a backend is taken over");
+            self.keep(&mut kept, launch, found, true);
+        }
+    }
+
+    /// Starts a backend and waits until it answers. One that runs already is left
+    /// alone; the role counts when it starts the next time.
+    ///
+    /// # Errors
+    /// [`SuperviseError`].
+    pub async fn start(&self, launch: Launch) -> Result<BackendState, SuperviseError> {
+        let vm = launch.vm.clone();
+        let mut state = {
+            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            match kept.get(&vm) {
+                Some(Kept { keeper, over, .. }) if !*over.borrow() => {
+                    keeper.set(launch);
+                    keeper.state.subscribe()
+                }
+                _ => {
+                    // One that could not be stopped, or that nobody took over.
+                    let found = self.found(&vm);
+                    let was_up = found.is_some();
+                    self.keep(&mut kept, launch, found, was_up)
+                }
+            }
+        };
+        let after = self.settings.start_limit;
+        let settled =
+            state.wait_for(|state| matches!(state.run, Run::Running | Run::Failed | Run::Stopped));
+        match tokio::time::timeout(after, settled).await {
+            Ok(Ok(state)) if state.run == Run::Running => Ok(state.clone()),
+            Ok(Ok(state)) => {
+                let reason =
+                    state.reason.clone().unwrap_or_else(|| "it was stopped meanwhile".to_owned());
+                Err(SuperviseError::Failed { vm, reason })
+            }
+            Ok(Err(_)) | Err(_) => Err(SuperviseError::Slow { vm, after }),
+        }
+    }
+
+    /// Stops a backend and waits until it is gone. None is stopped already.
+    ///
+    /// # Errors
+    /// [`SuperviseError::Stuck`]; it runs then.
+    pub async fn stop(&self, vm: &str) -> Result<(), SuperviseError> {
+        let (keeper, mut over) = {
+            let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(Kept { keeper, over, .. }) = kept.get(vm) else { return Ok(()) };
+            keeper.stop.send_replace(true);
+            (Arc::clone(keeper), over.clone())
+        };
+        // An error is a task that was aborted, which is over, too.
+        let _ = over.wait_for(|over| *over).await;
+        let state = keeper.state.borrow().clone();
+        match (state.pid, state.reason) {
+            (Some(_), Some(reason)) => Err(SuperviseError::Stuck { vm: vm.to_owned(), reason }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The process that a record names, if it runs.
+    fn found(&self, vm: &str) -> Option<process::ProcessId> {
+        let record = Record::read(&self.settings.record(vm))?;
+        Some(record.process).filter(process::ProcessId::runs)
+    }
+
+    fn keep(
+        &self,
+        kept: &mut HashMap<String, Kept>,
+        launch: Launch,
+        found: Option<process::ProcessId>,
+        was_up: bool,
+    ) -> watch::Receiver<BackendState> {
+        let vm = launch.vm.clone();
+        let starting = BackendState { run: Run::Starting, ..BackendState::default() };
+        let keeper = Arc::new(Keeper {
+            settings: Arc::clone(&self.settings),
+            launch: Mutex::new(launch),
+            state: watch::Sender::new(starting),
+            stop: watch::Sender::new(false),
+        });
+        let state = keeper.state.subscribe();
+        let (ended, over) = watch::channel(false);
+        let keeping = Arc::clone(&keeper).keep(found, was_up);
+        let task = tokio::spawn(async move {
+            keeping.await;
+            ended.send_replace(true);
+        });
+        kept.insert(vm, Kept { keeper, task, over });
+        state
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        let kept = self.kept.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for Kept { task, .. } in kept.values() {
+            task.abort();
+        }
+    }
+}

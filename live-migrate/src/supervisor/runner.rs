@@ -1,0 +1,188 @@
+//! Starts and stops one process: as a child of its own group, or as a systemd
+//! unit.
+//!
+//! A child outlives the agent: its output goes to a file, nothing ends it when
+//! the agent ends, and the next agent finds it by its record.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tokio::process::{Child, Command};
+
+use super::process::ProcessId;
+
+/// For systemctl, which waits for the unit.
+const SYSTEMCTL_TIMEOUT: Duration = Duration::from_secs(90);
+/// What is shown of a log.
+const TAIL_BYTES: usize = 1 << 10;
+
+/// Who keeps processes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Manager {
+    /// The agent itself.
+    Child,
+    /// systemd, told by this program (`systemctl`).
+    Systemd(PathBuf),
+}
+
+/// How a backend is started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Of the VM; also of the unit's instance.
+    pub vm: String,
+    /// What is started.
+    pub program: PathBuf,
+    /// Its configuration.
+    pub config: PathBuf,
+    /// Its control socket.
+    pub control: PathBuf,
+    /// Waits for a handoff and claims nothing.
+    pub standby: bool,
+    /// Where its output goes.
+    pub log: PathBuf,
+    /// Read by the unit.
+    pub environment: PathBuf,
+}
+
+impl Launch {
+    fn arguments(&self) -> Vec<String> {
+        let text = |path: &Path| path.display().to_string();
+        let mut arguments = vec![
+            "--config".to_owned(),
+            text(&self.config),
+            "--control".to_owned(),
+            text(&self.control),
+        ];
+        if self.standby {
+            arguments.push("--standby".to_owned());
+        }
+        arguments
+    }
+
+    fn unit(&self) -> String {
+        format!("baton-backend@{}.service", self.vm)
+    }
+
+    /// The end of the log, for a person who asks why.
+    pub(super) fn tail(&self) -> String {
+        let text = fs::read(&self.log).unwrap_or_default();
+        let tail = &text[text.len().saturating_sub(TAIL_BYTES)..];
+        String::from_utf8_lossy(tail).lines().last().unwrap_or_default().trim().to_owned()
+    }
+}
+
+/// A process that was started or found.
+#[derive(Debug)]
+pub(super) enum Process {
+    Child(Child, Option<ProcessId>),
+    Other(ProcessId),
+}
+
+impl Process {
+    pub(super) fn id(&self) -> Option<&ProcessId> {
+        match self {
+            Self::Child(_, id) => id.as_ref(),
+            Self::Other(id) => Some(id),
+        }
+    }
+
+    /// Waits for its end; the status when it was ours to learn.
+    pub(super) async fn ended(&mut self) -> Option<ExitStatus> {
+        match self {
+            Self::Child(child, _) => child.wait().await.ok(),
+            Self::Other(id) => {
+                id.ended().await;
+                None
+            }
+        }
+    }
+}
+
+impl Manager {
+    pub(super) async fn start(&self, launch: &Launch) -> io::Result<Process> {
+        match self {
+            Self::Child => {
+                let log = OpenOptions::new().create(true).append(true).open(&launch.log)?;
+                let child = Command::new(&launch.program)
+                    .args(launch.arguments())
+                    .stdin(Stdio::null())
+                    .stdout(log.try_clone()?)
+                    .stderr(log)
+                    .process_group(0)
+                    .spawn()?;
+                let id = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(ProcessId::of);
+                Ok(Process::Child(child, id))
+            }
+            Self::Systemd(systemctl) => {
+                let arguments = launch.arguments().join(" ");
+                fs::write(&launch.environment, format!("BATON_ARGS={arguments}\n"))?;
+                tell(systemctl, &["start", &launch.unit()]).await?;
+                let shown =
+                    tell(systemctl, &["show", "--property=MainPID", "--value", &launch.unit()])
+                        .await?;
+                let pid = shown.trim().parse().ok().filter(|pid| *pid > 0);
+                pid.and_then(ProcessId::of).map(Process::Other).ok_or_else(|| {
+                    io::Error::other(format!("{} ended at once; see its journal", launch.unit()))
+                })
+            }
+        }
+    }
+
+    /// Asks it to end, and makes it end after `grace`.
+    pub(super) async fn stop(
+        &self,
+        launch: &Launch,
+        process: &mut Process,
+        grace: Duration,
+    ) -> io::Result<()> {
+        match self {
+            Self::Child => {
+                if let Some(id) = process.id() {
+                    id.signal(Signal::SIGTERM)?;
+                }
+            }
+            Self::Systemd(systemctl) => {
+                let unit = launch.unit();
+                let stop = ["stop", unit.as_str()];
+                let told = tokio::time::timeout(grace, tell(systemctl, &stop)).await;
+                if let Ok(Err(error)) = told {
+                    tracing::warn!(%error, "systemd does not stop a backend");
+                }
+            }
+        }
+        if tokio::time::timeout(grace, process.ended()).await.is_err() {
+            tracing::warn!(vm = launch.vm, "a backend did not end when it was asked; it is killed");
+            self.kill(launch, process.id()).await?;
+            process.ended().await;
+        }
+        Ok(())
+    }
+
+    /// Ends it at once.
+    pub(super) async fn kill(&self, launch: &Launch, id: Option<&ProcessId>) -> io::Result<()> {
+        match (self, id) {
+            (Self::Child, None) => Ok(()),
+            (Self::Child, Some(id)) => id.signal(Signal::SIGKILL),
+            (Self::Systemd(systemctl), _) => {
+                tell(systemctl, &["kill", "--signal=SIGKILL", &launch.unit()]).await.map(drop)
+            }
+        }
+    }
+}
+
+async fn tell(systemctl: &Path, arguments: &[&str]) -> io::Result<String> {
+    let run =
+        Command::new(systemctl).args(arguments).stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = tokio::time::timeout(SYSTEMCTL_TIMEOUT, run)
+        .await
+        .map_err(|_| io::Error::other("systemctl did not answer"))??;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        return Err(io::Error::other(format!("systemctl {}: {said}", arguments.join(" "))));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}

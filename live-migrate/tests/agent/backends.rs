@@ -1,0 +1,183 @@
+//! Backends are started, watched, and outlive the agent.
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::support::{Agent, WEB, freeze, pid_of, refused, runs, signal, wait};
+
+#[tokio::test]
+async fn a_backend_is_started_shown_and_stopped() {
+    let agent = Agent::start().await;
+    assert_eq!(agent.backend().await["run"], "stopped");
+    let started = agent.start_backend("standby").await;
+    assert_eq!((&started["run"], &started["role"]), (&json!("running"), &json!("standby")));
+    let view = agent.get("/v1/vms/web").await.expect("a view");
+    assert_eq!(view["status"]["standby"], true);
+    assert_eq!(view["status"]["owner"], "host-a/web");
+    assert_eq!(view["status"]["disks"][1]["name"], "data");
+    // The same again, and another role, leave the process alone.
+    for role in ["standby", "owner"] {
+        let again = agent.start_backend(role).await;
+        assert_eq!((&again["pid"], again["role"].as_str()), (&started["pid"], Some(role)));
+    }
+    let pid = pid_of(&started);
+    // The role counts from the next start on.
+    signal(pid, Signal::SIGKILL);
+    let pid = agent.wait_successor(pid).await;
+    let view = agent.get("/v1/vms/web").await.expect("a view");
+    assert_eq!(
+        (&view["status"]["standby"], &view["backend"]["restarts"]),
+        (&json!(false), &json!(1))
+    );
+    agent.delete("/v1/vms/web/backend").await.expect("stopped");
+    assert!(!runs(pid));
+    assert_eq!(agent.backend().await["run"], "stopped");
+    agent.delete("/v1/vms/web/backend").await.expect("what is stopped stays so");
+}
+
+#[tokio::test]
+async fn backends_outlive_the_agent_and_are_found_again() {
+    let mut agent = Agent::start().await;
+    let pid = pid_of(&agent.start_backend("standby").await);
+    for end in [Signal::SIGKILL, Signal::SIGTERM] {
+        agent.end(end);
+        assert!(runs(pid), "{end}");
+        agent.run().await;
+        wait("taken over", async || agent.backend().await["run"] == "running").await;
+        let state = agent.backend().await;
+        assert_eq!(
+            (pid_of(&state), &state["adopted"], &state["role"]),
+            (pid, &json!(true), &json!("standby"))
+        );
+    }
+    // One that died meanwhile is started again, in its role.
+    agent.end(Signal::SIGKILL);
+    signal(pid, Signal::SIGKILL);
+    wait("dead", async || !runs(pid)).await;
+    agent.run().await;
+    let next = agent.wait_successor(pid).await;
+    assert_eq!(agent.get("/v1/vms/web").await.expect("a view")["status"]["standby"], true);
+    // And one that was taken over can be stopped.
+    agent.end(Signal::SIGKILL);
+    agent.run().await;
+    agent.delete("/v1/vms/web/backend").await.expect("stopped");
+    assert!(!runs(next));
+    // After which nobody starts it again.
+    agent.end(Signal::SIGKILL);
+    agent.run().await;
+    assert_eq!(agent.backend().await["run"], "stopped");
+}
+
+#[tokio::test]
+async fn a_recycled_number_is_not_taken_for_a_backend() {
+    let mut agent = Agent::start().await;
+    let pid = pid_of(&agent.start_backend("owner").await);
+    agent.end(Signal::SIGKILL);
+    // As if the number were given to another process: this one, which was born at another time.
+    let path = agent.path("state/web.backend.json");
+    let mut record: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).expect("record")).expect("JSON");
+    record["process"]["pid"] = std::process::id().into();
+    std::fs::write(&path, record.to_string()).expect("write");
+    signal(pid, Signal::SIGKILL);
+    agent.run().await;
+    wait("another one", async || agent.backend().await["run"] == "running").await;
+    let state = agent.backend().await;
+    assert_eq!(state["adopted"], false);
+    assert_ne!(state["pid"], std::process::id());
+    agent.delete("/v1/vms/web/backend").await.expect("stopped, and this test lives");
+}
+
+#[tokio::test]
+async fn a_backend_that_hangs_is_killed_and_started_again() {
+    let mut agent = Agent::with("exec_pretended \"$@\"", "hang_ms = 800\n", WEB);
+    agent.run().await;
+    let pid = pid_of(&agent.start_backend("owner").await);
+    freeze(pid).await;
+    agent.wait_successor(pid).await;
+    assert!(!runs(pid));
+    let state = agent.backend().await;
+    assert_eq!((&state["hung"], &state["restarts"]), (&json!(1), &json!(1)));
+    assert!(agent.log().contains("hangs"), "{}", agent.log());
+}
+
+#[tokio::test]
+async fn one_that_does_not_end_is_ended() {
+    let mut agent =
+        Agent::with("trap '' TERM\nexec_pretended \"$@\"", "stop_grace_ms = 100\n", WEB);
+    agent.run().await;
+    let pid = pid_of(&agent.start_backend("owner").await);
+    agent.delete("/v1/vms/web/backend").await.expect("stopped");
+    assert!(!runs(pid));
+}
+
+#[tokio::test]
+async fn one_that_cannot_start_says_why_and_is_not_tried_again() {
+    for (backend, says) in [
+        ("echo 'no such volume: root' >&2; exit 1", "no such volume: root"),
+        ("echo 'wrong flag' >&2; exit 2", "wrong flag"),
+    ] {
+        let mut agent = Agent::with(backend, "", WEB);
+        agent.run().await;
+        let result = agent.put("/v1/vms/web/backend", json!({"role": "owner"})).await;
+        let (status, kind, detail) = refused(result);
+        assert_eq!((status, kind.as_str()), (409, "baton:backend-failed"));
+        assert!(detail.contains(says), "{detail}");
+        let state = agent.backend().await;
+        assert_eq!((&state["run"], &state["restarts"]), (&json!("failed"), &json!(0)));
+        assert!(!agent.path("state/web.backend.json").exists());
+    }
+    let mut agent = Agent::with("", "", WEB);
+    std::fs::remove_file(agent.path("backend")).expect("removed");
+    agent.run().await;
+    let result = agent.put("/v1/vms/web/backend", json!({"role": "owner"})).await;
+    assert!(refused(result).2.contains("cannot start"));
+}
+
+#[tokio::test]
+async fn a_unit_of_systemd_is_started_found_and_stopped() {
+    // As systemctl would: `start` starts the unit with the arguments of its environment file.
+    let mut agent = Agent::with(
+        "exec_pretended \"$@\"",
+        "manager = \"systemd\"\nsystemctl = \"SYSTEMCTL\"\nstop_grace_ms = 3000\n",
+        WEB,
+    );
+    let dir = agent.dir.path().display().to_string();
+    let script = format!(
+        "#!/bin/sh\necho \"$@\" >> {dir}/told\ncase $1 in\nstart) . {dir}/run/launch/web.sh; {dir}/backend $BATON_ARGS >/dev/null 2>&1 & echo $! > {dir}/main ;;\nshow) cat {dir}/main ;;\nstop) kill $(cat {dir}/main) ;;\nkill) kill -9 $(cat {dir}/main) ;;\nesac\n"
+    );
+    // `BATON_ARGS=a b` is systemd's syntax, not the shell's.
+    let script = script.replace(
+        &format!(". {dir}/run/launch/web.sh"),
+        &format!("BATON_ARGS=$(sed s/BATON_ARGS=// {dir}/run/launch/web.env)"),
+    );
+    std::fs::write(agent.path("systemctl"), script).expect("write");
+    use std::os::unix::fs::PermissionsExt;
+    let mode = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(agent.path("systemctl"), mode).expect("mode");
+    let config = std::fs::read_to_string(agent.path("agent.toml")).expect("read");
+    let config = config.replace("SYSTEMCTL", &format!("{dir}/systemctl"));
+    std::fs::write(agent.path("agent.toml"), config).expect("write");
+    // Made by systemd, for the unit.
+    std::fs::create_dir_all(agent.path("run/web")).expect("directory");
+
+    agent.run().await;
+    let pid = pid_of(&agent.start_backend("standby").await);
+    assert_eq!(agent.get("/v1/vms/web").await.expect("a view")["status"]["standby"], true);
+    agent.end(Signal::SIGKILL);
+    agent.run().await;
+    wait("taken over", async || agent.backend().await["run"] == "running").await;
+    assert_eq!(pid_of(&agent.backend().await), pid);
+    agent.delete("/v1/vms/web/backend").await.expect("stopped");
+    assert!(!runs(pid));
+    let told = std::fs::read_to_string(agent.path("told")).expect("told");
+    let told: Vec<&str> = told.lines().collect();
+    assert_eq!(
+        told,
+        [
+            "start baton-backend@web.service",
+            "show --property=MainPID --value baton-backend@web.service",
+            "stop baton-backend@web.service",
+        ]
+    );
+}

@@ -1,0 +1,61 @@
+//! The agent as a program: what it promises of backends and monitors.
+
+mod api;
+mod backends;
+mod monitors;
+mod support;
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use serde_json::json;
+
+/// Not a test: the backend that the other tests have the agent start. It answers
+/// on its control socket and is drained when a file says so.
+#[test]
+#[ignore = "run as a process by the other tests"]
+fn pretended_backend() {
+    let Ok(arguments) = std::env::var("PRETENDED_ARGUMENTS") else { return };
+    let arguments: Vec<&str> = arguments.split(' ').collect();
+    let after = |flag| {
+        let at = arguments.iter().position(|argument| *argument == flag)?;
+        arguments.get(at + 1).copied()
+    };
+    let config: toml::Table = toml::from_str(
+        &std::fs::read_to_string(after("--config").expect("--config")).expect("read"),
+    )
+    .expect("TOML");
+    let control = Path::new(after("--control").expect("--control"));
+    let names: Vec<&str> = config["disk"]
+        .as_array()
+        .expect("disks")
+        .iter()
+        .filter_map(|disk| disk["name"].as_str())
+        .collect();
+    let _ = std::fs::remove_file(control);
+    let listener = UnixListener::bind(control).expect("bind");
+    for stream in listener.incoming() {
+        let mut stream = stream.expect("accept");
+        let mut line = String::new();
+        BufReader::new(&mut stream).read_line(&mut line).expect("question");
+        let question: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+        let drained = control.with_extension("drained").exists();
+        let answer = match question["cmd"].as_str() {
+            Some("status") => json!({
+                "pid": std::process::id(),
+                "owner": config["owner"].as_str(),
+                "standby": arguments.contains(&"--standby"),
+                "disks": names.iter().map(|name| json!({"name": name, "drained": drained})).collect::<Vec<_>>(),
+            }),
+            Some(command @ ("seal" | "activate" | "abdicate")) => {
+                json!({"ok": true, "did": command})
+            }
+            Some("reclaim") => {
+                json!({"error": {"type": "lost-race", "detail": "the destination owns the volumes"}})
+            }
+            _ => json!({"error": {"type": "unknown-command", "detail": "what?"}}),
+        };
+        let _ = stream.write_all(format!("{answer}\n").as_bytes());
+    }
+}

@@ -1,0 +1,106 @@
+//! Monitors are driven, and never past a drain that nobody vouches for.
+
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::support::{Agent, WEB, freeze, pid_of, refused, signal, wait};
+
+/// A machine without a guest, stopped, that waits for a migration.
+const QEMU: &str = r#"["qemu-system-x86_64", "-name", "{vm}", "-accel", "tcg", "-machine", "q35", "-m", "64M", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "unix:{qmp},server=on,wait=off", "-incoming", "defer"]"#;
+
+fn no_qemu(test: &str) -> bool {
+    let found = Command::new("qemu-system-x86_64").arg("--version").output().is_ok();
+    if !found {
+        eprintln!("**** SKIPPED: {test}: there is no qemu-system-x86_64 ****");
+    }
+    !found
+}
+
+#[tokio::test]
+async fn continue_is_refused_until_every_disk_is_drained() {
+    if no_qemu("continue_is_refused_until_every_disk_is_drained") {
+        return;
+    }
+    let pair = format!("[vmm]\nincoming_command = {QEMU}\n{WEB}");
+    let mut source =
+        Agent::with("exec_pretended \"$@\"", "", &pair.replace(", \"-incoming\", \"defer\"", ""));
+    let mut destination = Agent::with("exec_pretended \"$@\"", "", &pair);
+    source.run().await;
+    destination.run().await;
+    let uri = format!("unix:{}", destination.path("migration").display());
+
+    // The source's monitor is started by the same means; it listens for nothing.
+    let refusal = refused(source.post("/v1/vms/web/vmm/incoming", json!({"uri": uri})).await);
+    assert_eq!(refusal.1, "baton:vmm-refused", "a machine that is not incoming: {}", refusal.2);
+    source.post("/v1/vms/web/vmm/resume", json!({})).await.expect("runs");
+    let pid = pid_of(&source.start_backend("owner").await);
+
+    let listens = destination.post("/v1/vms/web/vmm/incoming", json!({"uri": uri})).await;
+    assert_eq!(listens.expect("listens")["run"], "incoming");
+    source.post("/v1/vms/web/vmm/migrate", json!({"uri": uri})).await.expect("started");
+    let paused = source.get("/v1/vms/web/vmm?wait_ms=60000").await.expect("status");
+    assert_eq!(paused["migration"]["phase"], "pre-switchover", "{paused}");
+
+    // Not drained; hung; dead: each time the monitor is not told.
+    let drained = source.path("run/web/control.drained");
+    let (status, kind, detail) = refused(source.post("/v1/vms/web/vmm/continue", json!({})).await);
+    assert_eq!((status, kind.as_str()), (409, "baton:not-drained"));
+    assert!(detail.contains("root, data"), "{detail}");
+    std::fs::write(&drained, "").expect("write");
+    freeze(pid).await;
+    let (_, kind, detail) = refused(source.post("/v1/vms/web/vmm/continue", json!({})).await);
+    assert_eq!(kind, "baton:not-drained", "{detail}");
+    signal(pid, Signal::SIGCONT);
+    source.delete("/v1/vms/web/backend").await.expect("stopped");
+    let (_, kind, detail) = refused(source.post("/v1/vms/web/vmm/continue", json!({})).await);
+    assert_eq!(kind, "baton:not-drained", "{detail}");
+    let status = source.get("/v1/vms/web/vmm").await.expect("status");
+    assert_eq!(status["migration"]["phase"], "pre-switchover", "the monitor was not told");
+
+    source.start_backend("owner").await;
+    source.post("/v1/vms/web/vmm/continue", json!({})).await.expect("goes on");
+    wait("the source is done", async || {
+        source.get("/v1/vms/web/vmm").await.expect("status")["run"] == "migrated"
+    })
+    .await;
+    destination.post("/v1/vms/web/vmm/resume", json!({})).await.expect("runs there");
+    let view = destination.get("/v1/vms/web").await.expect("a view");
+    assert_eq!(view["vmm"]["run"], "running");
+    for agent in [&source, &destination] {
+        agent.post("/v1/vms/web/vmm/quit", json!({})).await.expect("ended");
+    }
+}
+
+#[tokio::test]
+async fn a_monitor_that_does_not_start_leaves_nothing() {
+    let command =
+        "[vmm]\nincoming_command = [\"/bin/sh\", \"-c\", \"echo {vm} says no; exit 3\"]\n";
+    let mut agent = Agent::with("exec_pretended \"$@\"", "", &format!("{command}{WEB}"));
+    agent.run().await;
+    let result = agent.post("/v1/vms/web/vmm/incoming", json!({"uri": "unix:/x"})).await;
+    let (status, _, detail) = refused(result);
+    assert_eq!(status, 409);
+    assert!(detail.contains("vmm.log"), "{detail}");
+    let log = std::fs::read_to_string(agent.path("state/web.vmm.log")).expect("log");
+    assert_eq!(log, "web says no\n");
+    let hanging = "start_limit_ms = 200\n";
+    let command = "[vmm]\nincoming_command = [\"/bin/sleep\", \"1000\"]\n";
+    let mut agent = Agent::with("exec_pretended \"$@\"", hanging, &format!("{command}{WEB}"));
+    agent.run().await;
+    let result = agent.post("/v1/vms/web/vmm/incoming", json!({"uri": "unix:/x"})).await;
+    assert_eq!(refused(result).1, "baton:vmm-absent");
+}
+
+#[tokio::test]
+async fn a_monitor_of_somebody_else_is_left_alone() {
+    let mut agent = Agent::with("exec_pretended \"$@\"", "", &WEB.replace("\"qemu\"", "\"none\""));
+    agent.run().await;
+    for action in ["continue", "cancel", "resume", "stop", "quit"] {
+        let path = format!("/v1/vms/web/vmm/{action}");
+        assert_eq!(refused(agent.post(&path, json!({})).await).1, "baton:vmm-foreign");
+    }
+    let view = agent.get("/v1/vms/web").await.expect("a view");
+    assert!(view["vmm"].is_null() && view["vmm_error"].is_null(), "{view}");
+}

@@ -1,0 +1,9 @@
+//! `baton-coordinator` as a program, on servers with real access records and
+//! agents with pretended backends.
+
+mod crashes;
+mod handoffs;
+mod migrations;
+mod support;
+mod trouble;
+mod world;

@@ -1,0 +1,245 @@
+//! Trouble and bad input: a stable type, who owns the VM, nothing half-armed.
+
+use std::sync::atomic::Ordering;
+
+use baton_live_migrate::client::Method;
+use baton_protocol::VolumeId;
+use baton_protocol::access::{Input, Phase};
+use baton_protocol::handoff::{HandoffId, Key, Members, Mode, Plan, Try};
+use serde_json::{Value, json};
+
+use super::support::{Cluster, id, kind, wait};
+
+#[tokio::test]
+async fn each_mistake_has_its_type_and_starts_nothing() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let web = |id: &str| format!("/v1/vms/web/handoffs/{id}");
+    let ab = json!({"from": "host-a", "to": "host-b"});
+    let put = Method::PUT;
+    for (method, path, body, expected) in [
+        (
+            &put,
+            "/v1/vms/nobody/handoffs/01ARZ3NDEKTSV4RRFFQ69G5FAV".to_owned(),
+            ab.clone(),
+            "baton:unknown-vm",
+        ),
+        (&put, web(&id()), json!({"from": "host-a", "to": "host-x"}), "baton:unknown-host"),
+        (&put, web(&id()), json!({"from": "host-x", "to": "host-b"}), "baton:unknown-host"),
+        (&put, web(&id()), json!({"from": "host-b", "to": "host-a"}), "baton:unknown-vm"),
+        (&put, web(&id()), json!({"from": "host-a", "to": "host-a"}), "baton:destination-runs-vm"),
+        (&put, web(&id()), json!({"to": "host-b", "volumes": ["nothing"]}), "baton:unknown-volume"),
+        (&put, web(&id()), json!({"to": "host-b", "volumes": ["root"]}), "baton:bad-request"),
+        (&put, web(&id()), json!({"to": "host-b", "colour": "red"}), "baton:bad-request"),
+        (&put, web(&id()), json!({"to": "host-b", "ready_timeout": "soon"}), "baton:bad-request"),
+        (&put, web("not-a-ulid"), ab.clone(), "baton:bad-request"),
+        (&Method::GET, web(&id()), Value::Null, "baton:stale-attempt"),
+        (&Method::GET, format!("{}?wait=TEATIME", web(&id())), Value::Null, "baton:bad-request"),
+        (&Method::POST, format!("{}:explode", web(&id())), Value::Null, "baton:no-such-route"),
+        (&Method::POST, format!("{}:cancel", web(&id())), Value::Null, "baton:stale-attempt"),
+        (&Method::GET, "/v1/vms/nobody/access".to_owned(), Value::Null, "baton:unknown-vm"),
+        (&Method::GET, "/v1/handoffs?state=ODD".to_owned(), Value::Null, "baton:bad-request"),
+        (
+            &Method::POST,
+            "/v1/vms/web:fence".to_owned(),
+            json!({"dead_host": "host-a", "reason": " "}),
+            "baton:bad-request",
+        ),
+        (
+            &Method::POST,
+            "/v1/vms/web:fence".to_owned(),
+            json!({"dead_host": "host-a", "reason": "r"}),
+            "baton:host-alive",
+        ),
+        (&Method::GET, "/nowhere".to_owned(), Value::Null, "baton:no-such-route"),
+        (&Method::DELETE, "/v1/vms".to_owned(), Value::Null, "baton:method"),
+    ] {
+        let (problem, detail) = kind(coordinator.call(method.clone(), &path, body).await);
+        assert_eq!(problem, expected, "{path}: {detail}");
+    }
+    // Already there, and running.
+    cluster.b.with("web", |machine| {
+        machine.backend = Some("owner");
+        machine.run = "running";
+    });
+    let (problem, detail) = kind(coordinator.prepare(&id()).await);
+    assert_eq!(problem, "baton:destination-runs-vm");
+    assert!(detail.contains("host-a owns"), "{detail}");
+    assert_eq!(cluster.b.machine("web").backend, Some("owner"), "it was left alone");
+    assert_eq!(coordinator.get("/v1/handoffs").await["handoffs"], json!([]));
+    assert_eq!(cluster.owner(), "host-a/web");
+}
+
+#[tokio::test]
+async fn who_cannot_be_reached_is_named() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    cluster.a.silent.store(true, Ordering::SeqCst);
+    let (problem, detail) = match coordinator.prepare(&id()).await {
+        Err(baton_live_migrate::client::CallError::Refused { status, kind, detail, .. }) => {
+            assert_eq!(status, 503);
+            (kind, detail)
+        }
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(problem, "baton:agent-unreachable");
+    assert!(detail.contains("host-a"), "{detail}");
+    cluster.a.silent.store(false, Ordering::SeqCst);
+    cluster.storages[1].silent.store(true, Ordering::SeqCst);
+    let (problem, detail) = kind(coordinator.prepare(&id()).await);
+    assert_eq!(problem, "baton:storage-unreachable");
+    assert!(detail.contains(&cluster.storages[1].address.to_string()), "{detail}");
+    assert_eq!(coordinator.get("/v1/handoffs").await["handoffs"], json!([]));
+}
+
+/// A volume of somebody else's, or of nobody.
+#[tokio::test]
+async fn a_source_that_does_not_own_everything_hands_nothing_off() {
+    for other in [Some("host-c/web"), None] {
+        let cluster = Cluster::with(&[&[("root", Some("host-a/web")), ("data", other)]]).await;
+        let coordinator = cluster.coordinator("c", "").await;
+        let (problem, detail) = kind(coordinator.prepare(&id()).await);
+        assert_eq!(problem, "baton:not-owner");
+        assert!(detail.contains("`data`"), "{detail}");
+        assert_eq!(cluster.storages[0].record("root").phase, Phase::Owned);
+    }
+}
+
+/// Row 29 of the failure table.
+#[tokio::test]
+async fn row_29_a_volume_that_cannot_be_armed_takes_all_back() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    // Somebody armed it behind this coordinator's back.
+    let data = cluster.storages[1].record("data").volume;
+    let plan = Plan {
+        attempt: Try { id: HandoffId(99), attempt: 1 },
+        vm: "web".to_owned(),
+        from: "host-a/web".to_owned(),
+        to: "host-z/web".to_owned(),
+        anchor: data,
+        members: Members::of([VolumeId(data.0)]),
+        mode: Mode::Fast,
+        key: Key([1; 32]),
+    };
+    let arm = Input::Arm { plan: &plan, term: 1, generation: 0 };
+    cluster.storages[1].step("data", arm).expect("armed");
+    let id = id();
+    let row = coordinator.prepare(&id).await.expect("asked");
+    assert_ne!(row["state"], "READY");
+    let row = coordinator.over(&id).await;
+    assert_eq!((&row["state"], &row["outcome"]), (&json!("FAILED"), &json!("source")));
+    assert_eq!(row["because"]["type"], "baton:handoff-in-progress");
+    assert!(cluster.storages[0].record("root").handoff.is_none());
+    assert_eq!(cluster.b.machine("web").backend, None, "nothing was started");
+}
+
+/// Row 7 of the failure table: the destination never comes up.
+#[tokio::test]
+async fn row_7_a_destination_that_does_not_come_up_fails_in_time() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    cluster.b.with("web", |machine| {
+        machine.definition = json!({"name": "web", "disk": []});
+        machine.standing = Some("standby");
+        machine.run = "gone";
+    });
+    let id = id();
+    let path = format!("/v1/vms/web/handoffs/{id}?wait=READY&timeout=30s");
+    let body = json!({"to": "host-b", "ready_timeout": "300ms"});
+    coordinator.call(Method::PUT, &path, body).await.expect("asked");
+    let row = coordinator.over(&id).await;
+    assert_eq!((&row["state"], &row["outcome"]), (&json!("FAILED"), &json!("source")));
+    assert_eq!(row["because"]["type"], "baton:not-ready");
+    assert_eq!(cluster.owner(), "host-a/web");
+}
+
+/// A server that hangs while it is armed, and arms after all when it thaws.
+#[tokio::test]
+async fn an_arm_that_arrives_late_leaves_nothing_armed() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    // It answers what the plan needs, and then not its ARM.
+    let id = id();
+    let path = format!("/v1/vms/web/handoffs/{id}");
+    let body = json!({"to": "host-b", "ready_timeout": "500ms"});
+    let storage = &cluster.storages[1];
+    storage.hang_on("arm");
+    coordinator.call(Method::PUT, &path, body).await.expect("asked");
+    let row = coordinator.get(&format!("{path}?wait=ACTIVE")).await;
+    assert_eq!((&row["state"], &row["outcome"]), (&json!("RECLAIMED"), &json!("source")));
+    assert_eq!(row["over"], false, "the other member may still become armed");
+    storage.thaw();
+    let row = coordinator.over(&id).await;
+    assert_eq!(row["state"], "FAILED");
+    assert_eq!(cluster.owner(), "host-a/web");
+}
+
+/// Rows 22 and 23 of the failure table: the anchor cannot say who has the volumes.
+#[tokio::test]
+async fn row_22_a_frozen_anchor_is_not_guessed_at() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let id = id();
+    coordinator.prepare(&id).await.expect("READY");
+    cluster.seal();
+    coordinator.get(&format!("/v1/vms/web/handoffs/{id}?wait=SEALED")).await;
+    cluster.storages[0].restart();
+    wait("the anchor is frozen", async || {
+        cluster.storages[0].record("root").phase == Phase::Frozen
+    })
+    .await;
+    let path = format!("/v1/vms/web/handoffs/{id}:cancel?timeout=300ms");
+    let (problem, detail) = kind(coordinator.call(Method::POST, &path, Value::Null).await);
+    assert_eq!(problem, "baton:unknown-frozen");
+    assert!(detail.contains("resume neither side"), "{detail}");
+    let row = coordinator.get(&format!("/v1/vms/web/handoffs/{id}")).await;
+    assert_eq!(row["outcome"], "unknown");
+    // The backend dies, but its machine runs: it may have activated.
+    cluster.b.with("web", |machine| {
+        machine.backend = None;
+        machine.run = "running";
+    });
+    let (problem, _) = kind(coordinator.call(Method::POST, &path, Value::Null).await);
+    assert_eq!(problem, "baton:unknown-frozen");
+    // Proven dead.
+    cluster.b.with("web", |machine| machine.run = "gone");
+    let row = coordinator.over(&id).await;
+    assert_eq!((&row["state"], &row["outcome"]), (&json!("SETTLED"), &json!("source")));
+    assert_eq!(cluster.owner(), "host-a/web");
+}
+
+/// Row 36 of the failure table: the source's host is dead.
+#[tokio::test]
+async fn row_36_a_fence_takes_all_volumes_and_spares_the_next_owner() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    // Heard of while it lived.
+    coordinator.get("/v1/vms").await;
+    let handoff = id();
+    coordinator.prepare(&handoff).await.expect("READY");
+    cluster.a.silent.store(true, Ordering::SeqCst);
+    let fence = json!({"dead_host": "host-a", "reason": "row 36", "nominee": "host-b"});
+    let path = "/v1/vms/web:fence";
+    cluster.storages[1].silent.store(true, Ordering::SeqCst);
+    let (problem, detail) = kind(coordinator.call(Method::POST, path, fence.clone()).await);
+    assert_eq!(problem, "baton:fence-incomplete");
+    assert!(detail.contains("do not start `web` elsewhere"), "{detail}");
+    cluster.storages[1].silent.store(false, Ordering::SeqCst);
+    let done = coordinator.call(Method::POST, path, fence.clone()).await.expect("fenced");
+    assert_eq!(done["done"], true);
+    for (storage, name) in [(0, "root"), (1, "data")] {
+        let record = cluster.storages[storage].record(name);
+        assert_eq!(record.barred.as_deref(), Some("host-a/web"));
+        assert_eq!(record.owner.expect("nominated").name, "host-b/web");
+    }
+    let row = coordinator.over(&handoff).await;
+    assert_eq!(
+        (&row["state"], &row["trouble"]["type"]),
+        (&json!("FAILED"), &json!("baton:fenced"))
+    );
+    // Asked again, it does not take the volumes from who has them now.
+    let epoch = cluster.storages[0].record("root").epoch;
+    coordinator.call(Method::POST, path, fence).await.expect("again");
+    assert_eq!(cluster.storages[0].record("root").epoch, epoch);
+}
