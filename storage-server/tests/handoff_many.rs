@@ -55,7 +55,7 @@ fn move_all(sources: &mut [Client], destinations: &mut [Client]) {
         assert_eq!(answer.outcome, Outcome::Granted);
         proofs.push(answer.proof.expect("the winner's"));
     }
-    println!("{} handoffs, first SEAL to last ACTIVATED: {:?}", sources.len(), start.elapsed());
+    eprintln!("{} handoffs, first SEAL to last ACTIVATED: {:?}", sources.len(), start.elapsed());
     for source in sources {
         let (header, body) = source.reply();
         assert_eq!((header.seq, header.status), (Seq(source.seq), Status::Ok));
@@ -87,7 +87,7 @@ fn a_thousand_handoffs_at_the_same_time() {
         let (status, record) = member.post("arm", &serde_json::json!({"term": 1, "plan": plan}));
         assert_eq!((status, record["phase"].as_str()), (200, Some("armed")));
     });
-    println!("ARM: {:?}", start.elapsed());
+    eprintln!("ARM: {:?}", start.elapsed());
     assert_eq!(stores() - before, HANDOFFS as u64, "each is durable before it is answered");
     move_all(&mut sources, &mut destinations);
     let start = Instant::now();
@@ -95,7 +95,7 @@ fn a_thousand_handoffs_at_the_same_time() {
         let (status, record) = member.post("settle", &which(1));
         assert_eq!((status, record["owner"]["name"].as_str()), (200, Some(DESTINATION)));
     });
-    println!("SETTLE: {:?}", start.elapsed());
+    eprintln!("SETTLE: {:?}", start.elapsed());
     for source in &mut sources {
         assert_eq!(source.write(0, &[9; 512]), Status::StaleEpoch);
     }
