@@ -39,13 +39,15 @@
 //! | [`codec`] | the stored bytes |
 
 mod codec;
+#[cfg(test)]
+mod matrix;
 mod step;
 #[cfg(test)]
 mod tests;
 
 use serde::Serialize;
 
-use crate::handoff::{Decided, Handoff, Mode, Proof, Side, Try};
+use crate::handoff::{Decided, Handoff, Key, Mode, Proof, Side, Try};
 use crate::units::{Epoch, SessionId, VolumeId};
 
 pub use codec::{RECORD_BYTES_MAX, RecordError};
@@ -232,6 +234,9 @@ impl AccessRecord {
             (_, Some(decided)) => (&decided.key, decided.grant),
             _ => return None,
         };
+        if *key == Key::default() {
+            return None;
+        }
         let session = self.owner.as_ref()?.session;
         Some(Proof::new(key, attempt, winner, grant, session))
     }

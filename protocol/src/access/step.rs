@@ -325,8 +325,11 @@ impl AccessRecord {
             }
             Phase::Free => {
                 next.phase = Phase::Owned;
-                // Whoever won it gave it back.
-                next.decided = None;
+                // Whoever won it gave it back: the outcome stays, so that the
+                // try is not armed again, but opens nothing any more.
+                if let Some(decided) = &mut next.decided {
+                    (decided.anchor, decided.key) = (false, Key::default());
+                }
             }
             Phase::Owned | Phase::Sealed | Phase::Frozen => {
                 next.phase = Phase::Owned;
@@ -661,6 +664,7 @@ impl AccessRecord {
         proof: &Proof,
     ) -> Result<Step, Refusal> {
         let good = session.0 != 0
+            && decided.key != Key::default()
             && proof.side == decided.winner
             && proof.holds(&decided.key, decided.attempt, session);
         let Some(owner) = self.owner.as_ref().filter(|_| good) else {

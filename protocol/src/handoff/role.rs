@@ -598,7 +598,12 @@ impl Role {
             let Some(view) = &self.views[at] else { continue };
             let record = &view.record;
             let mine = record.owner.as_ref().is_some_and(|o| o.session == self.session);
-            let decided = !matches!(record.phase, Phase::Armed | Phase::Sealed | Phase::Frozen);
+            let decided = match record.phase {
+                Phase::Sealed | Phase::Frozen => false,
+                // The source is the owner: another incarnation of this one.
+                Phase::Armed => record.handoff.as_ref().is_some_and(|h| h.plan.from == self.name),
+                _ => true,
+            };
             // It was ours and is somebody else's.
             let member = &self.members[at];
             let older = member.asks[Kind::Open as usize].outstanding.is_some()
