@@ -26,7 +26,7 @@ const BACK_TO_SOURCE: [Step; 3] = [arms, reclaims, settles];
 const FENCED: [Step; 2] = [arms, fences];
 
 /// The points, and a way that leads by each.
-const POINTS: [(&str, &[Step]); 11] = [
+const POINTS: [(&str, &[Step]); 12] = [
     ("arm.stored", &TO_DESTINATION),
     ("seal.requested", &TO_DESTINATION),
     ("seal.closed", &TO_DESTINATION),
@@ -34,9 +34,10 @@ const POINTS: [(&str, &[Step]); 11] = [
     ("activate.stepped", &TO_DESTINATION),
     ("activate.answered", &TO_DESTINATION),
     ("open.stepped", &TO_DESTINATION),
+    ("open.answered", &TO_DESTINATION),
     ("settle.stored", &TO_DESTINATION),
     ("reclaim.stored", &BACK_TO_SOURCE),
-    ("other.answered", &BACK_TO_SOURCE),
+    ("reclaim.answered", &BACK_TO_SOURCE),
     ("fence.stored", &FENCED),
 ];
 

@@ -215,31 +215,47 @@ mod tests {
         let (_dir, mut both, register) = two();
         let injector = Injector::start(order(Actor::SourceVmm, Fault::Freeze), &register);
         assert_eq!(injector.progress(), Progress::Waiting);
-        both[0].freeze().unwrap();
+        both[0].signal(Signal::SIGSTOP).unwrap();
         wait(&injector, Progress::Over);
         assert!(!is_stopped(both[0].pid()) && !is_stopped(both[1].pid()));
         drop(injector);
 
         let injector = Injector::start(order(Actor::SourceVmm, Fault::Kill), &register);
-        both[0].freeze().unwrap();
+        both[0].signal(Signal::SIGSTOP).unwrap();
         wait(&injector, Progress::Over);
         assert!(both[0].is_running().unwrap() && !both[1].is_running().unwrap());
         drop(injector);
 
         let injector = Injector::start(order(Actor::SourceVmm, Fault::Kill), &register);
-        both[0].freeze().unwrap();
+        both[0].signal(Signal::SIGSTOP).unwrap();
         wait_until("it is not there", SOON, || injector.progress() == Progress::Absent).unwrap();
         assert!(!is_stopped(both[0].pid()));
-        // Whoever is started in its place is not left at the point either.
-        both[0].freeze().unwrap();
-        wait_until("it goes on", SOON, || !is_stopped(both[0].pid())).unwrap();
+    }
+
+    /// Whoever is started in its place stops at the point as well.
+    #[test]
+    fn nobody_is_left_at_the_point() {
+        let dir = TestDir::new("injector").unwrap();
+        let script = "trap 'echo went on' CONT; echo up; while :; do sleep 0.01; done";
+        let mut owner =
+            Daemon::start(dir.path(), "owner", Path::new("/bin/sh"), ["-c", script]).unwrap();
+        owner.wait_line("up", SOON).unwrap();
+        let register = Register::default();
+        register.lock().unwrap().insert(Actor::Anchor, Who::Pid(owner.pid()));
+        let injector = Injector::start(order(Actor::Other, Fault::Kill), &register);
+        for times in 1..=3 {
+            owner.signal(Signal::SIGSTOP).unwrap();
+            wait_until("it goes on", SOON, || owner.log().matches("went on").count() == times)
+                .unwrap();
+        }
+        assert_eq!(injector.progress(), Progress::Absent);
     }
 
     #[test]
     fn who_stands_at_the_point_can_be_the_victim() {
         let (_dir, mut both, register) = two();
         let injector = Injector::start(order(Actor::Anchor, Fault::Kill), &register);
-        both[0].freeze().unwrap();
+        both[0].signal(Signal::SIGSTOP).unwrap();
         wait(&injector, Progress::Over);
         assert!(!both[0].is_running().unwrap());
         drop(injector);
