@@ -206,6 +206,7 @@ fn latency(out: &mut String, row: &Value, phases: &[Phase]) {
     let all = || source.iter().chain(&destination);
     let (Some(first), Some(last)) = (all().map(|s| s.at_us).min(), all().map(|s| s.at_us).max())
     else {
+        out.push_str("<p class=\"none\">No sample is within ten seconds of the switch.</p>\n");
         return;
     };
     let plot = Plot { first, whole: (last - first).max(1), top: decades(all().map(|s| s.max_us)) };
