@@ -1,11 +1,12 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo demo-splitbrain test bench check
+.PHONY: help build demo demo-splitbrain test bench bench-handoff check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
 	@echo 'make demo-splitbrain   what a live migration gone wrong does to a volume, on real guests (a minute after the build)'
 	@echo 'make test    every test, as CI runs them'
 	@echo 'make bench   side by side with qemu-storage-daemon, as a table of ratios'
+	@echo 'make bench-handoff   what moving a disk costs the guest, as a table (minutes; writes docs/performance.md)'
 	@echo 'make check   formatting and lints'
 	@echo 'make build   the programs, in target/release'
 
@@ -23,6 +24,9 @@ test:
 
 bench:
 	@scripts/bench.sh
+
+bench-handoff:
+	@scripts/bench-handoff.sh
 
 check:
 	cargo fmt --all --check

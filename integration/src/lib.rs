@@ -2,7 +2,8 @@
 //!
 //! Starts real processes (`daemon`, `baton`, `qsd`), real guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them
 //! (`migration`) and lets that go wrong (`splitbrain`). Plays the other side of a vhost-user socket without a guest (`vhost_user`,
-//! `memory`, `ring`, `raw_frontend`, `blk`) or of a bad network (`proxy`, `wire`). Knows the command lines of Baton's programs;
+//! `memory`, `ring`, `raw_frontend`, `blk`) a
+//! storage server's client (`raw_wire`), or a bad network (`proxy`, `wire`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
 
 pub mod baton;
@@ -20,6 +21,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod qsd;
 pub mod raw_frontend;
+pub mod raw_wire;
 pub mod ring;
 pub mod splitbrain;
 pub mod vhost_user;

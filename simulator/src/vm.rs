@@ -84,9 +84,10 @@ impl Image {
 
     fn is_written(&self, volume: usize, at: usize) -> bool {
         self.rings[volume].iter().any(|ring| {
-            ring.available.iter().chain(ring.taken.values()).any(
-                |request| matches!(request.kind, Kind::Write { sector, .. } if sector == at),
-            )
+            ring.available
+                .iter()
+                .chain(ring.taken.values())
+                .any(|request| matches!(request.kind, Kind::Write { sector, .. } if sector == at))
         })
     }
 

@@ -360,9 +360,9 @@ impl Backend {
             None if link == 0 && claims && !slot.stands_by => Greeting::Claim,
             _ => Greeting::Standby,
         };
-        let queue = link.checked_sub(1).map_or(QueueId::CONTROL, |queue| {
-            QueueId(u16::try_from(queue).expect("few queues"))
-        });
+        let queue = link
+            .checked_sub(1)
+            .map_or(QueueId::CONTROL, |queue| QueueId(u16::try_from(queue).expect("few queues")));
         let connection = stage.connect((number, host, session), member, queue);
         slot.connection = Some(connection);
         slot.state = State::Greeting;
@@ -387,7 +387,9 @@ impl Backend {
         match message {
             ToClient::End => self.reconnect(stage, at, link, 0),
             ToClient::Refused(why) => self.refused(stage, at, link, why),
-            ToClient::Welcome { epoch, owner } => self.welcomed(stage, vm, (at, link), epoch, owner),
+            ToClient::Welcome { epoch, owner } => {
+                self.welcomed(stage, vm, (at, link), epoch, owner)
+            }
             ToClient::Done { seq, read } => self.done(stage, vm, (at, link - 1), seq, read),
             ToClient::Stale { seq } => {
                 let queue = &mut self.members[at].queues[link - 1];
@@ -544,7 +546,9 @@ impl Backend {
                 let waits = match queue.link.state {
                     State::Down => false,
                     State::Greeting | State::Opening => late(queue.link.since),
-                    State::Standby => granted && !held && now.saturating_sub(queue.link.since) > 5 * MS,
+                    State::Standby => {
+                        granted && !held && now.saturating_sub(queue.link.since) > 5 * MS
+                    }
                     State::Owner => !held && oldest.is_some_and(late),
                 };
                 if waits && queue.link.connection.is_some() {

@@ -195,9 +195,10 @@ fn check_flushed(
     let over = written.map_or(0, |write| write.at.answered).max(begin);
     let inside = flushes.iter().filter(|flush| flush.invoked > begin && flush.answered < end);
     let Some(last) = inside.map(|flush| flush.invoked).max() else { return Ok(()) };
-    let lost = sector.writes.iter().find(|write| {
-        write.value != value && write.at.invoked > over && write.at.answered < last
-    });
+    let lost = sector
+        .writes
+        .iter()
+        .find(|write| write.value != value && write.at.invoked > over && write.at.answered < last);
     // If the survivor itself was written in the era and read later than that
     // write, the zones of the era have found it.
     lost.map_or(Ok(()), |lost| Err(Why::FlushLost(value, lost.value)))

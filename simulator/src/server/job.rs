@@ -159,9 +159,7 @@ impl Volume {
 
     /// What the record says. `None`: it has no say.
     fn judge(&self, server: &Server, job: &Job) -> (Result<Option<Step>, Refusal>, Option<Point>) {
-        let step = |input: Input<'_>| {
-            (self.record.step(input).map(Some), reached_by(&input))
-        };
+        let step = |input: Input<'_>| (self.record.step(input).map(Some), reached_by(&input));
         match job {
             Job::Greet { connection, greeting } => {
                 let Some(peer) = self.peers.get(connection) else { return (Ok(None), None) };

@@ -262,7 +262,8 @@ impl Volume {
             stage.to_client(connection, ToClient::Stale { seq });
             return;
         }
-        if let Some(seat) = self.seats.get_mut(&queue).filter(|seat| seat.connection == connection) {
+        if let Some(seat) = self.seats.get_mut(&queue).filter(|seat| seat.connection == connection)
+        {
             seat.arrived = seat.arrived.max(seq);
             match seat.window.arrive(seq) {
                 Arrival::New => {}
