@@ -1,20 +1,28 @@
 //! What is said on the command line.
 
+use std::path::PathBuf;
+
+use baton_live_migrate::client::Endpoint;
+use baton_live_migrate::identity::is_name;
 use baton_protocol::ByteSize;
+use baton_protocol::handoff::HandoffId;
 use baton_protocol::message::{OWNER_BYTES_MAX, VOLUME_NAME_BYTES_MAX};
 use clap::{Args, Parser, Subcommand};
 
 use crate::client::Server;
 
-/// The operator's command of Baton: volumes on a storage server.
+/// The operator's command of Baton: volumes, handoffs, migrations.
 #[derive(Debug, Parser)]
 #[command(
     name = "baton",
     version,
     arg_required_else_help = true,
-    after_help = "Exit status: 0 done, 1 the server refused or a question was answered with no, \
-                  2 wrong flags, name, size or address, 3 the server cannot be reached, \
-                  4 what answered is not a Baton storage server or failed."
+    after_help = "Exit status: 0 done, 1 refused, or a question was answered with no, or the VM \
+                  did not move and the source owns its volumes, 2 wrong flags, name, size or address, \
+                  3 the server cannot be reached, 4 what answered is not Baton's or failed. \
+                  `handoff cancel` and `handoff finish`: 0 the source owns the volumes, 10 the \
+                  destination does, 20 nobody can say yet: start or resume neither side. `vm migrate`: \
+                  0 it runs at the destination, 1 at the source, 20 nobody can say yet."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -26,6 +34,191 @@ pub(crate) enum What {
     /// Create, list, show, resize, delete and fence volumes
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// List VMs and move them to other hosts
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Move the right to a VM's volumes, step by step
+    #[command(subcommand)]
+    Handoff(HandoffCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VmCommand {
+    /// List the VMs that the coordinator knows
+    List {
+        #[command(flatten)]
+        common: Coordinated,
+    },
+    /// Move a running VM to another host
+    Migrate {
+        #[command(flatten)]
+        vm: Vm,
+        /// Host that shall run it
+        #[arg(long, value_name = "HOST", value_parser = host)]
+        to: String,
+        /// Host that runs it [default: whoever owns its volumes]
+        #[arg(long, value_name = "HOST", value_parser = host)]
+        from: Option<String>,
+        /// Where the destination's monitor listens, tcp:HOST:PORT or unix:PATH [default: as the coordinator is configured]
+        #[arg(long)]
+        uri: Option<String>,
+        /// Id of the migration, a ULID: the same again is the same migration [default: a new one]
+        #[arg(long, value_name = "ULID")]
+        id: Option<HandoffId>,
+        /// Write a page with the timeline and the guest's I/O latency
+        #[arg(long, value_name = "FILE.html")]
+        report: Option<PathBuf>,
+        #[command(flatten)]
+        common: Coordinated,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HandoffCommand {
+    /// Arm the volumes and start a standby backend at the destination
+    Prepare {
+        #[command(flatten)]
+        vm: Vm,
+        #[command(flatten)]
+        route: Route,
+        /// Id of the handoff, a ULID: the same again is the same handoff [default: a new one]
+        #[arg(long, value_name = "ULID")]
+        id: Option<HandoffId>,
+        /// The caller says when it switches, not the machines
+        #[arg(long)]
+        explicit: bool,
+        /// Wait until it is READY, and exit with 1 if it cannot be
+        #[arg(long)]
+        wait: bool,
+        #[command(flatten)]
+        common: Coordinated,
+    },
+    /// Show a handoff
+    Status {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        common: Coordinated,
+    },
+    /// Let the source keep its volumes, if it is not too late
+    Cancel {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        patience: Patience,
+        #[command(flatten)]
+        common: Coordinated,
+    },
+    /// Clean up behind the decision and stop the loser's backend
+    Finish {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        patience: Patience,
+        #[command(flatten)]
+        common: Coordinated,
+    },
+    /// Say who owns a VM's volumes, and how that came to be
+    Why {
+        #[command(flatten)]
+        vm: Vm,
+        #[command(flatten)]
+        common: Coordinated,
+    },
+    /// Rehearse: prepare a handoff, and cancel it once it is READY
+    Drill {
+        #[command(flatten)]
+        vm: Vm,
+        #[command(flatten)]
+        route: Route,
+        #[command(flatten)]
+        common: Coordinated,
+    },
+    /// Take all volumes of a VM from a dead host
+    #[command(long_about = "Take all volumes of a VM from a dead host.\n\n\
+        When this returns 0, nothing of that host can reach any of the volumes any more, and the VM \
+        may be started elsewhere. Otherwise it may not.")]
+    Fence {
+        #[command(flatten)]
+        vm: Vm,
+        /// The host that shall not touch the volumes any more
+        #[arg(long, value_name = "HOST", value_parser = host)]
+        dead_host: String,
+        /// Why; goes to the audit
+        #[arg(long, value_name = "TEXT", value_parser = reason)]
+        reason: String,
+        /// Although that host's agent answers and says that the VM runs
+        #[arg(long)]
+        force: bool,
+        /// The only host that may claim the volumes next [default: any but the dead one]
+        #[arg(long, value_name = "HOST", value_parser = host)]
+        nominee: Option<String>,
+        #[command(flatten)]
+        common: Coordinated,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Vm {
+    /// Name of the VM
+    #[arg(value_name = "VM", value_parser = host)]
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Route {
+    /// Host that shall run it
+    #[arg(long, value_name = "HOST", value_parser = host)]
+    pub(crate) to: String,
+    /// Host that runs it [default: whoever owns its volumes]
+    #[arg(long, value_name = "HOST", value_parser = host)]
+    pub(crate) from: Option<String>,
+    /// How long it may take to become READY: 500ms, 30s, 2m
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
+    pub(crate) timeout: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Which {
+    #[command(flatten)]
+    pub(crate) vm: Vm,
+    /// Id of the handoff [default: the last one of the VM]
+    #[arg(value_name = "ULID")]
+    pub(crate) id: Option<HandoffId>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Patience {
+    /// How long to wait for the outcome: 500ms, 30s, 2m
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time)]
+    pub(crate) timeout: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Coordinated {
+    /// Where the coordinator is: https://HOST:PORT, http://127.0.0.1:PORT or unix:/PATH
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "BATON_COORDINATOR",
+        default_value = "http://127.0.0.1:7720"
+    )]
+    pub(crate) coordinator: Endpoint,
+    /// Its name in its certificate, for https
+    #[arg(long, value_name = "NAME", env = "BATON_COORDINATOR_NAME", default_value = "coordinator", value_parser = host)]
+    pub(crate) coordinator_name: String,
+    /// Certificate of the authority, PEM, for https
+    #[arg(long, value_name = "FILE", env = "BATON_TLS_CA", requires_all = ["tls_cert", "tls_key"])]
+    pub(crate) tls_ca: Option<PathBuf>,
+    /// Your certificate
+    #[arg(long, value_name = "FILE", env = "BATON_TLS_CERT")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its key
+    #[arg(long, value_name = "FILE", env = "BATON_TLS_KEY")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// Print the coordinator's answer as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -134,6 +327,25 @@ fn owner(text: &str) -> Result<String, String> {
         Ok(text.to_owned())
     } else {
         Err(format!("an owner's name has 1 to {OWNER_BYTES_MAX} bytes"))
+    }
+}
+
+fn host(text: &str) -> Result<String, String> {
+    if is_name(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("a name has a letter or digit, then up to 63 of letters, digits, `.`, `_` and `-`"
+            .to_owned())
+    }
+}
+
+fn time(text: &str) -> Result<String, String> {
+    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = &text[number.len()..];
+    if number.parse::<u32>().is_ok() && matches!(unit, "ms" | "s" | "m") {
+        Ok(text.to_owned())
+    } else {
+        Err("write a time such as 500ms, 30s or 2m".to_owned())
     }
 }
 

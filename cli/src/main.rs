@@ -1,16 +1,27 @@
-//! `baton`: the operator's command. Knows the admin API of the storage server and nothing behind it.
+//! `baton`: the operator's command. Knows the admin API of the storage server and the coordinator's API, and nothing
+//! behind them.
 //!
 //! | module | noun |
 //! |---|---|
 //! | [`args`] | what is said on the command line |
 //! | [`client`] | the admin API, and the ways it can fail |
-//! | [`view`] | answers as tables for people |
+//! | [`coordinator`] | the coordinator's API, and the ways it can fail |
+//! | [`handoff`] | what `baton vm` and `baton handoff` do |
+//! | [`phases`] | a migration's phases, from what was noted |
+//! | [`report`] | the page of `--report` |
+//! | [`view`], [`vm_view`] | answers as text for people |
 
 mod args;
 mod client;
+mod coordinator;
+mod handoff;
+mod phases;
+mod report;
 mod view;
+mod vm_view;
 
 use std::io::{self, BufRead, IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -18,6 +29,7 @@ use serde_json::{Value, json};
 
 use crate::args::{Cli, Common, VolumeCommand, What};
 use crate::client::{CallError, Client};
+use crate::coordinator::CoordinatorError;
 
 /// The server refused, or the operator did.
 const EXIT_REFUSED: u8 = 1;
@@ -30,6 +42,10 @@ const EXIT_FAILED: u8 = 4;
 enum Failure {
     #[error(transparent)]
     Call(#[from] CallError),
+    #[error(transparent)]
+    Coordinator(#[from] CoordinatorError),
+    #[error("cannot write the report to {}: {source}; the migration is over all the same", file.display())]
+    Report { file: PathBuf, source: io::Error },
     #[error("nothing was deleted")]
     Declined,
     #[error("this deletes data and there is no terminal to ask on; add --yes if you mean it")]
@@ -46,17 +62,37 @@ impl Failure {
             Self::Call(CallError::Unreachable { .. } | CallError::Silent { .. }) => {
                 EXIT_UNREACHABLE
             }
-            Self::Call(CallError::Foreign { .. } | CallError::Failed { .. }) | Self::Output(_) => {
-                EXIT_FAILED
-            }
+            Self::Call(CallError::Foreign { .. } | CallError::Failed { .. })
+            | Self::Output(_)
+            | Self::Report { .. } => EXIT_FAILED,
+            Self::Coordinator(error) => coordinator_exit_code(error),
         }
     }
 }
 
+fn coordinator_exit_code(error: &CoordinatorError) -> u8 {
+    use baton_live_migrate::client::CallError;
+    match error {
+        CoordinatorError::Call(CallError::Refused { status, .. }) if *status < 500 => EXIT_REFUSED,
+        CoordinatorError::Call(
+            CallError::Unreachable { .. } | CallError::Silent { .. } | CallError::Distrust { .. },
+        ) => EXIT_UNREACHABLE,
+        CoordinatorError::NoHandoff(_) => EXIT_REFUSED,
+        CoordinatorError::Credentials(_)
+        | CoordinatorError::Identity(_)
+        | CoordinatorError::Call(CallError::NoCredentials { .. }) => EXIT_USAGE,
+        CoordinatorError::Call(_) | CoordinatorError::Host(_) => EXIT_FAILED,
+    }
+}
+
 fn main() -> ExitCode {
-    let Cli { what: What::Volume(command) } = Cli::parse();
-    match run(command) {
-        Ok(()) => ExitCode::SUCCESS,
+    let done = match Cli::parse().what {
+        What::Volume(command) => run(command).map(|()| 0),
+        What::Vm(command) => handoff::vm(command),
+        What::Handoff(command) => handoff::handoff(command),
+    };
+    match done {
+        Ok(code) => ExitCode::from(code),
         // Whoever reads has seen enough.
         Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
@@ -122,7 +158,10 @@ fn print(
     answer: &Value,
     view: impl FnOnce(&Value) -> String,
 ) -> Result<(), Failure> {
-    let text = if common.json { format!("{answer:#}\n") } else { view(answer) };
+    print_text(&if common.json { format!("{answer:#}\n") } else { view(answer) })
+}
+
+fn print_text(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()?;

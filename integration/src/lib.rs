@@ -1,7 +1,7 @@
 //! What the end-to-end tests, the demo and the benchmark are made of.
 //!
 //! Starts real processes (`daemon`, `baton`, `qsd`), real guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them
-//! (`migration`) and lets that go wrong (`splitbrain`). Plays the other side of a vhost-user socket without a guest (`vhost_user`,
+//! (`migration`) and lets that go wrong (`splitbrain`, `faults`). Plays the other side of a vhost-user socket without a guest (`vhost_user`,
 //! `memory`, `ring`, `raw_frontend`, `blk`) or of a bad network (`proxy`, `wire`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
 
@@ -9,6 +9,7 @@ pub mod baton;
 pub mod bench;
 pub mod blk;
 pub mod daemon;
+pub mod faults;
 pub mod guest;
 pub mod handoff;
 pub mod libvirt;

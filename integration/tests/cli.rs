@@ -52,7 +52,7 @@ fn start(dir: &TestDir) -> (Storage, Operator) {
 fn a_volume_is_created_listed_shown_grown_and_deleted() {
     let dir = TestDir::new("cli").unwrap();
     let (_storage, op) = start(&dir);
-    assert_eq!(op.does(&["volume", "list"]), "NAME  SIZE  ALLOCATED  EPOCH  OWNER\n");
+    assert_eq!(op.does(&["volume", "list"]), "NAME  SIZE  ALLOCATED  EPOCH  PHASE  OWNER\n");
     assert_eq!(op.does(&["volume", "create", "a", "--size", "10G"]), "created a, 10G\n");
     op.does(&["volume", "create", "b", "--size", "512"]);
     let list = op.does(&["volume", "list"]);

@@ -144,7 +144,7 @@ pub fn owner_sentence(row: &Row) -> String {
             row.vm, row.vm
         ),
         None => format!(
-            "the anchor's server restarted and cannot say yet who owns the volumes of `{}`: resume neither side; it ends by itself when the destination answers or is proven dead",
+            "the anchor's server restarted and cannot say yet who owns the volumes of `{}`: resume neither side; it ends by itself when the destination's backend answers, and if that is gone for good, fence the VM",
             row.vm
         ),
     }

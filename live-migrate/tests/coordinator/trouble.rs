@@ -195,18 +195,20 @@ async fn row_22_a_frozen_anchor_is_not_guessed_at() {
     assert!(detail.contains("resume neither side"), "{detail}");
     let row = coordinator.get(&format!("/v1/vms/web/handoffs/{id}")).await;
     assert_eq!(row["outcome"], "unknown");
-    // The backend dies, but its machine runs: it may have activated.
+    // That its backend is dead does not say that it had not activated.
     cluster.b.with("web", |machine| {
         machine.backend = None;
-        machine.run = "running";
+        machine.run = "gone";
     });
     let (problem, _) = kind(coordinator.call(Method::POST, &path, Value::Null).await);
     assert_eq!(problem, "baton:unknown-frozen");
-    // Proven dead.
-    cluster.b.with("web", |machine| machine.run = "gone");
+    // A person decides.
+    let fence = json!({"dead_host": "host-a", "reason": "row 22", "force": true});
+    coordinator.call(Method::POST, "/v1/vms/web:fence", fence).await.expect("fenced");
     let row = coordinator.over(&id).await;
-    assert_eq!((&row["state"], &row["outcome"]), (&json!("SETTLED"), &json!("source")));
-    assert_eq!(cluster.owner(), "host-a/web");
+    assert_eq!((&row["state"], &row["outcome"]), (&json!("FAILED"), &json!("unknown")));
+    let access = coordinator.get("/v1/vms/web/access").await;
+    assert_eq!((&access["phase"], &access["barred"]), (&json!("free"), &json!("host-a/web")));
 }
 
 /// Row 36 of the failure table: the source's host is dead.

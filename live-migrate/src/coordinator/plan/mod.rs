@@ -26,7 +26,8 @@
 //!   asked again after the decision, then settled, so that an ARM that is still
 //!   on its way finds the handoff over.
 //! - The destination is abdicated for only when its backend is dead, its machine
-//!   does not run, and nothing has shown it active.
+//!   does not run, and nothing has shown it active. A server that restarted does
+//!   not take even that for an answer: then a person fences.
 //!
 //! Does not know clocks, sockets or the journal's file.
 

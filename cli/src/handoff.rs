@@ -1,0 +1,222 @@
+//! What `baton vm` and `baton handoff` do, and what they print.
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use baton_protocol::handoff::HandoffId;
+use serde_json::{Value, json};
+
+use crate::args::{Coordinated, HandoffCommand, Patience, Route, VmCommand, Which};
+use crate::coordinator::{Coordinator, CoordinatorError, new_id};
+use crate::{EXIT_REFUSED, Failure, phases, print_text, report, vm_view};
+
+/// `handoff cancel` and `finish`: who owns the volumes.
+pub(crate) const EXIT_DESTINATION: u8 = 10;
+/// Nobody can say yet.
+pub(crate) const EXIT_UNKNOWN: u8 = 20;
+
+/// Between two looks at a migration.
+const LOOK: Duration = Duration::from_millis(100);
+/// Looks that fail in a row before the command gives up; the migration goes on.
+const SILENT_MAX: u32 = 100;
+
+pub(crate) fn vm(command: VmCommand) -> Result<u8, Failure> {
+    match command {
+        VmCommand::List { common } => {
+            let answer = Coordinator::new(&common)?.get("/v1/vms")?;
+            show(&common, &answer, vm_view::vms)?;
+            Ok(0)
+        }
+        VmCommand::Migrate { vm, to, from, uri, id, report, common } => {
+            let id = id.map_or_else(new_id, Ok)?;
+            let mut body = json!({"id": id.to_string(), "to": to});
+            for (key, value) in [("from", from), ("uri", uri)] {
+                if let Some(value) = value {
+                    body[key] = value.into();
+                }
+            }
+            let coordinator = Coordinator::new(&common)?;
+            coordinator.post(&format!("/v1/vms/{}/migrations", vm.name), Some(&body))?;
+            let row = follow(&coordinator, &vm.name, id, common.json)?;
+            if let Some(file) = report {
+                write_report(&file, &row)?;
+            }
+            show(&common, &row, phases::text)?;
+            Ok(match row["outcome"].as_str() {
+                Some("destination") => 0,
+                Some("source") => EXIT_REFUSED,
+                _ => EXIT_UNKNOWN,
+            })
+        }
+    }
+}
+
+pub(crate) fn handoff(command: HandoffCommand) -> Result<u8, Failure> {
+    match command {
+        HandoffCommand::Prepare { vm, route, id, explicit, wait, common } => {
+            let coordinator = Coordinator::new(&common)?;
+            let id = id.map_or_else(new_id, Ok)?;
+            let row = prepare(&coordinator, &vm.name, id, &route, (explicit, wait))?;
+            show(&common, &row, vm_view::handoff)?;
+            let late = wait && row["state"] == "PREPARING";
+            Ok(if late || is_lost(&row) { EXIT_REFUSED } else { 0 })
+        }
+        HandoffCommand::Status { which, common } => {
+            let coordinator = Coordinator::new(&common)?;
+            let row = coordinator.get(&path(&coordinator, &which)?)?;
+            show(&common, &row, vm_view::handoff)?;
+            Ok(0)
+        }
+        HandoffCommand::Cancel { which, patience, common } => {
+            end(&which, &patience, &common, "cancel")
+        }
+        HandoffCommand::Finish { which, patience, common } => {
+            end(&which, &patience, &common, "finish")
+        }
+        HandoffCommand::Why { vm, common } => {
+            let answer = Coordinator::new(&common)?.get(&format!("/v1/vms/{}/why", vm.name))?;
+            show(&common, &answer, vm_view::why)?;
+            Ok(0)
+        }
+        HandoffCommand::Drill { vm, route, common } => drill(&vm.name, &route, &common),
+        HandoffCommand::Fence { vm, dead_host, reason, force, nominee, common } => {
+            let mut body = json!({"dead_host": dead_host, "reason": reason, "force": force});
+            if let Some(nominee) = nominee {
+                body["nominee"] = nominee.into();
+            }
+            let path = format!("/v1/vms/{}:fence", vm.name);
+            let answer = Coordinator::new(&common)?.post(&path, Some(&body))?;
+            show(&common, &answer, vm_view::fenced)?;
+            Ok(0)
+        }
+    }
+}
+
+fn show(
+    common: &Coordinated,
+    answer: &Value,
+    view: impl FnOnce(&Value) -> String,
+) -> Result<(), Failure> {
+    print_text(&if common.json { format!("{answer:#}\n") } else { view(answer) })
+}
+
+fn path(coordinator: &Coordinator, which: &Which) -> Result<String, CoordinatorError> {
+    let vm = &which.vm.name;
+    let id = which.id.map_or_else(|| coordinator.latest(vm), Ok)?;
+    Ok(format!("/v1/vms/{vm}/handoffs/{id}"))
+}
+
+fn prepare(
+    coordinator: &Coordinator,
+    vm: &str,
+    id: HandoffId,
+    route: &Route,
+    (explicit, wait): (bool, bool),
+) -> Result<Value, CoordinatorError> {
+    let mode = if explicit { "explicit" } else { "implicit" };
+    let mut body = json!({"to": route.to, "mode": mode, "ready_timeout": route.timeout});
+    if let Some(from) = &route.from {
+        body["from"] = from.clone().into();
+    }
+    // A little longer than it may take, to see how it ended.
+    let wait = if wait { "?wait=READY&timeout=90s" } else { "" };
+    coordinator.put(&format!("/v1/vms/{vm}/handoffs/{id}{wait}"), &body)
+}
+
+/// It failed, or is being taken back.
+fn is_lost(row: &Value) -> bool {
+    !row["because"].is_null()
+}
+
+/// Who owns the volumes afterwards is the exit status.
+fn end(
+    which: &Which,
+    patience: &Patience,
+    common: &Coordinated,
+    verb: &str,
+) -> Result<u8, Failure> {
+    let coordinator = Coordinator::new(common)?;
+    let path = path(&coordinator, which)?;
+    let answer = coordinator.post(&format!("{path}:{verb}?timeout={}", patience.timeout), None);
+    let row = match answer {
+        Ok(row) => row,
+        Err(error) => {
+            let known = matches!(
+                error.kind(),
+                Some("baton:lost-race" | "baton:unknown-frozen" | "baton:not-ready")
+            );
+            if !known {
+                return Err(error.into());
+            }
+            eprintln!("baton: {error}");
+            coordinator.get(&path)?
+        }
+    };
+    show(common, &row, vm_view::handoff)?;
+    // Asked to be taken back and not answered yet: nobody can say.
+    let open = row["decided"] == false && row["over"] == false;
+    Ok(match row["outcome"].as_str() {
+        Some("destination") => EXIT_DESTINATION,
+        Some("source") if !open => 0,
+        _ => EXIT_UNKNOWN,
+    })
+}
+
+fn drill(vm: &str, route: &Route, common: &Coordinated) -> Result<u8, Failure> {
+    let coordinator = Coordinator::new(common)?;
+    let id = new_id()?;
+    let ready = prepare(&coordinator, vm, id, route, (false, true))?;
+    let path = format!("/v1/vms/{vm}/handoffs/{id}");
+    let passed = ready["state"] == "READY" && !is_lost(&ready);
+    let row = coordinator.post(&format!("{path}:cancel?timeout=60s"), None)?;
+    let answer = json!({"passed": passed, "ready": ready, "after": row});
+    show(common, &answer, vm_view::drill)?;
+    Ok(if passed && row["outcome"] == "source" { 0 } else { EXIT_REFUSED })
+}
+
+/// Shows how far it is until nothing is left to do.
+fn follow(
+    coordinator: &Coordinator,
+    vm: &str,
+    id: HandoffId,
+    quiet: bool,
+) -> Result<Value, Failure> {
+    let path = format!("/v1/vms/{vm}/handoffs/{id}");
+    let live = std::io::stderr().is_terminal() && !quiet;
+    let (mut shown, mut silent) = (String::new(), 0);
+    loop {
+        match coordinator.get(&path) {
+            Ok(row) => {
+                silent = 0;
+                let line = phases::progress(&row);
+                if line != shown && !quiet {
+                    progress(&line, live);
+                    shown = line;
+                }
+                if phases::is_over(&row) {
+                    if live {
+                        eprintln!();
+                    }
+                    return Ok(row);
+                }
+            }
+            // The coordinator restarts: the migration goes on.
+            Err(_) if silent < SILENT_MAX => silent += 1,
+            Err(error) => return Err(error.into()),
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+fn progress(line: &str, live: bool) {
+    let mut err = std::io::stderr().lock();
+    // Nobody may be looking.
+    let _ = if live { write!(err, "\r\x1b[K{line}") } else { writeln!(err, "{line}") };
+    let _ = err.flush();
+}
+
+fn write_report(file: &Path, row: &Value) -> Result<(), Failure> {
+    std::fs::write(file, report::page(row))
+        .map_err(|source| Failure::Report { file: file.to_owned(), source })
+}

@@ -1,0 +1,244 @@
+//! VMs and handoffs as text for people.
+
+use serde_json::Value;
+
+use crate::view::{Align::Left, Align::Right, items, table, text};
+
+/// VMs, one line for each host that knows one.
+pub(crate) fn vms(answer: &Value) -> String {
+    let header = ["VM", "DISKS", "HOST", "BACKEND", "ROLE", "HANDOFF"].map(str::to_owned);
+    let mut rows = vec![header];
+    for vm in items(&answer["vms"]) {
+        let handoff = match &vm["handoff"] {
+            Value::Null => "-".to_owned(),
+            handoff => format!("{} {}", text(&handoff["state"]), text(&handoff["id"])),
+        };
+        let hosts = items(&vm["hosts"]);
+        let row = |host: &Value| {
+            [&vm["name"], &vm["disks"], &host["host"], &host["backend"], &host["role"]].map(text)
+        };
+        let row = |host: &Value| {
+            let [name, disks, host, backend, role] = row(host);
+            [name, disks, host, backend, role, handoff.clone()]
+        };
+        if hosts.is_empty() {
+            rows.push(row(&Value::Null));
+        }
+        rows.extend(hosts.iter().map(row));
+    }
+    let mut out = table(rows, [Left, Right, Left, Left, Left, Left]);
+    for silent in items(&answer["unreachable"]) {
+        out.push_str(&format!(
+            "{} does not answer: {}\n",
+            text(&silent["host"]),
+            text(&silent["detail"])
+        ));
+    }
+    out
+}
+
+/// One handoff.
+pub(crate) fn handoff(row: &Value) -> String {
+    let mut facts = vec![
+        ["handoff".to_owned(), text(&row["id"])],
+        ["vm".to_owned(), text(&row["vm"])],
+        ["from".to_owned(), text(&row["from"])],
+        ["to".to_owned(), text(&row["to"])],
+        ["state".to_owned(), text(&row["state"])],
+        ["owner".to_owned(), text(&row["owner"])],
+    ];
+    for (name, value) in [("because", &row["because"]), ("trouble", &row["trouble"])] {
+        if !value.is_null() {
+            let fact = format!("{} ({})", text(&value["detail"]), text(&value["type"]));
+            facts.push([name.to_owned(), fact]);
+        }
+    }
+    let header = ["VOLUME", "SERVER", "EPOCH", "RECORD", "PROGRESS", ""].map(str::to_owned);
+    let members = items(&row["members"]).iter().map(|member| {
+        let [volume, storage, epoch, phase, progress] =
+            ["volume", "storage", "epoch", "phase", "progress"].map(|key| text(&member[key]));
+        let anchor = if member["anchor"] == true { "anchor" } else { "" };
+        [volume, storage, epoch, phase, progress, anchor.to_owned()]
+    });
+    let members =
+        table(std::iter::once(header).chain(members), [Left, Left, Right, Left, Left, Left]);
+    format!("{}\n{members}", table(facts, [Left, Left]))
+}
+
+/// Who owns a VM's volumes, and how that came to be.
+pub(crate) fn why(answer: &Value) -> String {
+    let access = &answer["access"];
+    let vm = text(&access["vm"]);
+    let mut out = match (&access["owner"], &access["barred"]) {
+        (Value::Null, Value::Null) => {
+            format!("Nobody owns the volumes of {vm}: any host may claim them.\n")
+        }
+        (Value::Null, barred) => format!(
+            "Nobody owns the volumes of {vm}. {} was fenced and may not claim them until another has.\n",
+            text(barred)
+        ),
+        (owner, _) => format!("{} owns the volumes of {vm}.\n", text(owner)),
+    };
+    out.push_str(&format!(
+        "The anchor is volume {} at {}; its record is {} at epoch {}.\n",
+        text(&access["anchor"]["volume"]),
+        text(&access["anchor"]["storage"]),
+        text(&access["phase"]),
+        text(&access["epoch"])
+    ));
+    out.push_str(phase_in_words(access["phase"].as_str().unwrap_or_default()));
+    if !access["decided_by"].is_null() {
+        let decided = &access["decided_by"];
+        out.push_str(&format!(
+            "The last handoff was {}; the {} won.\n",
+            text(&decided["handoff"]),
+            text(&decided["winner"])
+        ));
+    }
+    for member in items(&access["members"]) {
+        if member["error"].is_string() {
+            out.push_str(&format!(
+                "Volume {} cannot be asked: {}\n",
+                text(&member["volume"]),
+                text(&member["error"])
+            ));
+        } else if member["owner"] != access["owner"] {
+            out.push_str(&format!(
+                "Volume {} is {} and belongs to {}: it has not learnt of the decision yet.\n",
+                text(&member["volume"]),
+                text(&member["phase"]),
+                text(&member["owner"])
+            ));
+        }
+    }
+    if !answer["handoff"].is_null() {
+        let row = &answer["handoff"];
+        out.push_str(&format!(
+            "\nHandoff {} from {} to {} is {}: {}.\n",
+            text(&row["id"]),
+            text(&row["from"]),
+            text(&row["to"]),
+            text(&row["state"]),
+            text(&row["owner"])
+        ));
+        if !row["because"].is_null() {
+            out.push_str(&format!("It was given up: {}.\n", text(&row["because"]["detail"])));
+        }
+    }
+    for audit in items(&answer["audit"]) {
+        out.push_str(&format!("\n{} at {}\n", text(&audit["volume"]), text(&audit["storage"])));
+        if audit["error"].is_string() {
+            out.push_str(&format!("  no audit trail: {}\n", text(&audit["error"])));
+            continue;
+        }
+        let entries = items(&audit["entries"]).iter().map(|entry| {
+            let [version, epoch, phase, what, who] =
+                ["version", "epoch", "phase", "what", "who"].map(|key| text(&entry[key]));
+            [
+                clock(&entry["at_unix_us"]),
+                format!("v{version}"),
+                format!("epoch {epoch}"),
+                phase,
+                what,
+                who,
+            ]
+        });
+        out.push_str(&table(entries, [Left, Right, Left, Left, Left, Left]));
+    }
+    out
+}
+
+fn phase_in_words(phase: &str) -> &'static str {
+    match phase {
+        "armed" => "A handoff is prepared; the owner goes on writing.\n",
+        "sealed" => {
+            "The source has stopped and nobody writes: the destination may take over, or the source come back.\n"
+        }
+        "active" => "The destination won and writes.\n",
+        "reclaimed" => "The source came back and writes.\n",
+        "frozen" => {
+            "The server restarted during a handoff: nobody writes until source or destination says how it stood.\n"
+        }
+        _ => "",
+    }
+}
+
+/// Hours, minutes, seconds of the day, UTC.
+fn clock(at: &Value) -> String {
+    let Some(us) = at.as_u64() else { return "-".to_owned() };
+    let s = us / 1_000_000 % 86_400;
+    format!("{:02}:{:02}:{:02}.{:06}Z", s / 3600, s / 60 % 60, s % 60, us % 1_000_000)
+}
+
+/// A VM that was fenced.
+pub(crate) fn fenced(answer: &Value) -> String {
+    let header = ["VOLUME", "SERVER", "EPOCH", ""].map(str::to_owned);
+    let rows = items(&answer["volumes"])
+        .iter()
+        .map(|volume| ["volume", "storage", "epoch", "detail"].map(|key| text(&volume[key])));
+    format!(
+        "{}nothing on {} can reach the volumes of {} any more; it may be started elsewhere\n",
+        table(std::iter::once(header).chain(rows), [Left, Left, Right, Left]),
+        text(&answer["dead_host"]),
+        text(&answer["vm"])
+    )
+}
+
+/// A rehearsal.
+pub(crate) fn drill(answer: &Value) -> String {
+    let (ready, after) = (&answer["ready"], &answer["after"]);
+    let vm = text(&ready["vm"]);
+    let from_to = format!("{} to {}", text(&ready["from"]), text(&ready["to"]));
+    if answer["passed"] == true {
+        let reached = &ready["reached_unix_us"];
+        let took = match (reached["PREPARING"].as_u64(), reached["READY"].as_u64()) {
+            (Some(from), Some(to)) => {
+                format!(" after {}", crate::phases::duration(to.saturating_sub(from)))
+            }
+            _ => String::new(),
+        };
+        format!(
+            "{vm} could move from {from_to}: all {} volumes armed and the backend stood by{took}\ncancelled again; {}\n",
+            items(&ready["members"]).len(),
+            text(&after["owner"])
+        )
+    } else {
+        let why = [&after["because"], &ready["because"], &ready["trouble"]];
+        let why = why.into_iter().find(|why| !why.is_null()).unwrap_or(&Value::Null);
+        format!(
+            "{vm} could not move from {from_to}: {} ({})\n{}\n",
+            text(&why["detail"]),
+            text(&why["type"]),
+            text(&after["owner"])
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn why_says_who_owns_and_how_it_came() {
+        let answer = json!({"access": {"vm": "web", "owner": "host-b/web", "phase": "owned", "epoch": 4,
+            "anchor": {"volume": "root", "storage": "s:1"}, "decided_by": {"handoff": "ID", "winner": "destination"},
+            "members": [{"volume": "data", "phase": "armed", "owner": "host-a/web"}]},
+            "audit": [{"volume": "root", "storage": "s:1", "entries": [
+                {"at_unix_us": 3_723_000_004_u64, "version": 2, "epoch": 1, "phase": "armed", "what": "arm", "who": "c"}]}],
+            "handoff": null});
+        let text = why(&answer);
+        for part in
+            ["host-b/web owns", "the destination won", "data is armed", "01:02:03.000004Z", "v2"]
+        {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+
+    #[test]
+    fn an_empty_answer_is_no_reason_to_panic() {
+        for view in [vms, handoff, why, fenced, drill] {
+            let _ = (view(&json!({})), view(&Value::Null));
+        }
+    }
+}
