@@ -95,6 +95,8 @@ impl Play {
         self.order(Side::Source, "log")?;
         if story == Story::Restart {
             self.world.restart_anchor()?;
+            // The source says that it never sealed, and goes on.
+            self.wait_serving(Side::Source)?;
         }
         self.order(Side::Source, "stop")?;
         self.world.vmm(Side::Source)?.save(&self.saved)?;
