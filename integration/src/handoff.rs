@@ -112,7 +112,7 @@ impl Fleet {
 
     /// Plans a move of all volumes between two owner names: the anchor first, then the others.
     pub fn arm(&self, from: &str, to: &str) -> Result<Attempt> {
-        let attempt = self.name_attempt();
+        let attempt = Self::attempt();
         let plan = self.plan(&attempt, from, to);
         for member in 0..self.members.len() {
             self.post(member, "arm", &json!({ "plan": plan }))?;
@@ -120,27 +120,36 @@ impl Fleet {
         Ok(attempt)
     }
 
-    /// Names a handoff that nobody knows yet.
+    /// A first try of a new handoff.
     #[must_use]
-    pub fn name_attempt(&self) -> Attempt {
-        let number = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        Attempt { id: ulid(number), attempt: 1 }
+    pub fn attempt() -> Attempt {
+        Attempt { id: ulid(NEXT_ID.fetch_add(1, Ordering::Relaxed)), attempt: 1 }
+    }
+
+    /// Plans a move of one volume, as if it were all of a VM's.
+    pub fn arm_alone(&self, member: usize, attempt: &Attempt, from: &str, to: &str) -> Result<()> {
+        let plan = self.plan_of(&self.members[member..=member], attempt, from, to);
+        self.post(member, "arm", &json!({ "plan": plan })).map(drop)
     }
 
     /// The plan of a try, as ARM takes it.
     #[must_use]
     pub fn plan(&self, attempt: &Attempt, from: &str, to: &str) -> Value {
-        let ids: Vec<u64> = self.members.iter().map(|m| hex(&m.id)).collect();
+        self.plan_of(&self.members, attempt, from, to)
+    }
+
+    fn plan_of(&self, members: &[Member], attempt: &Attempt, from: &str, to: &str) -> Value {
+        let ids: Vec<u64> = members.iter().map(|m| hex(&m.id)).collect();
         json!({
             "id": attempt.id,
             "attempt": attempt.attempt,
             "vm": "vm",
             "from": from,
             "to": to,
-            "anchor": self.members[0].id,
+            "anchor": members[0].id,
             "members": { "count": ids.len(), "hash": members_hash(&ids) },
             "mode": self.mode,
-            "key": format!("{:064x}", hex(&self.members[0].id) | 1),
+            "key": format!("{:064x}", hex(&members[0].id) | 1),
         })
     }
 

@@ -64,7 +64,9 @@ impl GuestConfig {
         }
     }
 
-    fn arguments(&self, dir: &Path, files: &GuestFiles) -> Vec<String> {
+    /// What QEMU is started with, its files and sockets in `dir`.
+    #[must_use]
+    pub fn arguments(&self, dir: &Path, files: &GuestFiles) -> Vec<String> {
         let path = |suffix: &str| dir.join(format!("{}.{suffix}", self.name)).display().to_string();
         let memory = format!("{}M", self.memory_mib);
         let mut args: Vec<String> = [

@@ -329,7 +329,8 @@ impl RawFrontend {
         self.send(request::SET_VRING_ADDR, &body, &[])
     }
 
-    fn send_memory(&self) -> Result<()> {
+    /// Hands over the guest's memory; once on a connection.
+    pub fn send_memory(&self) -> Result<()> {
         let map = self.memory.map();
         let region = [BASE, map.len() as u64, self.memory.user_address(BASE), 0];
         let region: Vec<u8> = region.iter().flat_map(|w| w.to_le_bytes()).collect();

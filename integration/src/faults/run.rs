@@ -53,7 +53,7 @@ pub fn run(case: Case, times: Times, dir: &Path, hits: &Path) -> Result<Outcome>
 
     let hold = if case.fault == Fault::Freeze { times.freeze } else { times.dead };
     let order = Order { owner: case.owner, victim: case.victim, fault: case.fault, hold };
-    let id = world.fleet.name_attempt().id;
+    let id = crate::handoff::Fleet::attempt().id;
     let injector = Injector::start(order, &world.register);
     let mut play =
         Play { world, injector, id, fork: None, saved: dir.join("saved"), started: [true, false] };

@@ -82,6 +82,8 @@ struct RawBackend {
     start_limit_ms: Option<u64>,
     stop_grace_ms: Option<u64>,
     hang_ms: Option<u64>,
+    socket_mode: Option<String>,
+    socket_group: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -140,6 +142,10 @@ pub struct Config {
     pub stop_grace: Duration,
     /// Silence after which a backend is killed.
     pub hang: Duration,
+    /// Who may connect to the sockets of disks, as `660`; the backend's default if absent.
+    pub socket_mode: Option<String>,
+    /// Their group, by its name.
+    pub socket_group: Option<String>,
     /// For each command to a monitor.
     pub vmm_timeout: Duration,
     /// Starts a monitor for a VM that has no command of its own.
@@ -261,6 +267,8 @@ impl TryFrom<RawConfig> for Config {
             start_limit: ms("start limit", backend.start_limit_ms, 15_000, 10..=600_000)?,
             stop_grace: ms("stop grace", backend.stop_grace_ms, 10_000, 10..=600_000)?,
             hang: ms("hang time", backend.hang_ms, 5000, 80..=600_000)?,
+            socket_mode: socket_mode(backend.socket_mode)?,
+            socket_group: backend.socket_group,
             vmm_timeout: ms("command timeout", vmm.command_timeout_ms, 10_000, 10..=600_000)?,
             incoming_command: vmm.incoming_command,
             log_format: log.format,
@@ -271,6 +279,16 @@ impl TryFrom<RawConfig> for Config {
             remote_files: danger_zone.remote_files,
             vms: vm,
         })
+    }
+}
+
+/// As the backend will read it: better refused here than by every backend.
+fn socket_mode(text: Option<String>) -> Result<Option<String>, ConfigError> {
+    match text {
+        Some(text) if u32::from_str_radix(&text, 8).map_or(true, |mode| mode > 0o777) => {
+            Err(wrong("socket mode", text, "write permissions in octal, such as 660"))
+        }
+        text => Ok(text),
     }
 }
 

@@ -106,6 +106,13 @@ pub enum DefinitionError {
     Placeholder(String),
 }
 
+/// Who may connect to a host's disks; the backend's defaults if absent.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Doors<'a> {
+    pub(super) mode: Option<&'a str>,
+    pub(super) group: Option<&'a str>,
+}
+
 /// Paths of a VM, for its commands.
 #[derive(Clone, Debug)]
 pub(super) struct Paths<'a> {
@@ -160,7 +167,7 @@ impl VmDefinition {
     }
 
     /// The backend's configuration file.
-    pub(super) fn backend_toml(&self, host: &str, dir: &Path) -> String {
+    pub(super) fn backend_toml(&self, host: &str, dir: &Path, doors: Doors<'_>) -> String {
         let paths = Paths { vm: self, dir };
         let text = |value: &str| toml::Value::from(value).to_string();
         let mut out = String::from("# Written by baton-agent; changes are lost.\n");
@@ -172,6 +179,11 @@ impl VmDefinition {
             let _ = writeln!(out, "volume = {}", text(&disk.volume));
             let socket = paths.socket(disk).display().to_string();
             let _ = writeln!(out, "socket_path = {}", text(&socket));
+            for (key, value) in [("mode", doors.mode), ("group", doors.group)] {
+                if let Some(value) = value {
+                    let _ = writeln!(out, "socket_{key} = {}", text(value));
+                }
+            }
             if disk.read_only {
                 let _ = writeln!(out, "read_only = true");
             }
@@ -306,12 +318,17 @@ mod tests {
 
     #[test]
     fn the_backends_file_says_what_the_definition_says() {
-        let text = vm(ONE).backend_toml("host-a", Path::new("/run/web"));
+        let text = {
+            let doors = Doors { mode: Some("660"), group: Some("kvm") };
+            vm(ONE).backend_toml("host-a", Path::new("/run/web"), doors)
+        };
         let parsed: toml::Table = toml::from_str(&text).expect("TOML");
         assert_eq!(parsed["owner"].as_str(), Some("host-a/web"));
         let disks = parsed["disk"].as_array().expect("disks");
         assert_eq!(disks[0]["socket_path"].as_str(), Some("/run/web/root.sock"));
         assert_eq!(disks[1]["socket_path"].as_str(), Some("/x/d.sock"));
+        assert_eq!(disks[1]["socket_mode"].as_str(), Some("660"));
+        assert_eq!(disks[1]["socket_group"].as_str(), Some("kvm"));
         assert_eq!(disks[1]["num_queues"].as_integer(), Some(2));
         assert_eq!(disks[1]["read_only"].as_bool(), Some(true));
     }
@@ -321,7 +338,7 @@ mod tests {
         fn any_volume_is_quoted_and_any_argument_is_safe(volume in "\\PC{0,40}", argument in ".{0,60}") {
             let mut vm = vm(ONE);
             vm.disks[0].volume = volume.clone();
-            let text = vm.backend_toml("h", Path::new("/r"));
+            let text = vm.backend_toml("h", Path::new("/r"), Doors::default());
             let parsed: toml::Table = toml::from_str(&text).expect("TOML");
             prop_assert_eq!(parsed["disk"][0]["volume"].as_str(), Some(&*volume));
             vm.incoming_command = Some(vec!["q".to_owned(), argument]);

@@ -17,7 +17,7 @@ use crate::supervisor::{Launch, Role, Settings, Supervisor};
 use crate::tls::{Credentials, CredentialsError};
 
 use config::Config;
-use definition::VmDefinition;
+use definition::{Doors, VmDefinition};
 use facts::HostFacts;
 use inventory::{Inventory, InventoryError};
 
@@ -143,7 +143,14 @@ impl Agent {
         let at = |suffix: &str| {
             self.config.run_dir.join(config::LAUNCH_DIR).join(format!("{}.{suffix}", vm.name))
         };
-        let toml = vm.backend_toml(&self.config.host, &vm_dir);
+        let toml = vm.backend_toml(
+            &self.config.host,
+            &vm_dir,
+            Doors {
+                mode: self.config.socket_mode.as_deref(),
+                group: self.config.socket_group.as_deref(),
+            },
+        );
         let config = at("toml");
         let new = at("toml.new");
         std::fs::write(&new, toml)?;

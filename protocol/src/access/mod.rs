@@ -35,7 +35,8 @@
 //!
 //! | module | noun |
 //! |---|---|
-//! | [`step`] | inputs, refusals, and what each does in each phase |
+//! | [`words`] | inputs, refusals, steps |
+//! | [`step`] | what each input does in each phase |
 //! | [`codec`] | the stored bytes |
 
 mod codec;
@@ -44,6 +45,7 @@ mod matrix;
 mod step;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use serde::Serialize;
 
@@ -51,7 +53,7 @@ use crate::handoff::{Decided, Handoff, Key, Mode, Proof, Side, Try};
 use crate::units::{Epoch, SessionId, VolumeId};
 
 pub use codec::{RECORD_BYTES_MAX, RecordError};
-pub use step::{By, Input, Refusal, Step, Store};
+pub use words::{By, Input, Refusal, Step, Store};
 
 /// Where the record stands. Numbers are for ever.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]

@@ -1,0 +1,144 @@
+//! A real guest under load is moved by `baton vm migrate`, with all of Baton running: nothing it wrote is lost, stale or
+//! corrupt, and what goes wrong on the way is said in one sentence and leaves the guest where it was.
+
+use baton_integration::baton::wait_until;
+use baton_integration::cluster::{Cluster, Driver, HOSTS, VM};
+use baton_integration::daemon::Daemon;
+use baton_integration::guest::skip_without_qemu;
+use baton_integration::probe::Probe;
+use baton_integration::workspace::TestDir;
+use std::time::Duration;
+
+const SOON: Duration = Duration::from_secs(60);
+
+/// A cluster whose guest runs on the first host, under load.
+struct Running {
+    cluster: Cluster,
+    probe: Probe,
+    // Killed when dropped.
+    _guest: Daemon,
+}
+
+fn start(dir: &TestDir, volumes: usize) -> Running {
+    let cluster = Cluster::start(dir.path(), volumes, Driver::Agent).unwrap();
+    let (guest, mut probe) = cluster.hosts[0].boot().unwrap();
+    let devices = ["vda", "vdb"][..volumes].join(",");
+    probe.ask(&format!("load dev={devices} threads=2 depth=4 flush-every=50")).unwrap();
+    probe.wait_progress(300, SOON).unwrap();
+    Running { cluster, probe, _guest: guest }
+}
+
+/// The guest goes on at this host and finds everything as it left it.
+fn goes_on_at(cluster: &Cluster, host: usize) -> Probe {
+    let mut probe = cluster.hosts[host].probe().unwrap();
+    probe.resynchronise().unwrap();
+    probe.wait_progress(300, SOON).unwrap();
+    cluster.wait_owner(HOSTS[host]).unwrap();
+    assert_eq!(cluster.access().unwrap()["owner_host"], HOSTS[host]);
+    probe
+}
+
+#[test]
+fn the_operator_moves_a_guest_there_and_back() {
+    if skip_without_qemu("the_operator_moves_a_guest_there_and_back") {
+        return;
+    }
+    let dir = TestDir::new("cluster").unwrap();
+    let Running { cluster, mut probe, _guest } = start(&dir, 2);
+    assert!(cluster.does(&["handoff", "why", VM]).unwrap().starts_with("host-a/web owns"));
+
+    let drill = cluster.does(&["handoff", "drill", VM, "--to", "host-b"]).unwrap();
+    assert!(drill.contains("could move from host-a to host-b: all 2 volumes"), "{drill}");
+    probe.wait_progress(100, SOON).unwrap();
+
+    for (to, from) in [(1, 0), (0, 1)] {
+        let page = dir.join(&format!("to-{}.html", HOSTS[to]));
+        let report = page.display().to_string();
+        let args = ["vm", "migrate", VM, "--to", HOSTS[to], "--report", &report];
+        let said = cluster.does(&args).unwrap();
+        eprintln!("{said}");
+        probe = goes_on_at(&cluster, to);
+        assert_eq!(cluster.hosts[from].run_state().unwrap(), "gone");
+        let why = cluster.does(&["handoff", "why", VM]).unwrap();
+        assert!(why.starts_with(&format!("{}/web owns", HOSTS[to])), "{why}");
+        assert!(why.contains("the destination won"), "{why}");
+        let status = cluster.does(&["handoff", "status", VM]).unwrap();
+        assert!(status.contains("SETTLED") && status.contains(HOSTS[to]), "{status}");
+        assert!(std::fs::read_to_string(&page).unwrap().contains("<html"), "a page");
+    }
+    let totals = probe.stop_load().unwrap();
+    assert!(totals.writes >= 300, "{totals}");
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_and_changes_nothing() {
+    if skip_without_qemu("what_cannot_be_done_is_refused_and_changes_nothing") {
+        return;
+    }
+    let dir = TestDir::new("refused").unwrap();
+    let Running { mut cluster, mut probe, _guest } = start(&dir, 1);
+    let refused = |cluster: &Cluster, args: &[&str], status: i32, why: &str| {
+        let (code, text) = cluster.operator(args).unwrap();
+        assert!(code == status && text.contains(why), "{args:?} ended with {code}: {text}");
+    };
+    let migrate = |vm, to| ["vm", "migrate", vm, "--to", to];
+    refused(&cluster, &migrate("other", "host-b"), 1, "no agent knows");
+    refused(&cluster, &migrate(VM, "host-c"), 1, "host-c");
+    refused(&cluster, &migrate(VM, "host-a"), 1, "owns the volumes");
+
+    cluster.hosts[1].agent.kill().unwrap();
+    refused(&cluster, &migrate(VM, "host-b"), 1, "host-b");
+    // Whoever was armed is disarmed, and the guest has noticed nothing.
+    cluster.wait_owner("host-a").unwrap();
+    let why = cluster.does(&["handoff", "why", VM]).unwrap();
+    assert!(why.starts_with("host-a/web owns"), "{why}");
+    probe.wait_progress(100, SOON).unwrap();
+
+    // The agent comes back, and the same move works.
+    cluster.hosts[1].restart().unwrap();
+    cluster.does(&migrate(VM, "host-b")).unwrap();
+    probe = goes_on_at(&cluster, 1);
+    probe.stop_load().unwrap();
+}
+
+#[test]
+fn a_migration_ends_although_its_coordinator_was_killed() {
+    if skip_without_qemu("a_migration_ends_although_its_coordinator_was_killed") {
+        return;
+    }
+    let dir = TestDir::new("crash").unwrap();
+    let Running { mut cluster, probe, _guest } = start(&dir, 1);
+    let migrate = ["vm", "migrate", VM, "--to", "host-b"];
+    let mut command = cluster.command(&migrate).unwrap();
+    let mut operator = Daemon::start_command(dir.path(), "operator", {
+        command.stdin(std::process::Stdio::null());
+        command
+    })
+    .unwrap();
+    wait_until("the migration has begun", SOON, || {
+        cluster
+            .handoffs()
+            .is_ok_and(|all| all.last().is_some_and(|row| row["state"] != "PREPARING"))
+    })
+    .unwrap();
+    cluster.coordinator.kill().unwrap();
+    cluster.restart_coordinator().unwrap();
+    // Whether it was rolled back or went through, the command says which, and one host runs the guest.
+    let status = operator.wait_exit(2 * SOON).unwrap();
+    let last = cluster.handoffs().unwrap().pop().unwrap();
+    let owner = cluster.access().unwrap()["owner_host"].as_str().unwrap().to_owned();
+    let (code, host) = if owner == "host-b" { (0, 1) } else { (1, 0) };
+    assert_eq!(status.code(), Some(code), "{last:#} {}", operator.log());
+    let mut probe = match host {
+        1 => goes_on_at(&cluster, 1),
+        _ => probe,
+    };
+    probe.wait_progress(300, SOON).unwrap();
+    cluster.wait_owner(HOSTS[host]).unwrap();
+    eprintln!("{} won:\n{}", HOSTS[host], operator.log());
+
+    // Nothing is left that would be in the way of the next one.
+    cluster.does(&["vm", "migrate", VM, "--to", HOSTS[1 - host]]).unwrap();
+    probe = goes_on_at(&cluster, 1 - host);
+    probe.stop_load().unwrap();
+}
