@@ -25,6 +25,7 @@ test:
 
 faults:
 	@scripts/faults.sh --freeze-ms 10000
+	@BATON_PING_PONG=1000 cargo test --quiet -p baton-integration --test scenarios f18
 
 bench:
 	@scripts/bench.sh

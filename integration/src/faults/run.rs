@@ -5,7 +5,7 @@ use super::cluster::VM;
 use super::history::{Event, Judge, What, now_ns};
 use super::injector::{Injector, Order, Progress};
 use super::world::{Side, World};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -95,6 +95,8 @@ impl Play {
         self.order(Side::Source, "log")?;
         if story == Story::Restart {
             self.world.restart_anchor()?;
+            // The source says that it never sealed, and goes on.
+            self.wait_serving(Side::Source)?;
         }
         self.order(Side::Source, "stop")?;
         self.world.vmm(Side::Source)?.save(&self.saved)?;
@@ -269,7 +271,7 @@ impl Play {
             };
             Ok(true)
         })
-        .with_context(|| self.says())?;
+        .map_err(|error| self.blame(&error))?;
         let winner = outcome.context("it is decided")?;
         if self.decided()?.is_some_and(|decided| decided != winner) {
             bail!("the coordinator says {winner:?}, and the anchor another");
@@ -284,12 +286,12 @@ impl Play {
         }
     }
 
-    /// Everybody's view, for a failure.
-    fn says(&self) -> String {
+    /// A failure with everybody's view.
+    fn blame(&self, error: &anyhow::Error) -> anyhow::Error {
         let handoff = self.world.coordinator.call("GET", &self.path(""), None);
         let standing = |side| self.world.host(side).standing();
-        format!(
-            "coordinator: {handoff:?}; source: {:?}; destination: {:?}; anchor: {:?}",
+        anyhow!(
+            "{error:#}; coordinator: {handoff:?}; source: {:?}; destination: {:?}; anchor: {:?}",
             standing(Side::Source),
             standing(Side::Destination),
             self.world.fleet.record(0),
@@ -308,7 +310,7 @@ impl Play {
             host.own()?;
             Ok(false)
         })
-        .with_context(|| self.says())?;
+        .map_err(|error| self.blame(&error))?;
         let guest = if self.world.vmm_lives(winner) && self.started[winner as usize] {
             "went on"
         } else {
@@ -324,7 +326,7 @@ impl Play {
             let now = play.world.vmm(winner)?.answered()?;
             Ok(now.iter().zip(&before).all(|(now, before)| *now >= before + 20))
         })
-        .with_context(|| self.says())?;
+        .map_err(|error| self.blame(&error))?;
         Ok(guest)
     }
 
