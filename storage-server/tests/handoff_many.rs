@@ -2,8 +2,6 @@
 
 mod common;
 
-use std::time::Instant;
-
 use baton_protocol::access::Phase;
 use baton_protocol::handoff::{Answer, Ask, Outcome};
 use baton_protocol::{AccessMode, Epoch, Seq, Status};
@@ -36,7 +34,6 @@ fn move_all(sources: &mut [Client], destinations: &mut [Client]) {
             (now, parked)
         })
         .collect();
-    let start = Instant::now();
     for source in sources.iter_mut() {
         source.send_ask(Ask::Seal(Vec::new()));
     }
@@ -55,7 +52,6 @@ fn move_all(sources: &mut [Client], destinations: &mut [Client]) {
         assert_eq!(answer.outcome, Outcome::Granted);
         proofs.push(answer.proof.expect("the winner's"));
     }
-    println!("{} handoffs, first SEAL to last ACTIVATED: {:?}", sources.len(), start.elapsed());
     for source in sources {
         let (header, body) = source.reply();
         assert_eq!((header.seq, header.status), (Seq(source.seq), Status::Ok));
@@ -81,21 +77,17 @@ fn a_thousand_handoffs_at_the_same_time() {
     let mut destinations = connect(AccessMode::Standby, DESTINATION, D);
     let stores = || metric(fixture.admin, "baton_access_stores_total{when=\"first\"}");
     let before = stores();
-    let start = Instant::now();
     each(&members, |member| {
         let plan = plan(&[member], "fast", TRY);
         let (status, record) = member.post("arm", &serde_json::json!({"term": 1, "plan": plan}));
         assert_eq!((status, record["phase"].as_str()), (200, Some("armed")));
     });
-    println!("ARM: {:?}", start.elapsed());
     assert_eq!(stores() - before, HANDOFFS as u64, "each is durable before it is answered");
     move_all(&mut sources, &mut destinations);
-    let start = Instant::now();
     each(&members, |member| {
         let (status, record) = member.post("settle", &which(1));
         assert_eq!((status, record["owner"]["name"].as_str()), (200, Some(DESTINATION)));
     });
-    println!("SETTLE: {:?}", start.elapsed());
     for source in &mut sources {
         assert_eq!(source.write(0, &[9; 512]), Status::StaleEpoch);
     }
