@@ -1,11 +1,13 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo demo-splitbrain test bench check
+.PHONY: help build demo demo-splitbrain test faults bench bench-handoff check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
 	@echo 'make demo-splitbrain   what a live migration gone wrong does to a volume, on real guests (a minute after the build)'
 	@echo 'make test    every test, as CI runs them'
+	@echo 'make faults  every process of a migration killed and frozen at every message (an hour)'
 	@echo 'make bench   side by side with qemu-storage-daemon, as a table of ratios'
+	@echo 'make bench-handoff   what moving a disk costs the guest, as a table (minutes; writes docs/performance.md)'
 	@echo 'make check   formatting and lints'
 	@echo 'make build   the programs, in target/release'
 
@@ -21,8 +23,14 @@ demo-splitbrain:
 test:
 	@.ci/run
 
+faults:
+	@scripts/faults.sh --freeze-ms 10000
+
 bench:
 	@scripts/bench.sh
+
+bench-handoff:
+	@scripts/bench-handoff.sh
 
 check:
 	cargo fmt --all --check

@@ -75,7 +75,7 @@ pub(crate) enum VmCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum HandoffCommand {
-    /// Arm the volumes and start a standby backend at the destination; wait until READY
+    /// Arm the volumes and start a standby backend at the destination
     Prepare {
         #[command(flatten)]
         vm: Vm,
@@ -87,6 +87,9 @@ pub(crate) enum HandoffCommand {
         /// The caller says when it switches, not the machines
         #[arg(long)]
         explicit: bool,
+        /// Wait until it is READY, and exit with 1 if it cannot be
+        #[arg(long)]
+        wait: bool,
         #[command(flatten)]
         common: Coordinated,
     },
@@ -102,12 +105,16 @@ pub(crate) enum HandoffCommand {
         #[command(flatten)]
         which: Which,
         #[command(flatten)]
+        patience: Patience,
+        #[command(flatten)]
         common: Coordinated,
     },
     /// Clean up behind the decision and stop the loser's backend
     Finish {
         #[command(flatten)]
         which: Which,
+        #[command(flatten)]
+        patience: Patience,
         #[command(flatten)]
         common: Coordinated,
     },
@@ -178,6 +185,13 @@ pub(crate) struct Which {
     /// Id of the handoff [default: the last one of the VM]
     #[arg(value_name = "ULID")]
     pub(crate) id: Option<HandoffId>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Patience {
+    /// How long to wait for the outcome: 500ms, 30s, 2m
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time)]
+    pub(crate) timeout: String,
 }
 
 #[derive(Debug, Args)]

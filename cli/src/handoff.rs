@@ -7,7 +7,7 @@ use std::time::Duration;
 use baton_protocol::handoff::HandoffId;
 use serde_json::{Value, json};
 
-use crate::args::{Coordinated, HandoffCommand, Route, VmCommand, Which};
+use crate::args::{Coordinated, HandoffCommand, Patience, Route, VmCommand, Which};
 use crate::coordinator::{Coordinator, CoordinatorError, new_id};
 use crate::{EXIT_REFUSED, Failure, phases, print_text, report, vm_view};
 
@@ -54,12 +54,13 @@ pub(crate) fn vm(command: VmCommand) -> Result<u8, Failure> {
 
 pub(crate) fn handoff(command: HandoffCommand) -> Result<u8, Failure> {
     match command {
-        HandoffCommand::Prepare { vm, route, id, explicit, common } => {
+        HandoffCommand::Prepare { vm, route, id, explicit, wait, common } => {
             let coordinator = Coordinator::new(&common)?;
             let id = id.map_or_else(new_id, Ok)?;
-            let row = prepare(&coordinator, &vm.name, id, &route, explicit)?;
+            let row = prepare(&coordinator, &vm.name, id, &route, (explicit, wait))?;
             show(&common, &row, vm_view::handoff)?;
-            Ok(if row["state"] == "PREPARING" || is_lost(&row) { EXIT_REFUSED } else { 0 })
+            let late = wait && row["state"] == "PREPARING";
+            Ok(if late || is_lost(&row) { EXIT_REFUSED } else { 0 })
         }
         HandoffCommand::Status { which, common } => {
             let coordinator = Coordinator::new(&common)?;
@@ -67,8 +68,12 @@ pub(crate) fn handoff(command: HandoffCommand) -> Result<u8, Failure> {
             show(&common, &row, vm_view::handoff)?;
             Ok(0)
         }
-        HandoffCommand::Cancel { which, common } => end(&which, &common, "cancel"),
-        HandoffCommand::Finish { which, common } => end(&which, &common, "finish"),
+        HandoffCommand::Cancel { which, patience, common } => {
+            end(&which, &patience, &common, "cancel")
+        }
+        HandoffCommand::Finish { which, patience, common } => {
+            end(&which, &patience, &common, "finish")
+        }
         HandoffCommand::Why { vm, common } => {
             let answer = Coordinator::new(&common)?.get(&format!("/v1/vms/{}/why", vm.name))?;
             show(&common, &answer, vm_view::why)?;
@@ -107,14 +112,16 @@ fn prepare(
     vm: &str,
     id: HandoffId,
     route: &Route,
-    explicit: bool,
+    (explicit, wait): (bool, bool),
 ) -> Result<Value, CoordinatorError> {
     let mode = if explicit { "explicit" } else { "implicit" };
     let mut body = json!({"to": route.to, "mode": mode, "ready_timeout": route.timeout});
     if let Some(from) = &route.from {
         body["from"] = from.clone().into();
     }
-    coordinator.put(&format!("/v1/vms/{vm}/handoffs/{id}?wait=READY&timeout=60s"), &body)
+    // A little longer than it may take, to see how it ended.
+    let wait = if wait { "?wait=READY&timeout=90s" } else { "" };
+    coordinator.put(&format!("/v1/vms/{vm}/handoffs/{id}{wait}"), &body)
 }
 
 /// It failed, or is being taken back.
@@ -123,10 +130,15 @@ fn is_lost(row: &Value) -> bool {
 }
 
 /// Who owns the volumes afterwards is the exit status.
-fn end(which: &Which, common: &Coordinated, verb: &str) -> Result<u8, Failure> {
+fn end(
+    which: &Which,
+    patience: &Patience,
+    common: &Coordinated,
+    verb: &str,
+) -> Result<u8, Failure> {
     let coordinator = Coordinator::new(common)?;
     let path = path(&coordinator, which)?;
-    let answer = coordinator.post(&format!("{path}:{verb}?timeout=60s"), None);
+    let answer = coordinator.post(&format!("{path}:{verb}?timeout={}", patience.timeout), None);
     let row = match answer {
         Ok(row) => row,
         Err(error) => {
@@ -154,7 +166,7 @@ fn end(which: &Which, common: &Coordinated, verb: &str) -> Result<u8, Failure> {
 fn drill(vm: &str, route: &Route, common: &Coordinated) -> Result<u8, Failure> {
     let coordinator = Coordinator::new(common)?;
     let id = new_id()?;
-    let ready = prepare(&coordinator, vm, id, route, false)?;
+    let ready = prepare(&coordinator, vm, id, route, (false, true))?;
     let path = format!("/v1/vms/{vm}/handoffs/{id}");
     let passed = ready["state"] == "READY" && !is_lost(&ready);
     let row = coordinator.post(&format!("{path}:cancel?timeout=60s"), None)?;

@@ -4,6 +4,7 @@
 #![no_main]
 
 use baton_protocol::access::AccessRecord;
+use baton_protocol::handoff::{Answer, HandoffRequest, Open};
 use baton_protocol::{Event, Hello, ReplyHeader, RequestHeader, Welcome};
 use libfuzzer_sys::fuzz_target;
 
@@ -29,5 +30,16 @@ fuzz_target!(|bytes: &[u8]| {
     }
     if let Ok(record) = AccessRecord::decode(bytes) {
         assert_eq!(AccessRecord::decode(&record.encode()), Ok(record));
+    }
+    if let Ok(request) = HandoffRequest::decode(bytes) {
+        assert_eq!(request.encode(), bytes);
+    }
+    if let Ok(open) = Open::decode(bytes) {
+        assert_eq!(open.encode(), bytes);
+    }
+    if let Ok(answer) = Answer::decode(bytes) {
+        // Keys are left out on the wire.
+        let shown = Answer { record: answer.record.without_keys(), ..answer };
+        assert_eq!(Answer::decode(&shown.encode()), Ok(shown));
     }
 });

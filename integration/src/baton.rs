@@ -7,7 +7,11 @@ use serde_json::{Value, json};
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
+
+/// Environment variables of a program.
+pub type Environment = Vec<(String, OsString)>;
 
 /// For a daemon to say that it is ready, on a busy machine.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(20);
@@ -20,6 +24,7 @@ pub struct Storage {
     dir: PathBuf,
     data_dir: PathBuf,
     more_args: Vec<String>,
+    env: Environment,
     data: SocketAddr,
     admin: SocketAddr,
 }
@@ -27,19 +32,29 @@ pub struct Storage {
 impl Storage {
     /// Starts one with its data in `dir/data`, on ports of its own.
     pub fn start(dir: &Path, more_args: &[&str]) -> Result<Self> {
+        Self::start_in(dir, more_args, Environment::new())
+    }
+
+    /// [`Self::start`] with environment variables, which a restarted process gets too.
+    pub fn start_in(dir: &Path, more_args: &[&str], env: Environment) -> Result<Self> {
         let data_dir = dir.join("data");
         let more_args: Vec<String> = more_args.iter().map(|&arg| arg.to_owned()).collect();
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let (daemon, data, admin) = launch(dir, &data_dir, &more_args, any, any)?;
-        Ok(Self { daemon, dir: dir.to_owned(), data_dir, more_args, data, admin })
+        let (daemon, data, admin) = launch(dir, &data_dir, &more_args, &env, any, any)?;
+        Ok(Self { daemon, dir: dir.to_owned(), data_dir, more_args, env, data, admin })
     }
 
     /// Starts it again on the same data and ports, after a kill or an end.
     pub fn restart(&mut self) -> Result<()> {
         let (daemon, ..) =
-            launch(&self.dir, &self.data_dir, &self.more_args, self.data, self.admin)?;
+            launch(&self.dir, &self.data_dir, &self.more_args, &self.env, self.data, self.admin)?;
         self.daemon = daemon;
         Ok(())
+    }
+
+    /// Variables of the process that is started next.
+    pub fn set_environment(&mut self, env: Environment) {
+        self.env = env;
     }
 
     /// Starts it again on the same ports with the data in another directory.
@@ -145,6 +160,7 @@ fn launch(
     dir: &Path,
     data_dir: &Path,
     more_args: &[String],
+    env: &Environment,
     data: SocketAddr,
     admin: SocketAddr,
 ) -> Result<(Daemon, SocketAddr, SocketAddr)> {
@@ -152,7 +168,9 @@ fn launch(
     args.extend(["--admin-listen".into(), admin.to_string().into()]);
     args.extend(["--data-dir".into(), data_dir.into()]);
     args.extend(more_args.iter().map(OsString::from));
-    let mut daemon = Daemon::start(dir, "storage", &program("baton-storage")?, args)?;
+    let mut command = Command::new(program("baton-storage")?);
+    command.args(args).envs(env.iter().map(|(name, value)| (name, value)));
+    let mut daemon = Daemon::start_command(dir, "storage", command)?;
     let line = daemon.wait_line("listening data=", READY_TIMEOUT)?;
     let address = |key: &str| -> Result<SocketAddr> {
         let text = line.split_whitespace().find_map(|word| word.strip_prefix(key));

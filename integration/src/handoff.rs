@@ -8,17 +8,18 @@
 //!
 //! Knows the wire of neither; what it says is what `docs/handoff.md` and the admin API's document say.
 
-use crate::baton::{READY_TIMEOUT, Storage, wait_until};
+use crate::baton::{Environment, READY_TIMEOUT, Storage, wait_until};
 use crate::daemon::Daemon;
 use crate::workspace::program;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -45,6 +46,8 @@ pub struct Fleet {
     pub servers: Vec<Storage>,
     /// The VM's volumes; the first is the anchor.
     pub members: Vec<Member>,
+    /// Where clients of each server connect instead, such as a proxy; empty for no such thing.
+    pub through: Vec<SocketAddr>,
     /// "fast" or "base".
     pub mode: &'static str,
     term: u64,
@@ -64,11 +67,22 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 impl Fleet {
     /// Servers in `dir/storage-N`, and volumes on them in turn.
     pub fn start(dir: &Path, servers: usize, volumes: usize, size_bytes: u64) -> Result<Self> {
+        Self::start_in(dir, servers, volumes, size_bytes, |_| Environment::new())
+    }
+
+    /// [`Self::start`] with environment variables for each server.
+    pub fn start_in(
+        dir: &Path,
+        servers: usize,
+        volumes: usize,
+        size_bytes: u64,
+        env: impl Fn(usize) -> Environment,
+    ) -> Result<Self> {
         let servers = (0..servers)
             .map(|n| {
                 let dir = dir.join(format!("storage-{n}"));
                 fs::create_dir_all(&dir)?;
-                Storage::start(&dir, &[])
+                Storage::start_in(&dir, &[], env(n))
             })
             .collect::<Result<Vec<_>>>()?;
         let members = (0..volumes)
@@ -80,7 +94,7 @@ impl Fleet {
                 Ok(Member { server, volume, id })
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { servers, members, mode: "fast", term: 1 })
+        Ok(Self { servers, members, through: Vec::new(), mode: "fast", term: 1 })
     }
 
     /// The server of a member.
@@ -92,13 +106,13 @@ impl Fleet {
     /// URI of a member.
     #[must_use]
     pub fn uri(&self, member: usize) -> String {
-        self.server(member).uri(&self.members[member].volume, None)
+        let through = self.through.get(self.members[member].server).copied();
+        self.server(member).uri(&self.members[member].volume, through)
     }
 
     /// Plans a move of all volumes between two owner names: the anchor first, then the others.
     pub fn arm(&self, from: &str, to: &str) -> Result<Attempt> {
-        let number = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        let attempt = Attempt { id: ulid(number), attempt: 1 };
+        let attempt = Self::attempt();
         let plan = self.plan(&attempt, from, to);
         for member in 0..self.members.len() {
             self.post(member, "arm", &json!({ "plan": plan }))?;
@@ -106,20 +120,36 @@ impl Fleet {
         Ok(attempt)
     }
 
+    /// A first try of a new handoff.
+    #[must_use]
+    pub fn attempt() -> Attempt {
+        Attempt { id: ulid(NEXT_ID.fetch_add(1, Ordering::Relaxed)), attempt: 1 }
+    }
+
+    /// Plans a move of one volume, as if it were all of a VM's.
+    pub fn arm_alone(&self, member: usize, attempt: &Attempt, from: &str, to: &str) -> Result<()> {
+        let plan = self.plan_of(&self.members[member..=member], attempt, from, to);
+        self.post(member, "arm", &json!({ "plan": plan })).map(drop)
+    }
+
     /// The plan of a try, as ARM takes it.
     #[must_use]
     pub fn plan(&self, attempt: &Attempt, from: &str, to: &str) -> Value {
-        let ids: Vec<u64> = self.members.iter().map(|m| hex(&m.id)).collect();
+        self.plan_of(&self.members, attempt, from, to)
+    }
+
+    fn plan_of(&self, members: &[Member], attempt: &Attempt, from: &str, to: &str) -> Value {
+        let ids: Vec<u64> = members.iter().map(|m| hex(&m.id)).collect();
         json!({
             "id": attempt.id,
             "attempt": attempt.attempt,
             "vm": "vm",
             "from": from,
             "to": to,
-            "anchor": self.members[0].id,
+            "anchor": members[0].id,
             "members": { "count": ids.len(), "hash": members_hash(&ids) },
             "mode": self.mode,
-            "key": format!("{:064x}", hex(&self.members[0].id) | 1),
+            "key": format!("{:064x}", hex(&members[0].id) | 1),
         })
     }
 
@@ -159,13 +189,18 @@ impl Fleet {
         self.post(0, "reclaim", &body)
     }
 
-    /// Ends a decided handoff at all members, and says who won.
-    pub fn settle(&self, attempt: &Attempt) -> Result<String> {
+    /// How the anchor decided: "winner", "session", "proof". An error while it has not.
+    pub fn proof(&self, attempt: &Attempt) -> Result<Value> {
         let path = format!(
             "/v1/volumes/{}/proof?id={}&attempt={}",
             self.members[0].volume, attempt.id, attempt.attempt
         );
-        let decision = self.server(0).get(&path)?;
+        self.server(0).get(&path)
+    }
+
+    /// Ends a decided handoff at all members, and says who won.
+    pub fn settle(&self, attempt: &Attempt) -> Result<String> {
+        let decision = self.proof(attempt)?;
         let winner = decision["winner"].as_str().context("a decision has a winner")?.to_owned();
         for member in 0..self.members.len() {
             let body = json!({
@@ -198,6 +233,7 @@ pub struct Host {
     config: PathBuf,
     dir: PathBuf,
     label: String,
+    env: Environment,
 }
 
 /// How a backend begins.
@@ -230,6 +266,19 @@ impl Host {
         begin: Begin,
         queues: u16,
     ) -> Result<Self> {
+        Self::start_in(dir, label, owner, fleet, begin, queues, Environment::new())
+    }
+
+    /// [`Self::start_with`] environment variables, which a restarted process gets too.
+    pub fn start_in(
+        dir: &Path,
+        label: &str,
+        owner: &str,
+        fleet: &Fleet,
+        begin: Begin,
+        queues: u16,
+        env: Environment,
+    ) -> Result<Self> {
         let control = dir.join(format!("{label}.control"));
         let mut text = format!("owner = \"{owner}\"\ncontrol = \"{}\"\n", control.display());
         if begin == Begin::Standby {
@@ -249,15 +298,27 @@ impl Host {
         }
         let config = dir.join(format!("{label}.toml"));
         fs::write(&config, text)?;
-        let daemon = launch(dir, label, &config)?;
+        let daemon = launch(dir, label, &config, &env)?;
         let (dir, label, owner) = (dir.to_owned(), label.to_owned(), owner.to_owned());
-        Ok(Self { daemon, owner, sockets, control, config, dir, label })
+        Ok(Self { daemon, owner, sockets, control, config, dir, label, env })
     }
 
     /// Starts it again with the same configuration, after a kill or an end.
     pub fn restart(&mut self) -> Result<()> {
-        self.daemon = launch(&self.dir, &self.label, &self.config)?;
+        self.daemon = launch(&self.dir, &self.label, &self.config, &self.env)?;
         Ok(())
+    }
+
+    /// Environment variables of the process that is started next.
+    pub fn set_environment(&mut self, env: Environment) {
+        self.env = env;
+    }
+
+    /// How the process that is started next begins.
+    pub fn set_begin(&self, begin: Begin) -> Result<()> {
+        let text = fs::read_to_string(&self.config)?.replace("standby = true\n", "");
+        let first = if begin == Begin::Standby { "standby = true\n" } else { "" };
+        Ok(fs::write(&self.config, format!("{first}{text}"))?)
     }
 
     /// Where a VMM connects for disk `n`.
@@ -274,18 +335,7 @@ impl Host {
 
     /// Says a command on the control socket.
     pub fn order(&self, command: &str) -> Result<Value> {
-        let stream = UnixStream::connect(&self.control)
-            .with_context(|| format!("no control socket at {}", self.control.display()))?;
-        stream.set_read_timeout(Some(CONTROL_TIMEOUT))?;
-        writeln!(&stream, "{}", json!({ "cmd": command }))?;
-        let mut line = String::new();
-        BufReader::new(&stream).read_line(&mut line)?;
-        let answer: Value = serde_json::from_str(&line)
-            .with_context(|| format!("`{command}` was answered `{line}`"))?;
-        if answer.get("error").is_some() {
-            bail!("`{command}` was refused: {}", answer["error"]);
-        }
-        Ok(answer)
+        ask(&self.control, &json!({ "cmd": command }), CONTROL_TIMEOUT)
     }
 
     /// What it says of itself.
@@ -308,9 +358,29 @@ impl Host {
     }
 }
 
-fn launch(dir: &Path, label: &str, config: &Path) -> Result<Daemon> {
-    let args: Vec<OsString> = vec!["--config".into(), config.into()];
-    let mut daemon = Daemon::start(dir, label, &program("baton-backend")?, args)?;
+/// Says one order on a socket that takes and answers JSON lines, and waits so long for its answer.
+pub fn ask(socket: &Path, order: &Value, timeout: Duration) -> Result<Value> {
+    let stream = UnixStream::connect(socket)
+        .with_context(|| format!("no control socket at {}", socket.display()))?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
+    writeln!(&stream, "{order}")?;
+    let mut line = String::new();
+    BufReader::new(&stream)
+        .read_line(&mut line)
+        .with_context(|| format!("no answer to {order} in {timeout:?}"))?;
+    let answer: Value =
+        serde_json::from_str(&line).with_context(|| format!("{order} was answered `{line}`"))?;
+    if answer.get("error").is_some() {
+        bail!("{order} was refused: {}", answer["error"]);
+    }
+    Ok(answer)
+}
+
+fn launch(dir: &Path, label: &str, config: &Path, env: &Environment) -> Result<Daemon> {
+    let mut command = Command::new(program("baton-backend")?);
+    command.arg("--config").arg(config).envs(env.iter().map(|(name, value)| (name, value)));
+    let mut daemon = Daemon::start_command(dir, label, command)?;
     daemon.wait_line("listening socket=", READY_TIMEOUT)?;
     Ok(daemon)
 }

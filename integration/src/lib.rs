@@ -1,8 +1,9 @@
 //! What the end-to-end tests, the demo and the benchmark are made of.
 //!
 //! Starts real processes (`daemon`, `baton`, `qsd`), real guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them
-//! (`migration`), alone or in a whole `cluster`, and lets that go wrong (`splitbrain`). Plays the other side of a vhost-user socket without a guest (`vhost_user`,
-//! `memory`, `ring`, `raw_frontend`, `blk`) or of a bad network (`proxy`, `wire`). Knows the command lines of Baton's programs;
+//! (`migration`), alone or in a whole `cluster`, and lets that go wrong (`splitbrain`, `faults`). Plays the other side of a
+//! vhost-user socket without a guest (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`), a storage server's client
+//! (`raw_wire`), or a bad network (`proxy`, `wire`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
 
 pub mod baton;
@@ -10,6 +11,7 @@ pub mod bench;
 pub mod blk;
 pub mod cluster;
 pub mod daemon;
+pub mod faults;
 pub mod guest;
 pub mod handoff;
 pub mod libvirt;
@@ -21,6 +23,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod qsd;
 pub mod raw_frontend;
+pub mod raw_wire;
 pub mod ring;
 pub mod splitbrain;
 pub mod vhost_user;

@@ -7,8 +7,10 @@ use anyhow::{Context, Result, bail};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::unistd::ftruncate;
+use std::fs::OpenOptions;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32};
@@ -106,6 +108,15 @@ impl GuestMemory {
     /// RAM of `len` bytes.
     pub fn new(len: usize) -> Result<Self> {
         Ok(Self { map: SharedMap::new("guest-ram", len)?, next: Mutex::new(0) })
+    }
+
+    /// RAM of `len` bytes that is a file, so that another process can copy it. What the file holds is kept.
+    pub fn of_file(path: &Path, len: usize) -> Result<Self> {
+        let file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+        let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+        file.set_len(len as u64)?;
+        Ok(Self { map: SharedMap::of_fd(file.into(), len)?, next: Mutex::new(0) })
     }
 
     /// Takes `len` zeroed bytes that nobody else uses, for good.

@@ -202,6 +202,11 @@ impl RawFrontend {
     /// Connects to `path`, negotiates, and starts the rings.
     pub fn connect(path: &Path, options: Options) -> Result<Self> {
         let memory = Arc::new(GuestMemory::new(options.memory_bytes)?);
+        Self::connect_with(path, options, memory)
+    }
+
+    /// [`Self::connect`] with memory that somebody else made.
+    pub fn connect_with(path: &Path, options: Options, memory: Arc<GuestMemory>) -> Result<Self> {
         let mut this = Self {
             channel: None,
             path: path.to_path_buf(),
@@ -236,9 +241,14 @@ impl RawFrontend {
 
     /// Connects again, to a back-end that may be another process, with the same memory, rings and inflight region.
     pub fn reconnect(&mut self) -> Result<()> {
-        self.disconnect();
-        self.negotiate()?;
+        self.attach()?;
         self.start()
+    }
+
+    /// Connects again like [`Self::reconnect`], with the rings left as they are.
+    pub fn attach(&mut self) -> Result<()> {
+        self.disconnect();
+        self.negotiate()
     }
 
     fn negotiate(&mut self) -> Result<()> {
@@ -319,7 +329,8 @@ impl RawFrontend {
         self.send(request::SET_VRING_ADDR, &body, &[])
     }
 
-    fn send_memory(&self) -> Result<()> {
+    /// Hands over the guest's memory; once on a connection.
+    pub fn send_memory(&self) -> Result<()> {
         let map = self.memory.map();
         let region = [BASE, map.len() as u64, self.memory.user_address(BASE), 0];
         let region: Vec<u8> = region.iter().flat_map(|w| w.to_le_bytes()).collect();

@@ -276,6 +276,20 @@ impl Ring {
         }
     }
 
+    /// Goes on where another driver with the same memory stopped: what it published is there, what it took back of the
+    /// device's is `last_used`. For chains that are not linked by [`Self::link`].
+    pub fn adopt(&mut self, last_used: u16) {
+        let published = self.memory.u16(self.avail + 2).load(Acquire);
+        (self.published, self.staged, self.kicked) = (published, published, published);
+        self.last_used = last_used;
+    }
+
+    /// What was taken back of the device's so far, for [`Self::adopt`].
+    #[must_use]
+    pub fn last_used(&self) -> u16 {
+        self.last_used
+    }
+
     /// Forgets everything, as a driver does that resets the device.
     pub fn reset(&mut self) {
         self.memory.u16(self.avail).store(0, Relaxed);

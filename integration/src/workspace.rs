@@ -77,26 +77,32 @@ pub fn system_program(name: &str) -> Result<PathBuf> {
 #[derive(Debug)]
 pub struct TestDir {
     path: PathBuf,
+    keep: bool,
 }
 
 impl TestDir {
     /// A new directory with `name` in its name.
     pub fn new(name: &str) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix(&format!("baton-{name}-")).tempdir()?;
-        Ok(Self { path: dir.keep() })
+        Ok(Self { path: dir.keep(), keep: false })
     }
 
     /// A new directory in memory (tmpfs), for data whose speed matters.
     pub fn in_memory(name: &str) -> Result<Self> {
         let dir =
             tempfile::Builder::new().prefix(&format!("baton-{name}-")).tempdir_in("/dev/shm")?;
-        Ok(Self { path: dir.keep() })
+        Ok(Self { path: dir.keep(), keep: false })
     }
 
     /// The directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Stays when this is dropped.
+    pub fn keep(mut self) {
+        self.keep = true;
     }
 
     /// A file in it.
@@ -108,7 +114,7 @@ impl TestDir {
 
 impl Drop for TestDir {
     fn drop(&mut self) {
-        if std::thread::panicking() || std::env::var_os("BATON_KEEP_LOGS").is_some() {
+        if self.keep || std::thread::panicking() || std::env::var_os("BATON_KEEP_LOGS").is_some() {
             eprintln!("logs are kept in {}", self.path.display());
         } else {
             // Nothing more to do with a directory that cannot be removed.

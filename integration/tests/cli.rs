@@ -52,12 +52,15 @@ fn start(dir: &TestDir) -> (Storage, Operator) {
 fn a_volume_is_created_listed_shown_grown_and_deleted() {
     let dir = TestDir::new("cli").unwrap();
     let (_storage, op) = start(&dir);
-    assert_eq!(op.does(&["volume", "list"]), "NAME  SIZE  ALLOCATED  EPOCH  OWNER\n");
+    assert_eq!(op.does(&["volume", "list"]), "NAME  SIZE  ALLOCATED  EPOCH  PHASE  OWNER\n");
     assert_eq!(op.does(&["volume", "create", "a", "--size", "10G"]), "created a, 10G\n");
     op.does(&["volume", "create", "b", "--size", "512"]);
     let list = op.does(&["volume", "list"]);
     let lines: Vec<_> = list.lines().collect();
-    assert_eq!(lines[1..], ["a      10G          0      0  -", "b      512          0      0  -"]);
+    assert_eq!(
+        lines[1..],
+        ["a      10G          0      0  free   -", "b      512          0      0  free   -"]
+    );
 
     assert_eq!(op.does(&["volume", "resize", "a", "--size", "20G"]), "resized a to 20G\n");
     let shown = op.json(&["volume", "show", "a", "--json"]);

@@ -120,6 +120,34 @@ fn an_agent_starts_from_its_example() {
 }
 
 #[test]
+fn a_coordinator_starts_from_its_example() {
+    let dir = TestDir::new("configs").unwrap();
+    let at = |name: &str| dir.join(name).display().to_string();
+    let made = Command::new(program("baton-agent").unwrap())
+        .args(["dev-ca", "--host", "host-a", "--coordinator", "coordinator", "--operator", "me"])
+        .args(["--dir", &at("tls")])
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let text = replaced(
+        &all_keys(&read("baton-coordinator.toml")),
+        &[
+            ("127.0.0.1:7720", "127.0.0.1:0".to_owned()),
+            ("/etc/baton/tls", at("tls")),
+            ("/var/lib/baton/coordinator", at("")),
+            ("die_after_write = 1", "die_after_write = 1000".to_owned()),
+        ],
+    );
+    let file = at("baton-coordinator.toml");
+    fs::write(&file, text).unwrap();
+    let program = program("baton-coordinator").unwrap();
+    let mut daemon =
+        Daemon::start(dir.path(), "coordinator", &program, ["--config", &file]).unwrap();
+    daemon.wait_line("listening api=127.0.0.1:", READY_TIMEOUT).unwrap();
+    assert!(daemon.terminate(READY_TIMEOUT).unwrap().success());
+}
+
+#[test]
 fn every_toml_file_has_a_test_here() {
     let mut names: Vec<_> = fs::read_dir(configs())
         .unwrap()
@@ -127,7 +155,10 @@ fn every_toml_file_has_a_test_here() {
         .filter(|name| name.ends_with(".toml"))
         .collect();
     names.sort();
-    assert_eq!(names, ["baton-agent.toml", "baton-storage.toml", "vm.toml"]);
+    assert_eq!(
+        names,
+        ["baton-agent.toml", "baton-coordinator.toml", "baton-storage.toml", "vm.toml"]
+    );
 }
 
 #[test]
@@ -144,7 +175,7 @@ fn systemd_accepts_the_units() {
             .unwrap();
         units.push(dir.join(&name));
     }
-    assert_eq!(units.len(), 4, "{units:?}");
+    assert_eq!(units.len(), 5, "{units:?}");
     let Ok(output) = Command::new("systemd-analyze").arg("verify").args(&units).output() else {
         eprintln!("**** SKIPPED: systemd_accepts_the_units: there is no systemd-analyze ****");
         return;

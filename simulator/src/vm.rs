@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::history::{Instant, Kind, OperationId};
-use crate::stage::Stage;
+use crate::stage::{Stage, note};
 
 /// Requests in one ring, taken or not.
 const RING_REQUESTS: usize = 4;
@@ -130,6 +130,13 @@ impl Vm {
         }
     }
 
+    /// The vCPUs stop, under a migration; the rings are to drain.
+    pub(crate) fn stop(&mut self) {
+        self.running = false;
+        self.migrating = true;
+        self.drained.iter_mut().for_each(|drained| *drained = false);
+    }
+
     /// The guest asks for something, if there is room for it.
     pub(crate) fn ask(&mut self, stage: &mut Stage) {
         let Some(image) = self.image.as_mut().filter(|_| self.running) else { return };
@@ -147,6 +154,7 @@ impl Vm {
             _ => Kind::Write { sector, value: stage.history.tick() },
         };
         let id = stage.history.invoke(volume, kind);
+        note!(stage, "guest {} asks volume {volume}: #{id} {kind:?}", self.host);
         image.rings[volume][queue].available.push_back(Request { id, kind });
     }
 
@@ -162,12 +170,13 @@ impl Vm {
         if self.running {
             self.answered[volume] += 1;
             image.base = stage.watch.guest_goes_on(self.host, image.base);
-            if let Some(at) = image.assumed_at {
+            if let Some(at) = image.assumed_at.take() {
                 for id in image.assumed.drain(..) {
                     stage.history.answer_at(id, 0, at);
                 }
             }
         }
+        note!(stage, "guest {} has the answer of #{}: {read}", self.host, request.id);
         stage.history.answer(request.id, read);
     }
 

@@ -16,6 +16,10 @@
 //! for every batch of requests, pays for one locked instruction and no fence.
 //! The loom tests prove it, and prove that they would see a mistake.
 //!
+//! [`Gate::try_close`] is steps 1 and 2 without the wait: when each slot was seen
+//! at zero, the argument above holds and the close is done; when not, the gate is
+//! closed already, and a close does the waiting.
+//!
 //! Two words, because the owner gives the volume back without a new epoch while
 //! read-only sessions of that epoch go on.
 //!

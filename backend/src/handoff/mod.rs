@@ -14,6 +14,7 @@ mod journal;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use baton_fault_point as fault_point;
 use baton_protocol::access::AccessRecord;
 use baton_protocol::handoff::role::{Asked, Input, Order, Output, Parked, Standing};
 use baton_protocol::handoff::{Open, Role, Side, Try};
@@ -240,6 +241,11 @@ impl VmHandoff {
         let standing = state.role.standing();
         if standing != before {
             tracing::debug!(owner = self.owner, ?before, ?standing, "handoff");
+            match standing {
+                Standing::Ready => fault_point::at("standby.ready"),
+                Standing::Sealed => fault_point::at("sealed.heard"),
+                _ => {}
+            }
             if standing == Standing::Sealed {
                 state.journal.note(Moment::Sealed);
             }
@@ -277,9 +283,17 @@ impl VmHandoff {
                     Asked::Abdicate | Asked::Unfreeze { .. } => {}
                 }
                 self.members[member].port().ask(attempt, ask);
+                fault_point::at(match ask {
+                    Asked::Seal => "seal.sent",
+                    Asked::Activate => "activate.sent",
+                    Asked::Reclaim => "reclaim.sent",
+                    Asked::Abdicate => "abdicate.sent",
+                    Asked::Unfreeze { .. } => "unfreeze.sent",
+                });
             }
             Output::Open { member, attempt, proof } => {
                 self.members[member].port().open(Open { attempt, proof });
+                fault_point::at("open.sent");
             }
             Output::Hold { member } => self.members[member].port().hold(),
             Output::Go { member, epoch, open } => {
@@ -287,6 +301,10 @@ impl VmHandoff {
                     Some((_, proof)) if proof.side == Side::Destination => Moment::Activated,
                     _ => Moment::Reclaimed,
                 };
+                fault_point::at(match granted {
+                    Moment::Activated => "activated.heard",
+                    _ => "reclaimed.heard",
+                });
                 state.journal.note_once(granted);
                 let generation = state.views[member]
                     .as_ref()

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use baton_fault_point as fault_point;
 use baton_remote_client::VolumeState;
 
 use super::connection::BackendChannel;
@@ -228,6 +229,7 @@ impl<'a> Session<'a> {
             Request::GetVringBase { index } => {
                 self.ring(index)?;
                 self.stop_asked(index as usize, limit);
+                fault_point::at("stop.drained");
                 let ring = self.ring(index)?;
                 ring.kick = None;
                 let base = u32::from(ring.base);

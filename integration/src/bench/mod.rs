@@ -1,10 +1,12 @@
 //! The load generator and the side-by-side benchmark.
 //!
 //! `load` drives one vhost-user disk and measures it, `cpu` tells who used the CPUs meanwhile, `stack` starts a
-//! backend with its storage server, `compare` alternates two stacks and reports ratios. Absolute figures drift by a
+//! backend with its storage server, `compare` alternates two stacks and reports ratios, `handoff`
+//! measures what a move adds. Absolute figures drift by a
 //! quarter within minutes on a shared machine; only ratios of runs next to each other count.
 
 pub mod compare;
 pub mod cpu;
+pub mod handoff;
 pub mod load;
 pub mod stack;

@@ -5,6 +5,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_fault_point as fault_point;
+
 use super::agents::{Agent, AgentError, VmView};
 use super::core::Core;
 use super::keeper::Reports;
@@ -91,6 +93,7 @@ impl Work {
                 Ok(server) => server.arm(&self.row, &member.volume, self.core.term).await,
                 Err(error) => Err(error),
             };
+            fault_point::at("arm.sent");
             let input = match armed {
                 Ok(()) => Input::Armed(place),
                 Err(StorageError::Refused { trouble }) => match trouble.kind.as_str() {
@@ -180,6 +183,9 @@ impl Work {
                 Ok(standing) => {
                     if told != Some(standing) {
                         self.reports.tell(Input::Standing(standing)).await;
+                        if standing == Standing::Ready {
+                            fault_point::at("ready.told");
+                        }
                         told = Some(standing);
                         look = LOOK.0;
                     }
@@ -321,6 +327,7 @@ impl Work {
                 Ok(server) => server.settle(&self.row, &member.volume, self.core.term).await,
                 Err(error) => Err(error),
             };
+            fault_point::at("settle.sent");
             match answer {
                 Ok(()) => return self.reports.tell(Input::Settled(place)).await,
                 Err(error) => match error.refusal() {

@@ -4,6 +4,8 @@
 mod crashes;
 mod handoffs;
 mod migrations;
+mod real_storage;
+mod roles;
 mod support;
 mod trouble;
 mod world;

@@ -1,6 +1,7 @@
 //! A real coordinator on a pretended cluster.
 
 use std::fs::OpenOptions;
+use std::net::SocketAddr;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,6 +30,8 @@ pub(crate) struct Cluster {
     pub(crate) a: Arc<Agent>,
     pub(crate) b: Arc<Agent>,
     pub(crate) dir: TempDir,
+    /// Data and admin addresses of real servers.
+    pub(crate) real: Vec<(SocketAddr, SocketAddr)>,
 }
 
 impl Cluster {
@@ -60,7 +63,7 @@ impl Cluster {
             machine.run = "running";
             machine.phase = "none";
         });
-        Self { storages, a, b, dir: tempfile::tempdir().expect("temp dir") }
+        Self { storages, a, b, dir: tempfile::tempdir().expect("temp dir"), real: Vec::new() }
     }
 
     /// Starts a coordinator with a journal of this name.
@@ -83,6 +86,9 @@ impl Cluster {
                 "[[host]]\nname = \"{}\"\nagent = \"http://{}\"\nmigration_uri = \"tcp:127.0.0.1:1\"\n",
                 agent.host, agent.address
             );
+        }
+        for (data, admin) in &self.real {
+            config += &format!("[[storage]]\ndata = \"{data}\"\nadmin = \"http://{admin}\"\n");
         }
         for storage in &self.storages {
             let address = storage.address;

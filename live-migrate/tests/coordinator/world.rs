@@ -327,6 +327,8 @@ pub(crate) struct Machine {
     pub(crate) phase: &'static str,
     /// Overrides what the backend would say.
     pub(crate) standing: Option<&'static str>,
+    /// Overrides all that it would say of the handoff.
+    pub(crate) handoff: Option<Value>,
     /// An incoming migration that never starts to run.
     pub(crate) stuck: bool,
 }
@@ -393,6 +395,9 @@ impl Agent {
     }
 
     fn handoff(&self, vm: &str, machine: &Machine) -> Value {
+        if let Some(handoff) = &machine.handoff {
+            return handoff.clone();
+        }
         let volumes = self.volumes(&machine.definition);
         let me = format!("{}/{vm}", self.host);
         let records: Vec<AccessRecord> = volumes.iter().map(|(s, n)| s.record(n)).collect();

@@ -35,21 +35,25 @@
 //!
 //! | module | noun |
 //! |---|---|
-//! | [`step`] | inputs, refusals, and what each does in each phase |
+//! | [`words`] | inputs, refusals, steps |
+//! | [`step`] | what each input does in each phase |
 //! | [`codec`] | the stored bytes |
 
 mod codec;
+#[cfg(test)]
+mod matrix;
 mod step;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use serde::Serialize;
 
-use crate::handoff::{Decided, Handoff, Mode, Proof, Side, Try};
+use crate::handoff::{Decided, Handoff, Key, Mode, Proof, Side, Try};
 use crate::units::{Epoch, SessionId, VolumeId};
 
 pub use codec::{RECORD_BYTES_MAX, RecordError};
-pub use step::{By, Input, Refusal, Step, Store};
+pub use words::{By, Input, Refusal, Step, Store};
 
 /// Where the record stands. Numbers are for ever.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -232,6 +236,9 @@ impl AccessRecord {
             (_, Some(decided)) => (&decided.key, decided.grant),
             _ => return None,
         };
+        if *key == Key::default() {
+            return None;
+        }
         let session = self.owner.as_ref()?.session;
         Some(Proof::new(key, attempt, winner, grant, session))
     }

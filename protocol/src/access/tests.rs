@@ -1,4 +1,5 @@
 use super::*;
+use crate::handoff::{HandoffId, Members, Plan};
 use proptest::prelude::*;
 
 const A: &str = "host-a/vm1";
@@ -139,6 +140,140 @@ fn golden_record_format_1() {
     // Written by servers before handoffs existed; read for ever.
     assert_eq!(AccessRecord::decode(&golden), Ok(record.clone()));
     assert_eq!(AccessRecord::decode(&record.encode()), Ok(record));
+}
+
+/// Changing these bytes changes the disk and the wire: it needs a new format
+/// number.
+#[test]
+fn golden_record_format_2() {
+    let plan = Plan {
+        attempt: Try { id: HandoffId(0x0a0b), attempt: 3 },
+        vm: "vm".to_owned(),
+        from: "h".to_owned(),
+        to: "t".to_owned(),
+        anchor: VolumeId(0x11),
+        members: Members { count: 2, hash: 0x12 },
+        mode: Mode::Fast,
+        key: Key([0xee; 32]),
+    };
+    let record = AccessRecord {
+        version: 3,
+        epoch: Epoch(4),
+        next_epoch: Epoch(8),
+        phase: Phase::Frozen,
+        owner: Some(Owner { name: "h".to_owned(), session: SessionId(5) }),
+        barred: Some("bb".to_owned()),
+        coordinator_term: 6,
+        handoff: Some(Handoff {
+            plan,
+            e_to: Epoch(0x21),
+            e_back: Epoch(0x22),
+            generation: 0x23,
+            grant: 0x24,
+            sealed: true,
+            seal_seen: false,
+            abdicated: true,
+            wanted_back: false,
+        }),
+        decided: Some(Decided {
+            attempt: Try { id: HandoffId(0x0c), attempt: 1 },
+            winner: Side::Destination,
+            grant: 0x31,
+            anchor: true,
+            key: Key([0xdd; 32]),
+        }),
+        ..AccessRecord::new(VolumeId(0x0102))
+    };
+    let numbers = |numbers: &[u64]| -> Vec<u8> {
+        numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
+    };
+    let mut golden = vec![2, 6, 0b1111, 0, 0, 0, 0, 0];
+    golden.extend(numbers(&[0x0102, 3, 4, 8, 6]));
+    golden.extend(numbers(&[5]));
+    golden.extend_from_slice(b"\x01\x00h\x02\x00bb");
+    // The handoff: id, attempt, mode, flags sealed and abdicated, members.
+    golden.extend_from_slice(&0x0a0b_u128.to_le_bytes());
+    golden.extend_from_slice(&[3, 0, 0, 0, 1, 0b0101, 2, 0]);
+    golden.extend(numbers(&[0x12, 0x11, 0x21, 0x22, 0x23, 0x24]));
+    golden.extend_from_slice(&[0xee; 32]);
+    golden.extend_from_slice(b"\x01\x00h\x01\x00t\x02\x00vm");
+    // How the last one ended: id, attempt, winner, at the anchor, grant, key.
+    golden.extend_from_slice(&0x0c_u128.to_le_bytes());
+    golden.extend_from_slice(&[1, 0, 0, 0, 1, 1, 0, 0]);
+    golden.extend(numbers(&[0x31]));
+    golden.extend_from_slice(&[0xdd; 32]);
+    assert_eq!(record.encode(), golden);
+    assert_eq!(AccessRecord::decode(&golden), Ok(record));
+    for len in 0..golden.len() {
+        assert_eq!(AccessRecord::decode(&golden[..len]), Err(RecordError), "cut at {len}");
+    }
+}
+
+/// What a restart in fast mode may have forgotten.
+#[test]
+fn what_a_restart_makes_of_each_phase() {
+    let handoff = |mode, sealed, abdicated| Handoff {
+        plan: Plan {
+            attempt: Try { id: HandoffId(1), attempt: 1 },
+            vm: "vm".to_owned(),
+            from: A.to_owned(),
+            to: B.to_owned(),
+            anchor: VolumeId(7),
+            members: Members { count: 1, hash: 1 },
+            mode,
+            key: Key([1; 32]),
+        },
+        e_to: Epoch(2),
+        e_back: Epoch(3),
+        generation: 1,
+        sealed,
+        seal_seen: true,
+        abdicated,
+        wanted_back: true,
+        grant: 0,
+    };
+    let restarted = |phase, mode, abdicated| {
+        let stored = AccessRecord {
+            phase,
+            handoff: Some(handoff(mode, false, abdicated)),
+            ..owned_by(A, 1)
+        };
+        let record = stored.after_restart();
+        let handoff = record.handoff.expect("kept");
+        assert!(!handoff.seal_seen && !handoff.wanted_back, "these are of one incarnation");
+        (record.phase, handoff.sealed)
+    };
+    for phase in [Phase::Armed, Phase::Sealed, Phase::Active, Phase::Reclaimed] {
+        assert_eq!(restarted(phase, Mode::Base, false).0, phase);
+    }
+    assert_eq!(restarted(Phase::Armed, Mode::Fast, false), (Phase::Frozen, false));
+    // The destination may have activated since.
+    assert_eq!(restarted(Phase::Sealed, Mode::Fast, false), (Phase::Frozen, true));
+    assert_eq!(restarted(Phase::Sealed, Mode::Fast, true).0, Phase::Sealed);
+    assert_eq!(restarted(Phase::Active, Mode::Fast, false).0, Phase::Active);
+    assert_eq!(restarted(Phase::Reclaimed, Mode::Fast, false).0, Phase::Reclaimed);
+}
+
+/// A grant that only changes memory must not forget who is the coordinator.
+#[test]
+fn a_newer_term_is_durable_whatever_it_asks() {
+    let attempt = Try { id: HandoffId(1), attempt: 1 };
+    let plan = Plan {
+        attempt,
+        vm: "vm".to_owned(),
+        from: A.to_owned(),
+        to: B.to_owned(),
+        anchor: VolumeId(7),
+        members: Members { count: 1, hash: 1 },
+        mode: Mode::Fast,
+        key: Key([1; 32]),
+    };
+    let armed = owned_by(A, 1).step(Input::Arm { plan: &plan, term: 1, generation: 1 });
+    let frozen = armed.expect("owned").record.after_restart();
+    let by = |term| By::Coordinator { term };
+    let step = |term| frozen.step(Input::Reclaim { attempt, by: by(term) }).expect("wanted back");
+    assert_eq!(step(1).store, Store::Never);
+    assert_eq!(step(2).store, Store::First);
 }
 
 proptest! {

@@ -73,7 +73,7 @@ pub(crate) const ALL: [(Mutant, Mode, bool); 22] = [
     (Mutant::UnfreezeNoBootId, Mode::Fast, false),
     (Mutant::UnfreezeAfterStop, Mode::Fast, false),
     (Mutant::OpenNoProof, Mode::Base, false),
-    (Mutant::OpenOldGrant, Mode::Base, false),
+    (Mutant::OpenOldGrant, Mode::Base, true),
     (Mutant::OpenArmedLater, Mode::Base, false),
     (Mutant::FenceKeepsEpoch, Mode::Base, false),
     (Mutant::FenceNotDurable, Mode::Base, false),
@@ -92,6 +92,24 @@ impl Mutant {
                 Scope { fence: true, rogue: false, ..scope }
             }
             Self::OpenNoProof => scope,
+            Self::OpenOldGrant => Scope { backend_crashes: [0, 1], coordinator: false, ..scope },
+            Self::UnfreezeNoBootId => Scope {
+                members: 1,
+                server_crashes: 2,
+                backend_crashes: [0, 0],
+                attempts: 1,
+                writes: [0, 0],
+                net_faults: 1,
+                coordinator: false,
+                orders: false,
+                armed: true,
+                slow_io: false,
+                slow_answers: false,
+                rogue: false,
+                stops: 1,
+                starts: 1,
+                ..scope
+            },
             _ => Scope { rogue: false, attempts: 1, ..scope },
         }
     }
@@ -279,8 +297,10 @@ impl Scope {
                 Some(Mutant::AbdicateAfterActivate | Mutant::AbdicateUnwitnessed),
                 role::Input::View { member: ANCHOR, record, .. },
             ) if side == D && record.phase == Phase::Frozen && role.parked().is_none() => {
+                let activated = role.granted(ANCHOR).is_some();
                 if let Some(handoff) = &record.handoff
                     && handoff.wanted_back
+                    && activated == self.is(Mutant::AbdicateAfterActivate)
                 {
                     outputs.retain(|output| {
                         !matches!(output, Output::Ask { ask: Asked::Activate, .. })
@@ -294,10 +314,5 @@ impl Scope {
             }
             _ => {}
         }
-    }
-
-    /// Whether the plan is in fast mode.
-    pub(crate) fn is_fast(&self) -> bool {
-        self.mode == Mode::Fast
     }
 }

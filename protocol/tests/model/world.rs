@@ -28,6 +28,8 @@ const FIRST_OF_D: u8 = 10;
 const OF_ROGUE: u8 = 30;
 const OF_THIRD: u8 = 40;
 const TERM: u64 = 1;
+/// In the kernel of a server that was killed: no gate knows of it.
+const OF_THE_DEAD: u64 = 0;
 
 /// What a run explores.
 #[derive(Clone, Debug)]
@@ -71,6 +73,8 @@ pub(crate) struct Scope {
     pub ghosts: bool,
     /// The orchestrator waits until the destination is ready.
     pub waits: bool,
+    /// A backend may be replaced while it only hangs, and go on later.
+    pub zombies: bool,
     pub mutant: Option<Mutant>,
 }
 
@@ -97,6 +101,7 @@ impl Scope {
             slow_answers: false,
             ghosts: false,
             waits: false,
+            zombies: false,
             mutant: None,
         }
     }
@@ -196,6 +201,9 @@ pub(crate) struct Vm {
     pub running: bool,
     issued: Vec<u8>,
     acked: Vec<u8>,
+    /// What it had issued when it stopped last: what the other side's memory
+    /// knows of.
+    at_stop: Option<Vec<u8>>,
 }
 
 /// What a backend says to a member.
@@ -279,30 +287,75 @@ pub(crate) struct Left {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Action {
     Arm,
-    Write { side: usize, member: usize },
+    Write {
+        side: usize,
+        member: usize,
+    },
     Carry(Request),
     Finish(Request),
     Ack(Request),
-    Deliver { message: Message, again: bool },
-    FinishSeal { member: usize },
-    Hear { actor: usize, member: usize },
-    LoseAnswer { actor: usize, member: usize },
-    Look { actor: usize, member: usize },
-    Stuck { actor: usize, member: usize },
-    Crash { member: usize, stored: bool },
-    CrashBackend { side: usize },
-    RestartBackend { side: usize },
+    Deliver {
+        message: Message,
+        again: bool,
+    },
+    FinishSeal {
+        member: usize,
+    },
+    Hear {
+        actor: usize,
+        member: usize,
+    },
+    LoseAnswer {
+        actor: usize,
+        member: usize,
+    },
+    Look {
+        actor: usize,
+        member: usize,
+    },
+    Stuck {
+        actor: usize,
+        member: usize,
+    },
+    Crash {
+        member: usize,
+        stored: bool,
+    },
+    CrashBackend {
+        side: usize,
+    },
+    /// A new process of a side; in standby it claims nothing.
+    RestartBackend {
+        side: usize,
+        standby: bool,
+    },
+    /// The same while the old process only hangs.
+    Replace {
+        side: usize,
+        standby: bool,
+    },
     StopSource,
     StartSource,
     StartDestination,
-    Order { side: usize, order: Order },
+    Order {
+        side: usize,
+        order: Order,
+    },
     CoordinatorReclaims,
     CoordinatorAbdicates,
     TakeProof,
-    Settle { member: usize },
-    Fence { member: usize },
-    ThirdWrites { member: usize },
-    Rogue { member: usize },
+    Settle {
+        member: usize,
+    },
+    Fence {
+        member: usize,
+    },
+    ThirdWrites {
+        member: usize,
+    },
+    Rogue {
+        member: usize,
+    },
 }
 
 impl Action {
@@ -346,6 +399,7 @@ impl World {
             running,
             issued: vec![from; scope.members],
             acked: vec![from; scope.members],
+            at_stop: None,
         };
         let mut world = Self {
             servers,
@@ -414,10 +468,6 @@ impl World {
 
     pub(crate) fn is_fenced(&self) -> bool {
         self.servers.iter().any(|server| server.fenced)
-    }
-
-    pub(crate) fn armed_all(&self, scope: &Scope) -> bool {
-        self.coordinator.armed == scope.members
     }
 
     /// What can happen next.
@@ -510,6 +560,13 @@ impl World {
             match self.live(side) {
                 Some(_) if self.left.backend_crashes[side] > 0 => {
                     out.push(Action::CrashBackend { side });
+                    // Of two living destinations one could abdicate for the other
+                    // at a frozen anchor: whoever starts the second has to know
+                    // that the first is dead.
+                    if scope.zombies && (side == S || scope.mode == Mode::Base) {
+                        out.push(Action::Replace { side, standby: false });
+                        out.push(Action::Replace { side, standby: true });
+                    }
                 }
                 // A new try needs a new destination.
                 Some(at)
@@ -518,10 +575,15 @@ impl World {
                         && self.coordinator.attempt > 1
                         && self.actors.len() < 4 =>
                 {
-                    out.push(Action::RestartBackend { side });
+                    out.push(Action::RestartBackend { side, standby: false });
                 }
                 Some(_) => {}
-                None => out.push(Action::RestartBackend { side }),
+                None => {
+                    out.push(Action::RestartBackend { side, standby: false });
+                    if self.servers.iter().any(|server| server.record.handoff.is_some()) {
+                        out.push(Action::RestartBackend { side, standby: true });
+                    }
+                }
             }
         }
         if self.left.rogue > 0 {
@@ -615,6 +677,9 @@ impl World {
             Action::Ack(request) => {
                 self.requests.remove(&request);
                 let actor = &self.actors[request.actor];
+                if self.live(actor.side) != Some(request.actor) {
+                    return Some(());
+                }
                 let acked = &mut self.vms[actor.side].acked[request.member];
                 if actor.alive && actor.role.parked().is_none() && *acked < request.value {
                     *acked = request.value;
@@ -665,10 +730,20 @@ impl World {
                 self.left.backend_crashes[side] -= 1;
                 self.kill(at);
             }
-            Action::RestartBackend { side } => self.restart(scope, side)?,
+            Action::RestartBackend { side, standby } => {
+                if let Some(parked) = self.live(side) {
+                    self.kill(parked);
+                }
+                self.restart(scope, side, standby)?;
+            }
+            Action::Replace { side, standby } => {
+                self.left.backend_crashes[side] -= 1;
+                self.restart(scope, side, standby)?;
+            }
             Action::StopSource => {
                 self.left.stops -= 1;
                 self.vms[S].running = false;
+                self.vms[S].at_stop = Some(self.vms[S].issued.clone());
                 if let Some(at) = self.live(S) {
                     for member in 0..scope.members {
                         let stopped = role::Input::Stopped { member, migrating: true };
@@ -763,7 +838,8 @@ impl World {
     }
 
     fn is_inside(&self, member: usize) -> bool {
-        self.requests.iter().any(|r| r.member == member && r.stage == Stage::Inside)
+        let inside = |r: &Request| r.member == member && r.stage == Stage::Inside;
+        self.requests.iter().any(|r| inside(r) && r.boot != OF_THE_DEAD)
     }
 
     /// A record judges an input, and the server does what the step says. `None`
@@ -871,15 +947,14 @@ impl World {
     }
 
     fn apply(&mut self, request: Request) {
-        let winner = self.winners.get(&Try { id: HandoffId(1), attempt: 1 }).copied();
         let d = self.actors[request.actor].side == D;
+        let other_won = self.winners.values().all(|winner| *winner == Side::Source);
         if request.value == OF_ROGUE {
-            if winner != Some(Side::Destination) {
+            if other_won {
                 self.broken = Some(Broken::StandbyWrote);
             }
             return;
         }
-        let other_won = self.winners.values().all(|winner| *winner == Side::Source);
         if d && other_won {
             self.broken = Some(Broken::StandbyWrote);
         }
@@ -1060,7 +1135,9 @@ impl World {
         self.actor(at).opens[member] = open;
         if side == D {
             let undone = |(server, issued): (&Arc<Server>, &u8)| server.cell < *issued;
-            if self.servers.iter().zip(&self.vms[S].issued).any(undone) {
+            let source = &self.vms[S];
+            let taken = source.at_stop.as_ref().unwrap_or(&source.issued);
+            if self.servers.iter().zip(taken).any(undone) {
                 self.broken = Some(Broken::Undone);
             }
         }
@@ -1088,17 +1165,19 @@ impl World {
         self.left.server_crashes -= 1;
         let actors = self.actors.clone();
         let vms = self.vms.clone();
+        let live = [self.live(S), self.live(D)];
         let (here, mut kept): (BTreeSet<Request>, BTreeSet<Request>) =
             self.requests.iter().partition(|request| request.member == member);
         for request in here {
             let actor = &actors[request.actor];
             // What waits in the network and answers die with the connections;
             // what its sender still wants done is sent again.
+            let zombie = Some(request.actor) != live[actor.side];
             let again = actor.alive
-                && request.value > vms[actor.side].acked[member]
+                && (zombie || request.value > vms[actor.side].acked[member])
                 && actor.role.granted(member) == Some(request.epoch);
             if request.stage == Stage::Inside && scope.is(Mutant::KernelIoOutlivesServer) {
-                kept.insert(request);
+                kept.insert(Request { boot: OF_THE_DEAD, ..request });
             }
             if again {
                 kept.insert(Request { stage: Stage::Sent, ..request });
@@ -1130,14 +1209,15 @@ impl World {
         self.requests.retain(|r| r.actor != at || r.stage != Stage::Done);
     }
 
-    /// A new process of a side: it claims what it can.
-    fn restart(&mut self, scope: &Scope, side: usize) -> Option<()> {
-        if let Some(parked) = self.live(side) {
-            self.kill(parked);
-        }
+    /// A new process of a side: it claims what it can, or nothing.
+    fn restart(&mut self, scope: &Scope, side: usize, standby: bool) -> Option<()> {
         if !scope.ghosts {
             let actors = &self.actors;
-            self.net.retain(|message| actors[message.actor].side != side);
+            self.net.retain(|message| {
+                let destination = |proof: Proof| proof.side == Side::Destination;
+                let open = matches!(message.body, Body::Open(proof) if destination(proof));
+                actors[message.actor].side != side || open
+            });
             self.requests
                 .retain(|request| actors[request.actor].side != side || request.open.is_none());
         }
@@ -1146,6 +1226,9 @@ impl World {
         self.actors.push(Arc::new(actor));
         for member in 0..scope.members {
             let claim = Input::Claim { name: NAMES[side], session: session(at) };
+            if standby {
+                continue;
+            }
             if self.judge(scope, member, claim)?.is_ok() {
                 let epoch = self.servers[member].record.epoch;
                 self.tell(scope, at, role::Input::Claimed { member, epoch });

@@ -177,7 +177,8 @@ impl Backend {
 
     fn look_at_drain(&mut self, vm: &mut Vm, at: usize) {
         let member = &self.members[at];
-        if member.stopping && member.queues.iter().all(|queue| queue.pending.is_empty()) {
+        let stopping = member.stopping && !vm.running;
+        if stopping && member.queues.iter().all(|queue| queue.pending.is_empty()) {
             vm.drained[at] = true;
         }
     }

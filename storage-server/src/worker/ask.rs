@@ -98,8 +98,9 @@ enum Kind {
     Release,
     Seal,
     Activate,
-    /// HANDOFF of any other kind.
-    Other,
+    Reclaim,
+    Abdicate,
+    Unfreeze,
     /// The epoch granted, and the seat of a connection that had none.
     Open(Option<(Epoch, Option<Lease>)>),
 }
@@ -110,7 +111,11 @@ impl Asked {
         match self.kind {
             Kind::Seal => "seal.answered",
             Kind::Activate => "activate.answered",
-            _ => "other.answered",
+            Kind::Reclaim => "reclaim.answered",
+            Kind::Abdicate => "abdicate.answered",
+            Kind::Unfreeze => "unfreeze.answered",
+            Kind::Open(_) => "open.answered",
+            Kind::Release => "release.answered",
         }
     }
 }
@@ -174,10 +179,10 @@ impl Context {
                 return Ok(());
             }
             Ask::Activate => (Kind::Activate, Request::Activate { attempt, name: name(), session }),
-            Ask::Reclaim => (Kind::Other, Request::Reclaim { attempt, by: by() }),
-            Ask::Abdicate => (Kind::Other, Request::Abdicate { attempt, by: by() }),
+            Ask::Reclaim => (Kind::Reclaim, Request::Reclaim { attempt, by: by() }),
+            Ask::Abdicate => (Kind::Abdicate, Request::Abdicate { attempt, by: by() }),
             Ask::Unfreeze { boot_id } => {
-                (Kind::Other, Request::Unfreeze { attempt, session, boot_id })
+                (Kind::Unfreeze, Request::Unfreeze { attempt, session, boot_id })
             }
         };
         let side = match request {
@@ -340,7 +345,9 @@ impl Conn {
                 }
                 self.returned(metrics);
             }
-            Kind::Release | Kind::Activate | Kind::Other => self.returned(metrics),
+            Kind::Release | Kind::Activate | Kind::Reclaim | Kind::Abdicate | Kind::Unfreeze => {
+                self.returned(metrics)
+            }
         }
         metrics.answered(opcode, status);
         let header = ReplyHeader {

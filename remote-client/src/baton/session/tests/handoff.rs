@@ -6,7 +6,7 @@ use baton_protocol::handoff::role::Asked;
 use baton_protocol::handoff::{
     Ask, Count, HandoffId, Key, Members, Mode, Open, Outcome, Plan, Proof, Side, Try,
 };
-use baton_protocol::{AccessMode, Epoch, QueueId, SessionId, Status, VolumeId};
+use baton_protocol::{AccessMode, Epoch, Event, EventKind, QueueId, SessionId, Status, VolumeId};
 
 use super::super::*;
 use super::{Memory, Pair, Server, identity, pattern};
@@ -254,6 +254,8 @@ fn an_answer_lost_behind_a_seal_is_stuck_and_flows_after_the_reclaim() {
         p.drive();
         p.advance(Duration::from_secs(1));
     }
+    p.drive();
+    assert!(matches!(p.session.state(), State::Backoff { .. }), "it pauses");
     assert!(is_stuck(&p), "{:?}", p.notices);
     assert!(!matches!(p.session.state(), State::Fenced | State::Lost));
     assert_eq!(p.session.in_flight(), 1);
@@ -286,6 +288,7 @@ fn a_reclaim_keeps_the_connection_even_in_the_middle_of_a_request() {
     }
     let hellos = p.server.hellos.len();
     p.session.hold();
+    p.session.rest();
     seal_by_hand(&mut p.server, ME);
     change(
         &mut p,
@@ -297,6 +300,40 @@ fn a_reclaim_keeps_the_connection_even_in_the_middle_of_a_request() {
     p.drive();
     assert_eq!(p.finish(1).0, Ok(()));
     assert_eq!(p.server.hellos.len(), hellos, "on the same connection");
+}
+
+#[test]
+fn no_request_ever_carries_an_epoch_that_nobody_had() {
+    // 0xff and 0x101 differ in two bytes: half of each would be a third one.
+    for cut in 1..64 {
+        let mut server = Server::new(8192);
+        let record = AccessRecord { next_epoch: Epoch(0xff), ..AccessRecord::new(VolumeId(0xabc)) };
+        server.record = Some(record);
+        server.step(Input::Claim { name: "host/vm", session: ME }).expect("free");
+        let plan = plan("host/vm", "other/vm", VolumeId(0xabc), Mode::Base);
+        server.step(Input::Arm { plan: &plan, term: 1, generation: 1 }).expect("owned");
+        let mut p = pair(server, AccessMode::Owner, false);
+        p.write(1, 0, &pattern(512, 1));
+        p.send(cut);
+        seal_by_hand(&mut p.server, ME);
+        let by = By::Backend { name: "host/vm", session: ME };
+        change(&mut p, Input::Reclaim { attempt: TRY, by });
+        let epoch = epoch(&p);
+        p.session.go(p.now, epoch, None);
+        p.settle();
+        assert_eq!(p.finish(1).0, Ok(()));
+        let had = |epoch: &u64| [0xff, 0x101].contains(epoch);
+        assert!(p.server.epochs.iter().all(had), "{cut}: {:x?}", p.server.epochs);
+    }
+}
+
+#[test]
+fn a_new_epoch_told_by_an_event_is_no_end() {
+    let mut p = pair(source(Mode::Base), AccessMode::Owner, true);
+    let event = Event { id: 1, kind: EventKind::EpochChanged, value: 99 };
+    p.server.tell_event(&mut p.connection, event);
+    p.drive();
+    assert!(p.session.is_ready(), "{:?}", p.session);
 }
 
 /// A destination's queue in standby, with a request, and the decision.

@@ -51,6 +51,8 @@ pub(crate) struct Server {
     pub(crate) asked: Vec<HandoffRequest>,
     /// Highest seq that arrived, by queue.
     pub(super) highest: BTreeMap<u16, u64>,
+    /// Epochs that requests carried.
+    pub(crate) epochs: BTreeSet<u64>,
     /// OPENs that arrived.
     pub(crate) opened: usize,
 }
@@ -119,6 +121,7 @@ impl Server {
             record: None,
             boot_id: 1,
             asked: Vec::new(),
+            epochs: BTreeSet::new(),
             highest: BTreeMap::new(),
             opened: 0,
         }
@@ -155,6 +158,7 @@ impl Server {
         self.requests += 1;
         assert_ne!(h.opcode, Opcode::Hello, "one HELLO per connection");
         assert_eq!(h.queue, queue);
+        self.epochs.insert(h.epoch.0);
         let highest = self.highest.entry(queue.0).or_default();
         *highest = h.seq.0.max(*highest);
         if self.record.is_some() {

@@ -1,0 +1,166 @@
+//! `baton-bench-handoff`: what a handoff costs (`make bench-handoff`).
+
+use anyhow::{Context, Result, bail};
+use baton_integration::bench::cpu::hold_cpus_awake;
+use baton_integration::bench::handoff::{
+    Figures, Many, Messages, Moves, Syncs, many, messages, moves, syncs,
+};
+use baton_integration::workspace::TestDir;
+use clap::Parser;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const BEGIN: &str = "<!-- bench-handoff: begin -->";
+const END: &str = "<!-- bench-handoff: end -->";
+
+/// Measures handoffs in fast mode between two backends and storage servers on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "baton-bench-handoff")]
+struct Cli {
+    /// Moves of one volume
+    #[arg(long, default_value_t = 100)]
+    runs: usize,
+    /// Moves of 64 volumes on 8 servers
+    #[arg(long, default_value_t = 30)]
+    wide_runs: usize,
+    /// Handoffs at the same time
+    #[arg(long, default_value_t = 1000)]
+    many: usize,
+    /// Replace the section between the markers in this file
+    #[arg(long)]
+    write: Option<PathBuf>,
+    /// Commit to name in the section
+    #[arg(long, default_value = "unknown")]
+    commit: String,
+}
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    if cli.runs == 0 || cli.wide_runs == 0 || cli.many == 0 {
+        bail!("nothing to measure: --runs, --wide-runs and --many must be at least 1");
+    }
+    let awake = hold_cpus_awake();
+    let on = |what: &str| -> Result<TestDir> {
+        eprintln!("bench-handoff: {what}");
+        TestDir::new("bench-handoff")
+    };
+    let small = moves(on("one volume")?.path(), 1, 1, cli.runs)?;
+    let wide = moves(on("64 volumes on 8 servers")?.path(), 8, 64, cli.wide_runs)?;
+    let messages = messages(on("messages")?.path(), cli.runs)?;
+    let syncs = syncs(on("calls to the disk")?.path(), 5)?;
+    let many_at_once = many(on("many at once")?.path(), cli.many)?;
+    let result = Outcome { small, wide, messages, syncs, many: (cli.many, many_at_once) };
+    let text = section(&result, &cli.commit, awake.is_some());
+    println!("{text}");
+    match &cli.write {
+        Some(file) => replace(file, &text),
+        None => Ok(()),
+    }
+}
+
+struct Outcome {
+    small: Moves,
+    wide: Moves,
+    messages: Messages,
+    syncs: Option<Syncs>,
+    many: (usize, Many),
+}
+
+fn section(result: &Outcome, commit: &str, awake: bool) -> String {
+    let Outcome { small, wide, messages, syncs, many: (count, many) } = result;
+    let rtt = messages.rtt.quantile(0.5);
+    let mut text = String::new();
+    let awake = if awake { "kept from halting" } else { "free to halt" };
+    let _ = writeln!(text, "{}, idle CPUs {awake}, commit {commit}:\n", machine());
+    let _ = writeln!(text, "| what | runs | p50 | p99 | target |\n|---|---|---|---|---|");
+    let mut row = |what: &str, figures: &Figures, target: &str| {
+        let (p50, p99) = (figures.quantile(0.5), figures.quantile(0.99));
+        let _ =
+            writeln!(text, "| {what} | {} | {} | {} | {target} |", figures.len(), ms(p50), ms(p99));
+    };
+    row("one volume: added gap (move less pause, run by run)", &small.added, "p50 1 ms, p99 5 ms");
+    row("- gap of a move", &small.moved, "");
+    row("- gap of a pause on one backend", &small.base, "");
+    row("- drain: ring stop to the end of what was under way", &small.drain, "shown apart");
+    row("- SEAL to SEALED", &small.seal, "1 round trip + longest in flight");
+    row("- ACTIVATE to its answer", &small.activate, "1 round trip");
+    row("64 volumes on 8 servers: added gap", &wide.added, "p99 10 ms");
+    row("- gap of a move", &wide.moved, "");
+    row("- gap of a pause on one backend", &wide.base, "");
+    row("- drain", &wide.drain, "shown apart");
+    row("- SEAL to all SEALED", &wide.seal, "1 round trip + longest in flight");
+    row("- ACTIVATE to its answer", &wide.activate, "1 round trip");
+    row("forced FENCE, over HTTP", &messages.fence, "10 ms + drain");
+    row("RECLAIM after a seal", &messages.reclaim, "2 round trips + 1 fsync");
+    row("for comparison: round trip (PING)", &messages.rtt, "");
+    row("for comparison: 4 KiB overwrite + fdatasync", &messages.sync, "");
+    let ratio = |figures: &Figures| figures.quantile(0.5) / rtt;
+    let _ = writeln!(
+        text,
+        "\nIn round trips of PING (median {}), medians: SEAL {:.1}, ACTIVATE {:.1}; with 64 volumes {:.1} and {:.1}.",
+        ms(rtt),
+        ratio(&small.seal),
+        ratio(&small.activate),
+        ratio(&wide.seal),
+        ratio(&wide.activate)
+    );
+    let _ = writeln!(
+        text,
+        "{count} handoffs at once on one server: first SEAL to last ACTIVATED {:.0} ms (target 1 s); ARM of all {:.0} ms before, SETTLE of all {:.0} ms after.",
+        many.blackout_s * 1e3,
+        many.arm_s * 1e3,
+        many.settle_s * 1e3
+    );
+    let _ = match syncs {
+        None => writeln!(text, "Calls to the disk were not traced: there is no strace here."),
+        Some(syncs) => writeln!(
+            text,
+            "fsync, fdatasync, sync_file_range and msync of the storage server in five traced moves: {} from the stop to the answer of ACTIVATE, {} from there to the guest's first answer, {} later. The decision is stored behind its answer; nobody waits for that.",
+            syncs.before_decision, syncs.before_first_io, syncs.later
+        ),
+    };
+    let _ = writeln!(
+        text,
+        "Moves that others disturbed (more than 8 % of the CPUs): {} of {} and {} of {}; they are in the table.",
+        small.noisy,
+        small.moved.len(),
+        wide.noisy,
+        wide.moved.len()
+    );
+    text
+}
+
+fn ms(us: f64) -> String {
+    format!("{:.2} ms", us / 1e3)
+}
+
+/// The machine, as /proc tells.
+fn machine() -> String {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let cpu = read("/proc/cpuinfo");
+    let field = |name: &str| {
+        let line = cpu.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split_once(": ")).map_or("unknown", |(_, value)| value).to_owned()
+    };
+    let cpus = cpu.lines().filter(|line| line.starts_with("processor")).count();
+    let kernel = read("/proc/sys/kernel/osrelease");
+    let load = read("/proc/loadavg");
+    let load = load.split(' ').next().unwrap_or("unknown");
+    format!(
+        "{cpus} CPUs ({}), Linux {}, load average {load} at the end",
+        field("model name"),
+        kernel.trim()
+    )
+}
+
+/// Puts `text` between the markers.
+fn replace(file: &Path, text: &str) -> Result<()> {
+    let whole = fs::read_to_string(file).with_context(|| format!("cannot read {file:?}"))?;
+    let Some((before, rest)) = whole.split_once(BEGIN) else {
+        bail!("{} has no line `{BEGIN}`", file.display());
+    };
+    let (_, after) = rest.split_once(END).context("the end marker is missing")?;
+    fs::write(file, format!("{before}{BEGIN}\n{text}{END}{after}"))?;
+    Ok(())
+}

@@ -1,0 +1,123 @@
+//! `baton-faults` (`make faults`): the fault matrix. See `faults`.
+//!
+//! Exit status 0 when every case kept every promise and every point was passed.
+
+use anyhow::{Context, Result};
+use baton_integration::faults::case::{Case, POINTS, all, shuffled};
+use baton_integration::faults::report::{Report, Row};
+use baton_integration::faults::run::{Times, run};
+use baton_integration::workspace::{TestDir, target_dir};
+use clap::Parser;
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Kills and freezes every process of a migration at every message boundary.
+#[derive(Parser)]
+struct Args {
+    /// Only cases whose name contains all of these.
+    #[arg(long)]
+    filter: Vec<String>,
+    /// Only the first so many cases, which are spread over points, victims and faults.
+    #[arg(long)]
+    cases: Option<usize>,
+    /// Begins no case after so many seconds.
+    #[arg(long)]
+    seconds: Option<u64>,
+    /// Order of the cases; a new one by default.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Skips so many cases of that order: to go on with an earlier run.
+    #[arg(long, default_value_t = 0)]
+    skip: usize,
+    /// How long a frozen process stays so, milliseconds.
+    #[arg(long, default_value_t = 1500)]
+    freeze_ms: u64,
+    /// Prints the cases and runs none.
+    #[arg(long)]
+    list: bool,
+}
+
+fn main() -> ExitCode {
+    match play(&Args::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("faults: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn play(args: &Args) -> Result<bool> {
+    let seed = args.seed.map_or_else(new_seed, Ok)?;
+    let cases: Vec<Case> = shuffled(all(), seed)
+        .into_iter()
+        .filter(|case| {
+            let name = case.to_string();
+            args.filter.iter().all(|part| name.contains(part.as_str()))
+        })
+        .skip(args.skip)
+        .take(args.cases.unwrap_or(usize::MAX))
+        .collect();
+    if args.list {
+        for case in &cases {
+            say(&case.to_string());
+        }
+        return Ok(true);
+    }
+    say(&format!("faults: {} cases, seed {seed}", cases.len()));
+    let times =
+        Times { freeze: Duration::from_millis(args.freeze_ms), dead: Duration::from_millis(300) };
+    let began = Instant::now();
+    let mut report = Report { seed, ..Report::default() };
+    for (number, &case) in (args.skip + 1..).zip(&cases) {
+        if args.seconds.is_some_and(|most| began.elapsed().as_secs() >= most) {
+            say(&format!(
+                "faults: the time is over; go on with --seed {seed} --skip {}",
+                number - 1
+            ));
+            break;
+        }
+        let row = one(case, times, &mut report)?;
+        say(&format!("{number:5} {}", row.line()));
+        report.rows.push(row);
+    }
+    let folder = target_dir()?;
+    report.write(&folder)?;
+    let points: Vec<&str> = POINTS
+        .iter()
+        .filter(|point| cases.iter().any(|case| case.point == point.name))
+        .map(|point| point.name)
+        .collect();
+    let complaints = report.complaints(&points);
+    for complaint in &complaints {
+        say(&format!("faults: {complaint}"));
+    }
+    let good = report.rows.iter().filter(|row| row.outcome.is_some()).count();
+    say(&format!("faults: the table is in {}/report.txt", folder.display()));
+    say(&format!("{good} passed, {} failed", complaints.len()));
+    Ok(complaints.is_empty() && good > 0)
+}
+
+fn one(case: Case, times: Times, report: &mut Report) -> Result<Row> {
+    let dir = TestDir::in_memory("faults")?;
+    let hits = dir.join("hits");
+    let began = Instant::now();
+    let result = run(case, times, dir.path(), &hits);
+    report.count_hits(&hits);
+    if result.is_err() {
+        dir.keep();
+    }
+    Ok(Row::new(case, result, began.elapsed()))
+}
+
+fn new_seed() -> Result<u64> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?;
+    Ok(u64::from(now.subsec_nanos()) ^ now.as_secs())
+}
+
+fn say(text: &str) {
+    // Nobody reads: the outcome is in the exit status.
+    let _ = writeln!(std::io::stdout(), "{text}");
+}

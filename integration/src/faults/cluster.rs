@@ -1,0 +1,201 @@
+//! `baton-coordinator` and an agent on each of two hosts, and what an orchestrator says to them.
+//!
+//! Backends are the agents': they start them, watch them, and start them again. A backend outlives its agent, so what
+//! is left of it is killed when this is dropped.
+
+use super::injector::Who;
+use crate::baton::{Environment, READY_TIMEOUT};
+use crate::daemon::Daemon;
+use crate::handoff::{Fleet, ask};
+use crate::workspace::program;
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use std::fmt::Write as _;
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+/// The VM.
+pub const VM: &str = "vm";
+/// For a control socket.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(2);
+/// For an answer over HTTP; longer than what is waited for over there.
+const HTTP_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// A daemon that is started again with what it was started with.
+#[derive(Debug)]
+pub struct Kept {
+    /// Its process.
+    pub daemon: Daemon,
+    dir: PathBuf,
+    name: &'static str,
+    label: String,
+    config: PathBuf,
+    address: SocketAddr,
+}
+
+impl Kept {
+    fn start(
+        dir: &Path,
+        name: &'static str,
+        label: &str,
+        config: &str,
+        address: SocketAddr,
+        env: &Environment,
+    ) -> Result<Self> {
+        let path = dir.join(format!("{label}.toml"));
+        fs::write(&path, config)?;
+        let daemon = launch(dir, name, label, &path, env)?;
+        let (dir, label) = (dir.to_owned(), label.to_owned());
+        Ok(Self { daemon, dir, name, label, config: path, address })
+    }
+
+    /// Starts it again.
+    pub fn restart(&mut self, env: &Environment) -> Result<()> {
+        self.daemon = launch(&self.dir, self.name, &self.label, &self.config, env)?;
+        Ok(())
+    }
+
+    /// Asks something; an answer that is no success is an error with its text.
+    pub fn call(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
+        let config = ureq::Agent::config_builder().timeout_global(Some(HTTP_TIMEOUT));
+        let agent: ureq::Agent = config.http_status_as_error(false).build().into();
+        let url = format!("http://{}{path}", self.address);
+        let mut response = match (method, body) {
+            ("GET", _) => agent.get(&url).call()?,
+            ("PUT", Some(body)) => agent.put(&url).send_json(body)?,
+            ("POST", _) => agent.post(&url).send_json(body.unwrap_or(&json!({})))?,
+            _ => bail!("nothing is asked with {method} here"),
+        };
+        let text = response.body_mut().read_to_string()?;
+        if !response.status().is_success() {
+            bail!("{method} {path}: {} {text}", response.status());
+        }
+        Ok(serde_json::from_str(&text).unwrap_or(Value::Null))
+    }
+}
+
+fn launch(dir: &Path, name: &str, label: &str, config: &Path, env: &Environment) -> Result<Daemon> {
+    let mut command = Command::new(program(name)?);
+    command.arg("--config").arg(config).envs(env.iter().map(|(name, value)| (name, value)));
+    let mut daemon = Daemon::start_command(dir, label, command)?;
+    daemon.wait_line("listening api=", READY_TIMEOUT)?;
+    Ok(daemon)
+}
+
+/// A host with its agent.
+#[derive(Debug)]
+pub struct AgentHost {
+    /// The agent.
+    pub agent: Kept,
+    dir: PathBuf,
+    disks: Vec<String>,
+}
+
+impl AgentHost {
+    /// Starts the agent of host `name`. Its backends get its environment.
+    pub fn start(
+        dir: &Path,
+        name: &str,
+        fleet: &Fleet,
+        defined: bool,
+        env: &Environment,
+    ) -> Result<Self> {
+        let at = dir.join(name);
+        fs::create_dir_all(&at)?;
+        let address = free_port()?;
+        let mut config = format!(
+            "host = \"{name}\"\n[listen]\naddress = \"{address}\"\n[paths]\nstate_dir = \"{0}/state\"\nrun_dir = \"{0}\"\n\
+             [backend]\nmanager = \"child\"\nprogram = \"{1}\"\n",
+            at.display(),
+            program("baton-backend")?.display(),
+        );
+        if defined {
+            writeln!(config, "[[vm]]\nname = \"{VM}\"")?;
+            for (n, member) in fleet.members.iter().enumerate() {
+                let (name, uri) = (&member.volume, fleet.uri(n));
+                writeln!(
+                    config,
+                    "[[vm.disk]]\nname = \"{name}\"\nvolume = \"{uri}\"\nnum_queues = 1"
+                )?;
+            }
+        }
+        let agent = Kept::start(dir, "baton-agent", name, &config, address, env)?;
+        let disks = fleet.members.iter().map(|member| member.volume.clone()).collect();
+        Ok(Self { agent, dir: at, disks })
+    }
+
+    /// Has the agent start the VM's backend as the owner.
+    pub fn own(&self) -> Result<()> {
+        let path = format!("/v1/vms/{VM}/backend");
+        self.agent.call("PUT", &path, Some(&json!({ "role": "owner" }))).map(drop)
+    }
+
+    /// Where a VMM connects, by disk.
+    #[must_use]
+    pub fn sockets(&self) -> Vec<PathBuf> {
+        let socket = |disk: &String| self.dir.join(VM).join(format!("{disk}.sock"));
+        self.disks.iter().map(socket).collect()
+    }
+
+    /// What the backend says of itself.
+    pub fn status(&self) -> Result<Value> {
+        ask(&self.dir.join(VM).join("control.sock"), &json!({ "cmd": "status" }), CONTROL_TIMEOUT)
+    }
+
+    /// "serving", "parked", ...
+    pub fn standing(&self) -> Result<String> {
+        let status = self.status()?;
+        Ok(status["handoff"]["standing"].as_str().context("a status has a standing")?.to_owned())
+    }
+
+    /// Where the process id of the backend is found.
+    #[must_use]
+    pub fn backend(&self) -> Who {
+        Who::Noted(self.dir.join("state").join(format!("{VM}.backend.json")))
+    }
+}
+
+impl Drop for AgentHost {
+    fn drop(&mut self) {
+        // First the agent, which would start it again.
+        let _ = self.agent.daemon.kill();
+        let left = self.backend().pid().and_then(|pid| i32::try_from(pid).ok());
+        if let Some(pid) = left {
+            // Gone already, or killed by this.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// Starts the coordinator of these hosts and servers.
+pub fn coordinator(
+    dir: &Path,
+    fleet: &Fleet,
+    hosts: [(&str, &AgentHost); 2],
+    env: &Environment,
+) -> Result<Kept> {
+    let address = free_port()?;
+    let mut config = format!(
+        "listen = \"{address}\"\njournal = \"{}\"\ncall_timeout_ms = 1000\n",
+        dir.join("journal.redb").display()
+    );
+    for (name, host) in hosts {
+        writeln!(config, "[[host]]\nname = \"{name}\"\nagent = \"http://{}\"", host.agent.address)?;
+    }
+    for server in &fleet.servers {
+        let (data, admin) = (server.data_address(), server.admin_address());
+        writeln!(config, "[[storage]]\ndata = \"{data}\"\nadmin = \"http://{admin}\"")?;
+    }
+    Kept::start(dir, "baton-coordinator", "coordinator", &config, address, env)
+}
+
+/// A port that was free a moment ago, and stays the daemon's over its restarts.
+fn free_port() -> Result<SocketAddr> {
+    let listener = TcpListener::bind("127.0.0.1:0").context("no port is free")?;
+    Ok(listener.local_addr()?)
+}

@@ -1,0 +1,147 @@
+//! The table of a run: each case and what came of it, which points were passed, and whether that is enough.
+
+use super::case::{Case, POINTS};
+use super::run::Outcome;
+use anyhow::Result;
+use serde::Serialize;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+/// One line of the table.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// Which.
+    pub case: Case,
+    /// Text form, for `--filter`.
+    pub name: String,
+    /// What came of it; `None` when a promise was broken.
+    pub outcome: Option<Outcome>,
+    /// Which promise.
+    pub failure: Option<String>,
+    /// How long it took.
+    pub took_ms: u128,
+}
+
+impl Row {
+    /// Of a finished case.
+    #[must_use]
+    pub fn new(case: Case, result: Result<Outcome>, took: Duration) -> Self {
+        let (outcome, failure) = match result {
+            Ok(outcome) => (Some(outcome), None),
+            Err(error) => (None, Some(format!("{error:#}"))),
+        };
+        Self { case, name: case.to_string(), outcome, failure, took_ms: took.as_millis() }
+    }
+
+    /// As a person reads it.
+    #[must_use]
+    pub fn line(&self) -> String {
+        let rest = match (&self.outcome, &self.failure) {
+            (Some(it), _) => format!(
+                "{:7} {:11} {:8} {:>6} ms  {}",
+                it.accident, it.winner, it.guest, it.recovery_ms, it.story
+            ),
+            (None, failure) => format!("FAILED  {}", failure.as_deref().unwrap_or("?")),
+        };
+        format!("{:72} {}", self.name, first_line(&rest))
+    }
+}
+
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
+}
+
+/// All of it.
+#[derive(Debug, Default, Serialize)]
+pub struct Report {
+    /// Seed of the order.
+    pub seed: u64,
+    /// Rows, in the order in which the cases ran.
+    pub rows: Vec<Row>,
+    /// How often each point was passed, by all processes.
+    pub hits: BTreeMap<String, u64>,
+}
+
+impl Report {
+    /// Counts the lines of the file in which processes note the points they pass.
+    pub fn count_hits(&mut self, file: &Path) {
+        for line in fs::read_to_string(file).unwrap_or_default().lines() {
+            *self.hits.entry(line.to_owned()).or_default() += 1;
+        }
+    }
+
+    /// Why the run is no proof; empty when it is one. `points` are the names that it was to pass.
+    #[must_use]
+    pub fn complaints(&self, points: &[&str]) -> Vec<String> {
+        let failed = self.rows.iter().filter(|row| row.outcome.is_none()).map(Row::line);
+        let missed = points
+            .iter()
+            .filter(|name| !self.hits.contains_key(**name))
+            .map(|name| format!("the point {name} was never passed"));
+        failed.chain(missed).collect()
+    }
+
+    /// The table.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let mut text = format!("seed {}\n", self.seed);
+        for row in &self.rows {
+            let _ = writeln!(text, "{}", row.line());
+        }
+        let count = |test: fn(&Row) -> bool| self.rows.iter().filter(|row| test(row)).count();
+        let _ = writeln!(
+            text,
+            "\n{} cases: {} kept every promise, {} did not",
+            self.rows.len(),
+            count(|row| row.outcome.is_some()),
+            count(|row| row.outcome.is_none()),
+        );
+        let _ = writeln!(text, "points passed:");
+        for point in POINTS {
+            let hits = self.hits.get(point.name).copied().unwrap_or(0);
+            let _ = writeln!(text, "  {:20} {hits}", point.name);
+        }
+        text
+    }
+
+    /// Writes `report.txt` and `report.json`.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        fs::create_dir_all(dir)?;
+        fs::write(dir.join("report.txt"), self.text())?;
+        fs::write(dir.join("report.json"), serde_json::to_vec_pretty(&json!(self))?)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::case::all;
+    use super::*;
+
+    #[test]
+    fn a_broken_promise_and_a_point_never_passed_are_complaints() {
+        let case = all()[0];
+        let took = Duration::from_millis(5);
+        let good = Outcome {
+            accident: "hurt",
+            winner: "source",
+            story: "done".into(),
+            guest: "went on",
+            recovery_ms: 1,
+            answers: 2,
+        };
+        let hits = BTreeMap::from([("arm.stored".to_owned(), 3)]);
+        let rows = vec![Row::new(case, Ok(good), took)];
+        let mut report = Report { seed: 1, rows, hits };
+        assert!(report.complaints(&["arm.stored"]).is_empty());
+        assert_eq!(report.complaints(&["arm.stored", "seal.sent"]).len(), 1);
+        report.rows.push(Row::new(case, Err(anyhow::anyhow!("stale read")), took));
+        let complaints = report.complaints(&[]);
+        assert!(complaints[0].contains("stale read") && complaints[0].contains(case.point));
+        assert!(report.text().contains("1 kept every promise, 1 did not"));
+    }
+}

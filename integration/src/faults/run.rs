@@ -1,0 +1,382 @@
+//! One case from start to end: the story, the accident in it, the orchestrator who brings it to an end, the judge.
+
+use super::case::{Case, Fault, Story};
+use super::cluster::VM;
+use super::history::{Event, Judge, What, now_ns};
+use super::injector::{Injector, Order, Progress};
+use super::world::{Side, World};
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// For one step of a story before the orchestrator gives up. Longer than a short freeze.
+const STEP: Duration = Duration::from_secs(8);
+/// In which one side must go on once everything that was hurt is up again.
+const GO_ON: Duration = Duration::from_secs(25);
+/// How often conditions are looked at.
+const POLL: Duration = Duration::from_millis(10);
+
+/// How long things last.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// A frozen process stays so.
+    pub freeze: Duration,
+    /// A dead process stays so.
+    pub dead: Duration,
+}
+
+/// What came of a case.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outcome {
+    /// `hurt`, `absent` (no victim at that moment) or `missed` (the point was not passed).
+    pub accident: &'static str,
+    /// Who has the VM.
+    pub winner: &'static str,
+    /// How the story went, as the orchestrator saw it.
+    pub story: String,
+    /// The guest went on, or booted again.
+    pub guest: &'static str,
+    /// From the end of the accident until the guest was served.
+    pub recovery_ms: u128,
+    /// Answers the guests have seen.
+    pub answers: u64,
+}
+
+/// Runs a case in a directory of its own. An error is a broken promise, or a harness that is broken.
+pub fn run(case: Case, times: Times, dir: &Path, hits: &Path) -> Result<Outcome> {
+    let mut world = World::start(dir, case, hits)?;
+    world.vmm_mut(Side::Source)?.wait_ready()?;
+    world.vmm(Side::Source)?.order("run")?;
+    world.vmm(Side::Source)?.wait_progress(20, GO_ON)?;
+
+    let hold = if case.fault == Fault::Freeze { times.freeze } else { times.dead };
+    let order = Order { owner: case.owner, victim: case.victim, fault: case.fault, hold };
+    let id = crate::handoff::Fleet::attempt().id;
+    let injector = Injector::start(order, &world.register);
+    let mut play =
+        Play { world, injector, id, fork: None, saved: dir.join("saved"), started: [true, false] };
+    let told = play.tell(case.story);
+    let winner = play.end(told.is_ok())?;
+    let accident = match play.injector.progress() {
+        Progress::Waiting => "missed",
+        Progress::Absent => "absent",
+        Progress::Hurt | Progress::Over => "hurt",
+    };
+    let since = Instant::now();
+    let guest = play.go_on(winner)?;
+    let recovery_ms = since.elapsed().as_millis();
+    let answers = play.judge(winner, guest)?;
+    let story = told.map_or_else(|error| format!("{error:#}"), |()| "done".to_owned());
+    let winner = match winner {
+        Side::Source => "source",
+        Side::Destination => "destination",
+    };
+    Ok(Outcome { accident, winner, story, guest, recovery_ms, answers })
+}
+
+struct Play {
+    world: World,
+    injector: Injector,
+    /// Of the handoff.
+    id: String,
+    /// When the guest was copied.
+    fork: Option<u64>,
+    saved: PathBuf,
+    /// Whose VMM was told to run the guest.
+    started: [bool; 2],
+}
+
+impl Play {
+    /// What the orchestrator does until something keeps it from it.
+    fn tell(&mut self, story: Story) -> Result<()> {
+        self.prepare()?;
+        self.order(Side::Source, "log")?;
+        if story == Story::Restart {
+            self.world.restart_anchor()?;
+        }
+        self.order(Side::Source, "stop")?;
+        self.world.vmm(Side::Source)?.save(&self.saved)?;
+        self.fork = Some(now_ns());
+        match story {
+            Story::Move | Story::Restart => {
+                self.start_destination()?;
+                self.wait_serving(Side::Destination)?;
+                self.finish()
+            }
+            Story::Return => {
+                self.order(Side::Source, "run")?;
+                self.wait_serving(Side::Source)?;
+                self.finish()
+            }
+            Story::Race => {
+                self.order(Side::Source, "run")?;
+                self.start_destination()?;
+                self.wait("the race is decided", |play| Ok(play.decided()?.is_some()))?;
+                self.finish()
+            }
+            Story::Frozen => {
+                self.wait("the destination sees the seal", |play| {
+                    let status = play.world.host(Side::Destination).status()?;
+                    let members = status["handoff"]["members"].as_array();
+                    Ok(members.is_some_and(|all| all.iter().all(|m| m["phase"] == "sealed")))
+                })?;
+                self.world.restart_anchor()?;
+                self.order(Side::Source, "run")?;
+                self.wait_serving(Side::Source)?;
+                self.finish()
+            }
+        }
+    }
+
+    fn prepare(&mut self) -> Result<()> {
+        let body = json!({ "from": Side::Source.host(), "to": Side::Destination.host() });
+        let path = self.path("?wait=READY&timeout=2s");
+        self.wait("the handoff is ready", |play| {
+            let shown = play.world.coordinator.call("PUT", &path, Some(&body))?;
+            match shown["state"].as_str() {
+                Some("READY") => Ok(true),
+                Some("PREPARING") => Ok(false),
+                _ => bail!("it is {shown}"),
+            }
+        })?;
+        self.world.start_vmm(Side::Destination)?;
+        self.world.vmm_mut(Side::Destination)?.wait_ready()
+    }
+
+    fn path(&self, more: &str) -> String {
+        format!("/v1/vms/{VM}/handoffs/{}{more}", self.id)
+    }
+
+    fn start_destination(&mut self) -> Result<()> {
+        let saved = self.saved.clone();
+        self.world.vmm(Side::Destination)?.load(&saved)?;
+        self.started[Side::Destination as usize] = true;
+        self.order(Side::Destination, "run")
+    }
+
+    /// An order is given again until it is answered: all of them may be.
+    fn order(&mut self, side: Side, order: &str) -> Result<()> {
+        self.wait(&format!("`{order}` at the {side:?}"), |play| {
+            play.world.vmm(side)?.order(order).map(|_| true)
+        })
+    }
+
+    fn wait_serving(&mut self, side: Side) -> Result<()> {
+        let before = self.world.vmm(side)?.answered()?;
+        self.wait(&format!("the guest runs on the {side:?}"), |play| {
+            let now = play.world.vmm(side)?.answered()?;
+            Ok(now.iter().zip(&before).all(|(now, before)| *now >= before + 10))
+        })
+    }
+
+    /// Waits for something, while what has died is started again. An answer that is an error is asked for again.
+    fn wait(&mut self, what: &str, holds: impl FnMut(&mut Self) -> Result<bool>) -> Result<()> {
+        self.wait_for(what, STEP, holds)
+    }
+
+    fn wait_for(
+        &mut self,
+        what: &str,
+        patience: Duration,
+        mut holds: impl FnMut(&mut Self) -> Result<bool>,
+    ) -> Result<()> {
+        let mut deadline = Instant::now() + patience;
+        let mut over = self.injector.progress() >= Progress::Absent;
+        loop {
+            let answer = holds(self);
+            if matches!(answer, Ok(true)) {
+                return Ok(());
+            }
+            let now_over = self.injector.progress() != Progress::Hurt;
+            if now_over {
+                self.world.mend();
+            }
+            if now_over && !over {
+                // The accident has just ended: from now on it counts.
+                deadline = Instant::now() + patience;
+            }
+            over = now_over;
+            if Instant::now() > deadline {
+                return match answer {
+                    Err(error) => Err(error.context(format!("in vain: {what}"))),
+                    Ok(_) => bail!("in vain: {what}"),
+                };
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// How the anchor decided, if it has.
+    fn decided(&self) -> Result<Option<Side>> {
+        let record = self.world.fleet.record(0)?;
+        if record["decided"]["id"] == self.id.as_str() {
+            return Ok(match record["decided"]["winner"].as_str() {
+                Some("source") => Some(Side::Source),
+                Some("destination") => Some(Side::Destination),
+                other => bail!("the anchor says that {other:?} has won"),
+            });
+        }
+        let mine = record["handoff"]["id"] == self.id.as_str();
+        Ok(match record["phase"].as_str() {
+            Some("active") if mine => Some(Side::Destination),
+            Some("reclaimed") if mine => Some(Side::Source),
+            _ => None,
+        })
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let path = self.path(":finish");
+        self.wait("the handoff is finished", |play| {
+            let shown = play.world.coordinator.call("POST", &path, None)?;
+            Ok(shown["decided"] == true)
+        })
+    }
+
+    /// The orchestrator finds out who has the VM: it waits if the story went well, and calls the handoff off if not.
+    fn end(&mut self, told: bool) -> Result<Side> {
+        // Whatever was done to a process is over before anybody judges who is gone.
+        self.wait_for("the accident ends", GO_ON, |play| {
+            Ok(play.injector.progress() != Progress::Hurt)
+        })?;
+        let mut poked = false;
+        let mut outcome = None;
+        self.wait_for("the handoff is decided and over", GO_ON, |play| {
+            if let Some(winner) = play.decided()?
+                && !poked
+            {
+                poked = true;
+                play.poke(winner.other());
+            }
+            let shown = match play.world.coordinator.call("GET", &play.path(""), None) {
+                Err(error) if format!("{error:#}").contains("404") => {
+                    // It was never accepted.
+                    outcome = Some(Side::Source);
+                    return Ok(true);
+                }
+                shown => shown?,
+            };
+            if shown["over"] != true {
+                let verb = if told { ":finish" } else { ":cancel" };
+                let _ = play.world.coordinator.call("POST", &play.path(verb), None);
+                return Ok(false);
+            }
+            outcome = match shown["outcome"].as_str() {
+                Some("source") => Some(Side::Source),
+                Some("destination") => Some(Side::Destination),
+                other => bail!("the handoff is over and the outcome is {other:?}"),
+            };
+            Ok(true)
+        })
+        .with_context(|| self.says())?;
+        let winner = outcome.context("it is decided")?;
+        if self.decided()?.is_some_and(|decided| decided != winner) {
+            bail!("the coordinator says {winner:?}, and the anchor another");
+        }
+        Ok(winner)
+    }
+
+    /// The worst orchestrator starts the loser again. It may be stuck in what it asked of its backend.
+    fn poke(&mut self, loser: Side) {
+        if self.world.vmm_lives(loser) && self.started[loser as usize] {
+            let _ = self.world.vmm(loser).and_then(|vmm| vmm.order("run"));
+        }
+    }
+
+    /// Everybody's view, for a failure.
+    fn says(&self) -> String {
+        let handoff = self.world.coordinator.call("GET", &self.path(""), None);
+        let standing = |side| self.world.host(side).standing();
+        format!(
+            "coordinator: {handoff:?}; source: {:?}; destination: {:?}; anchor: {:?}",
+            standing(Side::Source),
+            standing(Side::Destination),
+            self.world.fleet.record(0),
+        )
+    }
+
+    /// The winner's guest runs, on volumes that are all its own.
+    fn go_on(&mut self, winner: Side) -> Result<&'static str> {
+        // A server may have died after its part was done.
+        self.wait_for("all agree on the winner", GO_ON, |play| play.agree(winner))?;
+        self.wait_for("the winner's backend serves", GO_ON, |play| {
+            let host = play.world.host(winner);
+            if host.standing().is_ok_and(|standing| standing == "serving") {
+                return Ok(true);
+            }
+            host.own()?;
+            Ok(false)
+        })
+        .with_context(|| self.says())?;
+        let guest = if self.world.vmm_lives(winner) && self.started[winner as usize] {
+            "went on"
+        } else {
+            "booted"
+        };
+        if guest == "booted" {
+            self.world.start_vmm(winner)?;
+        }
+        self.world.vmm_mut(winner)?.wait_ready()?;
+        self.order(winner, "run")?;
+        let before = self.world.vmm(winner)?.answered()?;
+        self.wait_for("the winner's guest goes on", GO_ON, |play| {
+            let now = play.world.vmm(winner)?.answered()?;
+            Ok(now.iter().zip(&before).all(|(now, before)| *now >= before + 20))
+        })
+        .with_context(|| self.says())?;
+        Ok(guest)
+    }
+
+    /// All volumes and the coordinator name the winner, and nothing is left armed.
+    fn agree(&self, winner: Side) -> Result<bool> {
+        for member in 0..self.world.fleet.members.len() {
+            let record = self.world.fleet.record(member)?;
+            if record["owner"]["name"] != winner.owner() || !record["handoff"].is_null() {
+                bail!("the {winner:?} has won, and volume {member} says {record}");
+            }
+        }
+        let access = self.world.coordinator.call("GET", &format!("/v1/vms/{VM}/access"), None)?;
+        if access["owner_host"] != winner.host() {
+            bail!("the {winner:?} has won, and the coordinator says {access}");
+        }
+        Ok(true)
+    }
+
+    fn judge(&mut self, winner: Side, guest: &'static str) -> Result<u64> {
+        let seen = self.world.look(GO_ON)?;
+        let histories = self.world.histories()?;
+        let mut judge = Judge::default();
+        let source = histories.first().context("the source has a history")?;
+        let fork = self.fork.filter(|_| self.started[Side::Destination as usize]);
+        match (winner, fork) {
+            (Side::Destination, Some(fork)) => {
+                let (before, after): (Vec<Event>, Vec<Event>) =
+                    source.iter().cloned().partition(|event| event.at_ns <= fork);
+                judge.follow(&before)?;
+                silent(&after, "source")?;
+                judge.follow(histories.get(1).context("the destination has a history")?)?;
+            }
+            (Side::Destination, None) => bail!("the destination has won, and was never started"),
+            (Side::Source, _) => {
+                judge.follow(source)?;
+                silent(histories.get(1).map_or(&[], Vec::as_slice), "destination")?;
+            }
+        }
+        if guest == "booted" {
+            judge.lose_guest();
+            judge.follow(histories.get(2).context("the guest booted again")?)?;
+        }
+        judge.lose_guest();
+        judge.follow(&seen.history()?).context("what a fresh guest sees at the end")?;
+        Ok(judge.completed())
+    }
+}
+
+/// The loser's guest may send what it likes; it gets no answer.
+fn silent(events: &[Event], who: &str) -> Result<()> {
+    match events.iter().find(|event| event.what == What::Complete) {
+        Some(event) => bail!("the {who} lost, and was answered: {event:?}"),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,257 @@
+//! All processes of a case: two storage servers, a coordinator, and on each of two hosts an agent with a backend, and a
+//! VMM.
+//!
+//! What dies is started again as its supervisor would do it, but not before the injector says so, and never a VMM: a
+//! guest whose VMM is gone is gone, and boots again where its volumes are. Backends are the agents' business.
+
+use super::case::{Actor, Case};
+use super::cluster::{AgentHost, Kept, coordinator};
+use super::history::{self, Event};
+use super::injector::{Register, Who};
+use super::stub::{Stub, history_path};
+use crate::baton::Environment;
+use crate::daemon::Daemon;
+use crate::handoff::{Begin, Fleet, Host};
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Size of each volume; the guest uses a small part.
+const DISK_BYTES: u64 = 16 << 20;
+/// Owner name of whoever looks at the end.
+const JUDGE: &str = "host-c/judge";
+/// Between two tries to start something that does not start.
+const RESTART: Duration = Duration::from_millis(300);
+
+/// One of the two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Where the guest runs at first.
+    Source,
+    /// Where it is to go.
+    Destination,
+}
+
+impl Side {
+    /// Name of the host.
+    #[must_use]
+    pub fn host(self) -> &'static str {
+        match self {
+            Self::Source => "host-a",
+            Self::Destination => "host-b",
+        }
+    }
+
+    /// Owner name of its backend.
+    #[must_use]
+    pub fn owner(self) -> &'static str {
+        match self {
+            Self::Source => "host-a/vm",
+            Self::Destination => "host-b/vm",
+        }
+    }
+
+    /// The other one.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Destination,
+            Self::Destination => Self::Source,
+        }
+    }
+
+    fn backend(self) -> Actor {
+        match self {
+            Self::Source => Actor::SourceBackend,
+            Self::Destination => Actor::DestinationBackend,
+        }
+    }
+
+    fn agent(self) -> Actor {
+        match self {
+            Self::Source => Actor::SourceAgent,
+            Self::Destination => Actor::DestinationAgent,
+        }
+    }
+
+    fn vmm(self) -> Actor {
+        match self {
+            Self::Source => Actor::SourceVmm,
+            Self::Destination => Actor::DestinationVmm,
+        }
+    }
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct World {
+    /// Storage servers and volumes.
+    pub fleet: Fleet,
+    /// Who runs, for the injector.
+    pub register: Register,
+    /// Its REST API is what the orchestrator uses.
+    pub coordinator: Kept,
+    dir: PathBuf,
+    hits: PathBuf,
+    hosts: [AgentHost; 2],
+    vmms: [Option<Stub>; 2],
+    vmms_started: u64,
+    last_restart: Instant,
+}
+
+impl World {
+    /// Starts the servers, the agents, the coordinator, and the backend and the VMM of the source.
+    pub fn start(dir: &Path, case: Case, hits: &Path) -> Result<Self> {
+        let env = |actors: &[Actor]| environment(case, actors, hits);
+        let fleet = Fleet::start_in(dir, case.volumes, case.volumes, DISK_BYTES, |n| {
+            env(&[if n == 0 { Actor::Anchor } else { Actor::Other }])
+        })?;
+        let host = |side: Side| {
+            let env = env(&[side.agent(), side.backend()]);
+            AgentHost::start(dir, side.host(), &fleet, side == Side::Source, &env)
+        };
+        let hosts = [host(Side::Source)?, host(Side::Destination)?];
+        let named = [(Side::Source.host(), &hosts[0]), (Side::Destination.host(), &hosts[1])];
+        let coordinator = coordinator(dir, &fleet, named, &env(&[Actor::Coordinator]))?;
+        let mut world = Self {
+            fleet,
+            register: Register::default(),
+            coordinator,
+            dir: dir.to_owned(),
+            hits: hits.to_owned(),
+            hosts,
+            vmms: [None, None],
+            vmms_started: 0,
+            last_restart: Instant::now(),
+        };
+        world.host(Side::Source).own()?;
+        world.start_vmm(Side::Source)?;
+        Ok(world)
+    }
+
+    /// Starts a VMM on a host, whose backend runs; an earlier one is killed.
+    pub fn start_vmm(&mut self, side: Side) -> Result<()> {
+        self.vmms[side as usize] = None;
+        self.vmms_started += 1;
+        let sockets = self.host(side).sockets();
+        let stub = Stub::start(&self.dir, self.vmms_started, &sockets)?;
+        self.vmms[side as usize] = Some(stub);
+        self.register();
+        Ok(())
+    }
+
+    /// A host, its agent and its backend.
+    #[must_use]
+    pub fn host(&self, side: Side) -> &AgentHost {
+        &self.hosts[side as usize]
+    }
+
+    /// A host's VMM.
+    pub fn vmm(&self, side: Side) -> Result<&Stub> {
+        self.vmms[side as usize].as_ref().context("the host has no VMM")
+    }
+
+    /// A host's VMM, to be waited for.
+    pub fn vmm_mut(&mut self, side: Side) -> Result<&mut Stub> {
+        self.vmms[side as usize].as_mut().context("the host has no VMM")
+    }
+
+    /// Whether a host's VMM lives.
+    #[must_use]
+    pub fn vmm_lives(&mut self, side: Side) -> bool {
+        let vmm = self.vmms[side as usize].as_mut();
+        vmm.is_some_and(|vmm| vmm.daemon.is_running().unwrap_or(false))
+    }
+
+    /// A storage server is killed and started again.
+    pub fn restart_anchor(&mut self) -> Result<()> {
+        self.fleet.servers[0].daemon.kill()?;
+        // It goes on with the points of its first process: they may lie behind this.
+        self.fleet.servers[0].restart()?;
+        self.register();
+        Ok(())
+    }
+
+    /// Starts what has died, as its supervisor would.
+    pub fn mend(&mut self) {
+        if self.last_restart.elapsed() < RESTART {
+            return;
+        }
+        let hits = hits_only(&self.hits);
+        let mut mended = false;
+        let mut dead = |daemon: &mut Daemon| {
+            let dead = !daemon.is_running().unwrap_or(true);
+            mended |= dead;
+            dead
+        };
+        // What does not start is tried again.
+        for server in &mut self.fleet.servers {
+            if dead(&mut server.daemon) {
+                server.set_environment(hits.clone());
+                let _ = server.restart();
+            }
+        }
+        for host in &mut self.hosts {
+            if dead(&mut host.agent.daemon) {
+                let _ = host.agent.restart(&hits);
+            }
+        }
+        if dead(&mut self.coordinator.daemon) {
+            let _ = self.coordinator.restart(&hits);
+        }
+        if mended {
+            self.last_restart = Instant::now();
+            self.register();
+        }
+    }
+
+    /// Takes the volumes by force, and looks at every block with a guest that knows nothing. Returns what it saw.
+    pub fn look(&mut self, timeout: Duration) -> Result<Stub> {
+        for member in &self.fleet.members {
+            self.fleet.servers[member.server].fence(&member.volume, Some(JUDGE))?;
+        }
+        let env = hits_only(&self.hits);
+        let host = Host::start_in(&self.dir, "judge", JUDGE, &self.fleet, Begin::Claim, 1, env)?;
+        self.vmms_started += 1;
+        let mut stub = Stub::start(&self.dir, self.vmms_started, &host.sockets())?;
+        stub.wait_ready()?;
+        stub.sweep(timeout)?;
+        stub.order("quit")?;
+        Ok(stub)
+    }
+
+    /// What each VMM's guest did, in the order in which they were started.
+    pub fn histories(&self) -> Result<Vec<Vec<Event>>> {
+        (1..=self.vmms_started).map(|n| history::read(&history_path(&self.dir, n))).collect()
+    }
+
+    fn register(&self) {
+        let mut now = self.register.lock().expect("nobody panics here");
+        now.clear();
+        let child = |daemon: &Daemon| Who::Pid(daemon.pid());
+        for (actor, server) in [Actor::Anchor, Actor::Other].into_iter().zip(&self.fleet.servers) {
+            now.insert(actor, child(&server.daemon));
+        }
+        now.insert(Actor::Coordinator, child(&self.coordinator.daemon));
+        for side in [Side::Source, Side::Destination] {
+            let host = self.host(side);
+            now.insert(side.agent(), child(&host.agent.daemon));
+            now.insert(side.backend(), host.backend());
+            if let Some(vmm) = &self.vmms[side as usize] {
+                now.insert(side.vmm(), child(&vmm.daemon));
+            }
+        }
+    }
+}
+
+fn hits_only(hits: &Path) -> Environment {
+    vec![("BATON_FAULT_HITS".to_owned(), hits.into())]
+}
+
+fn environment(case: Case, actors: &[Actor], hits: &Path) -> Environment {
+    let mut env = hits_only(hits);
+    if actors.contains(&case.owner) {
+        env.push(("BATON_FAULT_POINT".to_owned(), format!("{}=stop", case.point).into()));
+    }
+    env
+}

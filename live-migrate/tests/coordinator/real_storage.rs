@@ -1,0 +1,199 @@
+//! The coordinator with Baton's own storage servers; backends speak the wire by hand.
+
+use std::net::SocketAddr;
+
+use baton_live_migrate::client::Method;
+use baton_protocol::handoff::{Answer, Ask, HandoffRequest, Outcome, Try};
+use baton_protocol::{
+    AccessMode, Epoch, Features, Hello, Opcode, QueueId, ReplyHeader, RequestHeader, Seq,
+    SessionId, Status,
+};
+use baton_storage_server::config::{Config, Flags};
+use baton_storage_server::server::{self, Server};
+use clap::Parser;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use super::support::{Cluster, id};
+
+/// A backend's control connection.
+struct Control {
+    stream: TcpStream,
+    session: SessionId,
+    epoch: Epoch,
+    seq: u64,
+}
+
+impl Control {
+    async fn open(data: SocketAddr, volume: &str, owner: &str, mode: AccessMode) -> Self {
+        let stream = TcpStream::connect(data).await.expect("connected");
+        let session = super::world::session(owner.split('/').next().expect("a host"));
+        let mut control = Self { stream, session, epoch: Epoch(0), seq: 0 };
+        let hello = Hello {
+            version_oldest: 1,
+            version_newest: 1,
+            mode,
+            features: Features(u64::MAX),
+            resume_from: Seq(1),
+            owner: owner.to_owned(),
+            volume: volume.to_owned(),
+            token: Vec::new(),
+        };
+        let (header, _) = control.exchange(Opcode::Hello, Seq(0), &hello.encode()).await;
+        control.epoch = header.epoch;
+        control
+    }
+
+    async fn exchange(&mut self, opcode: Opcode, seq: Seq, body: &[u8]) -> (ReplyHeader, Vec<u8>) {
+        let header = RequestHeader {
+            opcode,
+            flags: 0,
+            queue: QueueId::CONTROL,
+            seq,
+            epoch: self.epoch,
+            session: self.session,
+            offset: 0,
+            len: 0,
+            payload_len: u32::try_from(body.len()).expect("short"),
+            payload_crc32c: 0,
+        };
+        self.stream.write_all(&[&header.encode()[..], body].concat()).await.expect("sent");
+        let mut head = [0; 32];
+        self.stream.read_exact(&mut head).await.expect("answered");
+        let header = ReplyHeader::decode(&head).expect("a reply");
+        let mut body = vec![0; header.payload_len as usize];
+        self.stream.read_exact(&mut body).await.expect("a body");
+        assert_eq!(header.status, Status::Ok, "{}", String::from_utf8_lossy(&body));
+        (header, body)
+    }
+
+    async fn ask(&mut self, id: &str, ask: Ask) -> Answer {
+        self.seq += 1;
+        let attempt = Try { id: id.parse().expect("an id"), attempt: 1 };
+        let body = HandoffRequest { attempt, ask }.encode();
+        let (_, body) = self.exchange(Opcode::Handoff, Seq(self.seq), &body).await;
+        Answer::decode(&body).expect("an answer")
+    }
+}
+
+struct Real {
+    server: Server,
+    _dir: TempDir,
+}
+
+async fn storage(volume: &str) -> Real {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let data = dir.path().join("data");
+    let flags = ["baton-storage", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];
+    let flags = flags.iter().map(std::ffi::OsString::from);
+    let flags = Flags::try_parse_from(flags.chain(["--data-dir".into(), data.into()]));
+    let config = Config::load(flags.expect("flags")).expect("a configuration");
+    let server = server::start(config).await.expect("it starts");
+    let admin: baton_live_migrate::client::Endpoint =
+        format!("http://{}", server.admin).parse().expect("an endpoint");
+    let who = "baton://host/storage".parse().expect("an identity");
+    let client = baton_live_migrate::client::Client::new(who, admin, None, super::support::LIMIT);
+    let body = json!({"name": volume, "size_bytes": 1 << 20});
+    client.call(Method::POST, "/v1/volumes", Some(&body)).await.expect("created");
+    Real { server, _dir: dir }
+}
+
+/// `web` on host-a with a volume on each of two servers, whose backend is `source`.
+async fn cluster() -> (Cluster, Vec<Real>, Vec<Control>) {
+    let servers = vec![storage("root").await, storage("data").await];
+    let mut cluster = Cluster::with(&[]).await;
+    let mut disks = Vec::new();
+    let mut source = Vec::new();
+    for (real, name) in servers.iter().zip(["root", "data"]) {
+        let (data, admin) = (real.server.data, real.server.admin);
+        cluster.real.push((data, admin));
+        disks.push(json!({"name": name, "volume": format!("baton://{data}/{name}")}));
+        source.push(Control::open(data, name, "host-a/web", AccessMode::Owner).await);
+    }
+    let definition = json!({"name": "web", "vmm": "qemu", "disk": disks});
+    for agent in [&cluster.a, &cluster.b] {
+        agent.with("web", |machine| {
+            machine.definition = definition.clone();
+            (machine.run, machine.phase) = ("gone", "none");
+        });
+    }
+    cluster.a.with("web", |machine| {
+        machine.backend = Some("owner");
+        machine.run = "running";
+        machine.handoff = Some(json!({"standing": "serving"}));
+    });
+    (cluster, servers, source)
+}
+
+/// What the backend on host-b says.
+fn stands(cluster: &Cluster, standing: &str, id: &str) {
+    let handoff = json!({"standing": standing, "id": id, "attempt": 1});
+    cluster.b.with("web", |machine| machine.handoff = Some(handoff));
+}
+
+async fn stop(servers: Vec<Real>) {
+    for real in servers {
+        real.server.stop().await.expect("a clean stop");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_destination_wins_at_the_anchor_and_everybody_learns_of_it() {
+    let (cluster, servers, mut source) = cluster().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let id = id();
+    stands(&cluster, "ready", &id);
+    assert_eq!(coordinator.prepare(&id).await.expect("READY")["state"], "READY");
+    let mut anchor =
+        Control::open(servers[0].server.data, "root", "host-b/web", AccessMode::Standby).await;
+    for control in &mut source {
+        assert_eq!(control.ask(&id, Ask::Seal(Vec::new())).await.outcome, Outcome::Granted);
+    }
+    let path = format!("/v1/vms/web/handoffs/{id}?wait=SEALED&timeout=30s");
+    assert_eq!(coordinator.get(&path).await["state"], "SEALED");
+    assert_eq!(anchor.ask(&id, Ask::Activate).await.outcome, Outcome::Granted);
+    stands(&cluster, "serving", &id);
+    let row = coordinator.post(&id, "finish").await.expect("decided");
+    assert_eq!(row["outcome"], "destination");
+    coordinator.over(&id).await;
+    let access = coordinator.get("/v1/vms/web/access").await;
+    assert_eq!((&access["owner_host"], &access["phase"]), (&json!("host-b"), &json!("owned")));
+    for member in access["members"].as_array().expect("members") {
+        assert_eq!((&member["owner"], &member["phase"]), (&json!("host-b/web"), &json!("owned")));
+    }
+    let why = coordinator.get("/v1/vms/web/why").await;
+    let entries = why["audit"][0]["entries"].as_array().expect("an audit trail").len();
+    assert!(entries >= 4, "{why:#}");
+    stop(servers).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancel_after_the_seal_gives_all_volumes_back() {
+    let (cluster, servers, mut source) = cluster().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let id = id();
+    stands(&cluster, "ready", &id);
+    coordinator.prepare(&id).await.expect("READY");
+    for control in &mut source {
+        assert_eq!(control.ask(&id, Ask::Seal(Vec::new())).await.outcome, Outcome::Granted);
+    }
+    let row = coordinator.post(&id, "cancel").await.expect("cancelled");
+    assert_eq!((&row["outcome"], &row["state"]), (&json!("source"), &json!("SETTLED")));
+    let access = coordinator.get("/v1/vms/web/access").await;
+    for member in access["members"].as_array().expect("members") {
+        assert_eq!((&member["owner"], &member["phase"]), (&json!("host-a/web"), &json!("owned")));
+    }
+    // And fenced, for good measure.
+    let fence =
+        json!({"dead_host": "host-a", "reason": "a test", "force": true, "nominee": "host-b"});
+    let done = coordinator.call(Method::POST, "/v1/vms/web:fence", fence).await.expect("fenced");
+    assert_eq!(done["done"], Value::Bool(true));
+    let access = coordinator.get("/v1/vms/web/access").await;
+    assert_eq!(
+        (&access["owner_host"], &access["barred"]),
+        (&json!("host-b"), &json!("host-a/web"))
+    );
+    stop(servers).await;
+}

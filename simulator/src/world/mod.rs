@@ -1,0 +1,413 @@
+//! One world: storage servers, two hosts, coordinators, and an orchestrator that
+//! moves the VM back and forth while things go wrong. A seed decides all of it.
+//!
+//! | module | noun |
+//! |---|---|
+//! | `orchestrator` | who moves the VM, and how a round ends |
+//! | `accident` | how a [`crate::fault::Fault`] is done to the world |
+
+mod accident;
+mod orchestrator;
+
+use std::collections::HashSet;
+
+use baton_protocol::handoff::{Mode, Try};
+
+use crate::agenda::{Agenda, MS, Time};
+use crate::backend::Backend;
+use crate::bug::Bug;
+use crate::checker;
+use crate::coordinator::{Coordinator, Journal, Order};
+use crate::fault::Hits;
+use crate::history::History;
+use crate::network::Network;
+use crate::server::{Server, Volume};
+use crate::stage::{DeadBackend, Event, Setting, Stage, note};
+use crate::trace::Trace;
+use crate::vm::{Image, Vm};
+use crate::watch::{Violation, Watch};
+
+/// How long the VM may stand still once nothing goes wrong any more.
+const LIVENESS: Time = 1500 * MS;
+/// How long an operator waits for what cannot be decided.
+const OPERATOR: Time = 500 * MS;
+/// The longest that something goes wrong.
+const FAULT_MAX: Time = 90 * MS;
+
+/// How one world ended.
+#[derive(Debug)]
+pub struct Report {
+    /// Which world.
+    pub seed: u64,
+    /// The first rule that was broken.
+    pub violation: Option<Violation>,
+    /// What happened.
+    pub trace: Trace,
+    /// How often what happened.
+    pub hits: Hits,
+    /// Handoffs that were begun.
+    pub handoffs: u64,
+    /// Handoffs that source and destination won.
+    pub won: [u64; 2],
+    /// Handoffs that only an operator could end: a server and a backend were
+    /// killed at the wrong moments.
+    pub fenced: u64,
+    /// What the guests asked and were answered.
+    pub history: History,
+}
+
+/// Where the orchestrator stands in a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Migration {
+    /// Until the coordinator says READY.
+    Waiting,
+    Precopy {
+        until: Time,
+    },
+    /// The source's vCPUs are stopped; which backend was told to stop its rings.
+    Stopping {
+        told: Option<usize>,
+        until: Time,
+    },
+    /// The memory is on its way or there.
+    Sent {
+        until: Time,
+    },
+    /// Only the outcome is of interest.
+    GivenUp,
+    /// Settled; the VM is to go on at the winner's host.
+    Settled {
+        winner: usize,
+        since: Time,
+        before: [u64; 3],
+    },
+}
+
+struct World {
+    stage: Stage,
+    servers: Vec<Server>,
+    volumes: Vec<Volume>,
+    backends: Vec<Backend>,
+    /// Per host: its backend now, and how its agent starts it again.
+    current: [Option<usize>; 2],
+    wanted: [Option<bool>; 2],
+    vms: [Vm; 2],
+    coordinators: Vec<Coordinator>,
+    journal: Journal,
+    round: u64,
+    rounds: u64,
+    handoff: Try,
+    mode: Mode,
+    hosts: [usize; 2],
+    migration: Migration,
+    image_lost: bool,
+    /// Servers and backends that were killed in this round.
+    killed: [u32; 2],
+    /// Handoffs that only an operator could end.
+    fenced: u64,
+    /// Nothing goes wrong any more from here on.
+    calm_from: Time,
+    round_from: Time,
+    won: [u64; 2],
+}
+
+/// Plays the world of a seed to its end.
+#[must_use]
+pub fn run(seed: u64, bug: Option<Bug>, keep_trace: bool) -> Report {
+    let mut world = World::new(seed, bug, keep_trace);
+    world.play();
+    let stage = world.stage;
+    let mut violation = stage.watch.found().cloned();
+    if violation.is_none()
+        && let Err(broken) = checker::check(&stage.history)
+    {
+        violation = Some(Violation { rule: broken.rule(), what: broken.to_string() });
+    }
+    Report {
+        seed,
+        violation,
+        trace: stage.trace,
+        hits: stage.hits,
+        handoffs: world.round,
+        won: world.won,
+        fenced: world.fenced,
+        history: stage.history,
+    }
+}
+
+impl World {
+    fn new(seed: u64, bug: Option<Bug>, keep_trace: bool) -> Self {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let volumes = rng.usize(1..=3);
+        let setting = Setting {
+            servers: rng.usize(1..=volumes),
+            volumes,
+            queues: rng.usize(1..=2),
+            sectors: rng.usize(2..=6),
+            overlaps: rng.u8(..4) == 0,
+            dead_backend: *rng
+                .choice(&[
+                    DeadBackend::Waits,
+                    DeadBackend::TakesForUndone,
+                    DeadBackend::TakesForDone,
+                ])
+                .expect("three"),
+            loss: if rng.bool() { 0.05 } else { 0.0 },
+        };
+        let mode = if rng.u8(..4) == 0 { Mode::Base } else { Mode::Fast };
+        let rounds = rng.u64(2..=5);
+        let mut stage = Stage {
+            now: 0,
+            agenda: Agenda::new(),
+            rng,
+            trace: Trace::new(seed, keep_trace),
+            watch: Watch::new(volumes),
+            history: History::default(),
+            network: Network::default(),
+            hits: Hits::default(),
+            traps: Vec::new(),
+            bug,
+            carried: HashSet::new(),
+            activated: None,
+            losing: 0,
+            doubling: 0,
+            setting: setting.clone(),
+        };
+        note!(stage, "{setting:?} {mode:?}");
+        let mut vms = [Vm::new(0, volumes), Vm::new(1, volumes)];
+        vms[0].image = Some(Image::new(volumes, setting.queues));
+        vms[0].running = true;
+        let server = |_| Server { up: true, boot: stage.rng.u64(1..), ..Server::default() };
+        let servers = (0..setting.servers).map(server).collect();
+        let mut journal = Journal::default();
+        let backend = Backend::start(&mut stage, 0, 0, true, &vms[0]);
+        let coordinator = Coordinator::start(&mut stage, &mut journal, 0);
+        for host in 0..2 {
+            stage.after(100, Event::Guest { host });
+        }
+        stage.after(5 * MS, Event::Orchestrator);
+        Self {
+            servers,
+            volumes: (0..volumes)
+                .map(|volume| Volume::new(volume, setting.servers, setting.sectors))
+                .collect(),
+            backends: vec![backend],
+            current: [Some(0), None],
+            wanted: [Some(true), None],
+            vms,
+            coordinators: vec![coordinator],
+            journal,
+            round: 0,
+            rounds,
+            handoff: Try::default(),
+            mode,
+            hosts: [0, 1],
+            migration: Migration::Settled { winner: 0, since: 0, before: [0; 3] },
+            image_lost: false,
+            killed: [0; 2],
+            fenced: 0,
+            calm_from: 0,
+            round_from: 0,
+            won: [0; 2],
+            stage,
+        }
+    }
+
+    fn play(&mut self) {
+        while let Some((at, event)) = self.stage.agenda.next() {
+            self.stage.now = at;
+            if let Some(thaws) = self.frozen_until(&event).filter(|thaws| *thaws > at) {
+                self.stage.agenda.put(thaws, event);
+                continue;
+            }
+            let is_over = self.happens(event);
+            if let Some([from, to]) = self.stage.activated.take() {
+                self.look_at_leftovers(from, to);
+            }
+            if is_over || self.stage.watch.found().is_some() {
+                return;
+            }
+        }
+    }
+
+    /// I5: what the source took from its guest is carried out, or the
+    /// destination's guest still asks for it.
+    fn look_at_leftovers(&mut self, from: usize, to: usize) {
+        use crate::history::Kind;
+        for request in self.vms[from].taken() {
+            let Kind::Write { value, .. } = request.kind else { continue };
+            let asks = self.vms[to].image.as_ref().is_some_and(|image| image.has(request.id));
+            if !asks && !self.stage.carried.contains(&value) {
+                let what = format!("write {value} was taken and lost when the destination won");
+                self.stage.watch.broken("I5", what);
+            }
+        }
+    }
+
+    fn frozen_until(&self, event: &Event) -> Option<Time> {
+        let network = &self.stage.network;
+        let server = |volume: usize| self.servers[volume % self.servers.len()].frozen_until;
+        match event {
+            Event::ToServer { connection, .. } => {
+                Some(self.servers[network.connections[*connection].server].frozen_until)
+            }
+            Event::Executed { volume, .. }
+            | Event::Stored { volume, .. }
+            | Event::Persist { volume, .. }
+            | Event::Call { volume, .. } => Some(server(*volume)),
+            Event::ToClient { connection, .. } => {
+                Some(self.backends[network.connections[*connection].backend].frozen_until)
+            }
+            Event::Connect { backend, .. }
+            | Event::Check { backend }
+            | Event::Rings { backend, .. } => Some(self.backends[*backend].frozen_until),
+            Event::Reply { coordinator, .. } | Event::CoordinatorTick { coordinator } => {
+                Some(self.coordinators[*coordinator].frozen_until)
+            }
+            _ => None,
+        }
+    }
+
+    /// Returns whether the world is over.
+    fn happens(&mut self, event: Event) -> bool {
+        let stage = &mut self.stage;
+        match event {
+            Event::ToServer { connection, message } => {
+                let known = &stage.network.connections[connection];
+                let (at, volume) = (known.server, known.volume);
+                if !known.server_open {
+                } else if self.servers[at].up {
+                    self.volumes[volume].hear(stage, &self.servers[at], connection, message);
+                } else {
+                    stage.network.connections[connection].server_open = false;
+                    stage.send_to_client(connection, crate::stage::ToClient::End);
+                }
+            }
+            Event::ToClient { connection, message } => {
+                let backend = &mut self.backends[stage.network.connections[connection].backend];
+                if backend.alive {
+                    let vm = &mut self.vms[backend.host];
+                    backend.hear(stage, vm, connection, message);
+                }
+            }
+            Event::Executed { volume, boot, token } => {
+                if let Some(server) = running(&self.servers, volume, boot) {
+                    self.volumes[volume].executed(stage, server, token);
+                }
+            }
+            Event::Stored { volume, boot } => {
+                if let Some(server) = running(&self.servers, volume, boot) {
+                    self.volumes[volume].stored(stage, server);
+                }
+            }
+            Event::Persist { volume, boot } => {
+                if running(&self.servers, volume, boot).is_some() {
+                    self.volumes[volume].persist(stage, boot);
+                }
+            }
+            Event::ServerStarts { server } => {
+                self.servers[server].up = true;
+                self.servers[server].boot = stage.rng.u64(1..);
+                let volumes = self.volumes.iter_mut();
+                volumes.filter(|volume| volume.server == server).for_each(|v| v.start(stage));
+            }
+            Event::Call { coordinator, term, volume, call } => {
+                let server = &self.servers[volume % self.servers.len()];
+                if server.up {
+                    self.volumes[volume].call(stage, server, coordinator, term, call);
+                }
+            }
+            Event::Reply { coordinator, reply } => {
+                let from = &mut self.coordinators[coordinator];
+                if from.up {
+                    from.hear(stage, &mut self.journal, reply);
+                }
+            }
+            Event::CoordinatorTick { coordinator } => {
+                let ticks = &mut self.coordinators[coordinator];
+                let destination = self.current[self.hosts[1]];
+                let is_dead = destination.is_some_and(|number| !self.backends[number].alive);
+                if ticks.up
+                    && let Some(Order::StartStandby) = ticks.tick(stage, &mut self.journal, is_dead)
+                {
+                    self.start_standby();
+                }
+            }
+            Event::CoordinatorStarts { coordinator } => {
+                let next = Coordinator::start(stage, &mut self.journal, coordinator);
+                self.coordinators.push(next);
+            }
+            Event::Connect { backend, member, link } => {
+                if self.backends[backend].alive {
+                    self.backends[backend].connect(stage, member, link);
+                }
+            }
+            Event::Check { backend } => {
+                let backend = &mut self.backends[backend];
+                if backend.alive {
+                    backend.check(stage, &mut self.vms[backend.host]);
+                }
+            }
+            Event::Rings { backend, member, on } => {
+                let backend = &mut self.backends[backend];
+                let vm = &mut self.vms[backend.host];
+                if backend.alive && on == vm.running {
+                    backend.rings(stage, vm, member, on);
+                }
+            }
+            Event::BackendStarts { host } => self.start_backend(host),
+            Event::Image { round, image } => {
+                let vm = &mut self.vms[self.hosts[1]];
+                if round == self.round && !vm.running && self.wanted[vm.host].is_some() {
+                    vm.image = Some(image);
+                }
+            }
+            Event::Guest { host } => self.guest(host),
+            Event::Orchestrator => return self.orchestrate(),
+            Event::Fault(fault) => self.go_wrong(fault),
+        }
+        false
+    }
+
+    fn guest(&mut self, host: usize) {
+        let stage = &mut self.stage;
+        let vm = &mut self.vms[host];
+        vm.ask(stage);
+        if let Some(backend) = self.current[host].map(|number| &mut self.backends[number])
+            && backend.alive
+            && backend.frozen_until <= stage.now
+        {
+            backend.take(stage, vm);
+        }
+        let late = stage.now - self.round_from > 150 * MS;
+        let pause = if late || !vm.running { 5 * MS } else { stage.between(30, 300) };
+        stage.after(pause, Event::Guest { host });
+    }
+
+    fn start_backend(&mut self, host: usize) {
+        let Some(claims) = self.wanted[host] else { return };
+        if self.current[host].is_some_and(|number| self.backends[number].alive) {
+            return;
+        }
+        let number = self.backends.len();
+        let backend = Backend::start(&mut self.stage, number, host, claims, &self.vms[host]);
+        self.backends.push(backend);
+        self.current[host] = Some(number);
+    }
+
+    fn kill_backend(&mut self, host: usize) -> bool {
+        let Some(number) = self.current[host] else { return false };
+        let backend = &mut self.backends[number];
+        let was_alive = backend.alive;
+        if was_alive {
+            backend.kill(&mut self.stage);
+        }
+        was_alive
+    }
+}
+
+/// The server of a volume, if it is still the process that is meant.
+fn running(servers: &[Server], volume: usize, boot: u64) -> Option<&Server> {
+    let server = &servers[volume % servers.len()];
+    (server.up && server.boot == boot).then_some(server)
+}
