@@ -54,6 +54,30 @@ pub(super) enum IncomingError {
     },
 }
 
+/// A monitor that does not answer yet. Half-made is worse than not made: it is
+/// killed if whoever asked for it gives up, or goes away, before it answers.
+struct HalfMade(Option<u32>);
+
+impl HalfMade {
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for HalfMade {
+    fn drop(&mut self) {
+        let pid = self.0.and_then(|pid| i32::try_from(pid).ok());
+        if let Some(pid) = pid {
+            // It is our child and nobody has waited for it, or it has just
+            // ended: the number is not another's yet.
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(pid),
+                nix::sys::signal::Signal::SIGKILL,
+            );
+        }
+    }
+}
+
 impl Agent {
     /// The driver of a VM's monitor; `None` when it is somebody else's business.
     pub(super) fn vmm(&self, vm: &VmDefinition) -> Option<Arc<dyn Vmm>> {
@@ -116,6 +140,7 @@ impl Agent {
         };
         let mut child =
             start().map_err(|source| IncomingError::Start { program: program.clone(), source })?;
+        let half_made = HalfMade(child.id());
         let after = self.config.start_limit;
         let there = async {
             loop {
@@ -134,10 +159,12 @@ impl Agent {
             })),
         };
         match there {
-            Ok(there) => Ok(there?),
+            Ok(there) => {
+                there?;
+                half_made.keep();
+                Ok(())
+            }
             Err(_) => {
-                // Half-made is worse than not made.
-                let _ = child.kill().await;
                 let (program, log) = (program.clone(), log.display().to_string());
                 Err(IncomingError::NotThere { program, log, after })
             }
