@@ -30,7 +30,7 @@ pub(crate) fn vm(command: VmCommand) -> Result<u8, Failure> {
         }
         VmCommand::Migrate { vm, to, from, uri, id, report, common } => {
             let id = id.map_or_else(new_id, Ok)?;
-            let mut body = json!({"id": id.to_string(), "to": to});
+            let mut body = json!({"id": id.to_string(), "to": to, "watch_io": report.is_some()});
             for (key, value) in [("from", from), ("uri", uri)] {
                 if let Some(value) = value {
                     body[key] = value.into();

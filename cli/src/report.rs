@@ -4,6 +4,7 @@
 //! Plots are SVG that stretches with the page; their words are HTML beside them,
 //! so that they keep their size. Everything from the network is escaped.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use serde_json::Value;
@@ -13,6 +14,8 @@ use crate::phases::{self, Phase, duration};
 const STYLE: &str = include_str!("report/style.css");
 /// Shown of the guest's I/O on each side of the switch, microseconds.
 const AROUND_US: u64 = 10_000_000;
+/// The backends count in slices of this length.
+const SLICE_US: u64 = 100_000;
 /// Most points of a line; more would be less than a pixel each.
 const POINTS_MAX: usize = 2_000;
 
@@ -147,30 +150,28 @@ fn backends(out: &mut String, row: &Value) {
 #[derive(Clone, Copy, Debug)]
 struct Sample {
     at_us: u64,
-    ops: u64,
     p50_us: u64,
     p99_us: u64,
     max_us: u64,
 }
 
+/// Of all disks together: the slowest of them counts.
 fn samples(row: &Value, side: &str) -> Vec<Sample> {
-    let list = &row["migration"]["report"][side]["latency"];
-    let mut samples: Vec<Sample> = crate::view::items(list)
-        .iter()
-        .filter_map(|sample| {
-            let number = |key: &str| sample[key].as_u64();
-            Some(Sample {
-                at_us: number("at_unix_us")?,
-                ops: number("ops").unwrap_or(0),
-                p50_us: number("p50_us").unwrap_or(0),
-                p99_us: number("p99_us").unwrap_or(0),
-                max_us: number("max_us").unwrap_or(0),
-            })
-        })
-        .filter(|sample| sample.ops > 0)
-        .collect();
-    samples.sort_unstable_by_key(|sample| sample.at_us);
-    samples
+    let disks = row["migration"]["report"][side]["latency"].as_object();
+    let mut slices: BTreeMap<u64, Sample> = BTreeMap::new();
+    for slice in disks.into_iter().flat_map(|disks| disks.values()).flat_map(crate::view::items) {
+        let number = |key: &str| slice[key].as_u64().unwrap_or(0);
+        let at_us = number("at_unix_us") / SLICE_US * SLICE_US;
+        if number("ops") == 0 || at_us == 0 {
+            continue;
+        }
+        let sample =
+            slices.entry(at_us).or_insert(Sample { at_us, p50_us: 0, p99_us: 0, max_us: 0 });
+        sample.p50_us = sample.p50_us.max(number("p50_us"));
+        sample.p99_us = sample.p99_us.max(number("p99_us"));
+        sample.max_us = sample.max_us.max(number("max_us"));
+    }
+    slices.into_values().collect()
 }
 
 /// The longest request around the switch: what the guest waited for.
@@ -205,6 +206,7 @@ fn latency(out: &mut String, row: &Value, phases: &[Phase]) {
     let all = || source.iter().chain(&destination);
     let (Some(first), Some(last)) = (all().map(|s| s.at_us).min(), all().map(|s| s.at_us).max())
     else {
+        out.push_str("<p class=\"none\">No sample is within ten seconds of the switch.</p>\n");
         return;
     };
     let plot = Plot { first, whole: (last - first).max(1), top: decades(all().map(|s| s.max_us)) };
@@ -333,7 +335,7 @@ mod tests {
             json!({"at_unix_us": at + 2_000_000 + side * (n + 1) * 100_000 - (1 - side) * n * 100_000, "ops": 800 + n,
                 "p50_us": 180 * near + (n * 37) % 60, "p99_us": 700 * near + (n * 91) % 400, "max_us": 1_900 * near * near + (n * 171) % 900})
         };
-        let latency = |side| (0..60).map(|n| sample(n, side)).collect::<Vec<_>>();
+        let latency = |side| json!({"root": (0..60).map(|n| sample(n, side)).collect::<Vec<_>>()});
         json!({"id": "01ARZ3NDEKTSV4RRFFQ69G5FAV", "vm": "web-1", "from": "host-a", "to": "host-b", "outcome": "destination",
             "over": true, "state": "SETTLED",
             "migration": {"step": "done",
@@ -375,7 +377,7 @@ mod tests {
         );
         let _ = page(&Value::Null);
         let mut odd = example();
-        odd["migration"]["report"]["source"]["latency"] = json!([{"at_unix_us": u64::MAX, "ops": 1}, {"at_unix_us": 0, "ops": 1, "max_us": u64::MAX}, 7]);
+        odd["migration"]["report"]["source"]["latency"] = json!({"a": [{"at_unix_us": u64::MAX, "ops": 1}, {"at_unix_us": 0, "ops": 1, "max_us": u64::MAX}, 7], "b": 3});
         let _ = page(&odd);
     }
 }

@@ -81,6 +81,14 @@ pub fn missing() -> Option<String> {
     need.iter().find_map(|name| system_program(name).err()).map(|e| format!("{e:#}"))
 }
 
+/// Why a host cannot have a [`Hook`] here; `None` when it can.
+#[must_use]
+pub fn no_hooks() -> Option<String> {
+    let works = Command::new("unshare").args(["--mount", "true"]).status();
+    let why = "hooks need root and mount namespaces".to_owned();
+    (!works.is_ok_and(|status| status.success())).then_some(why)
+}
+
 impl Host {
     /// Starts one in `dir/NAME`.
     pub fn start(dir: &Path, name: &str, hook: Option<&Hook>) -> Result<Self> {

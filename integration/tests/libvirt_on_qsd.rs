@@ -3,12 +3,11 @@
 //! Nothing of Baton takes part. When this fails, look at the harness (`src/libvirt.rs`) and not at Baton.
 
 use baton_integration::guest::{skip_if, skip_without_program, skip_without_qemu};
-use baton_integration::libvirt::{Domain, Hook, Host, missing};
+use baton_integration::libvirt::{Domain, Hook, Host, missing, no_hooks};
 use baton_integration::qemu::BOOT_TIMEOUT;
 use baton_integration::qsd::{StorageDaemon, raw_file};
 use baton_integration::workspace::TestDir;
 use std::fs;
-use std::process::Command;
 use std::time::Duration;
 
 const DISK_BYTES: u64 = 64 << 20;
@@ -128,11 +127,4 @@ if [ \"$2\" = migrate ] && [ -e \"$HOME/refuse\" ]; then echo 'not ready' >&2; e
     let mut probe = b.probe(&there).unwrap();
     probe.resynchronise().unwrap();
     probe.stop_load().unwrap();
-}
-
-/// Why a host cannot have a hook here.
-fn no_hooks() -> Option<String> {
-    let works = Command::new("unshare").args(["--mount", "true"]).status();
-    let why = "hooks need root and mount namespaces".to_owned();
-    (!works.is_ok_and(|status| status.success())).then_some(why)
 }

@@ -254,6 +254,15 @@ impl Agent {
         self.call(Method::POST, &format!("/v1/vms/{vm}/backend/{what}"), Some(&json!({}))).await
     }
 
+    /// How long the guest's requests took; they are timed for `watch_s` more.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn latency(&self, vm: &str, watch_s: u32) -> Result<Value, AgentError> {
+        let path = format!("/v1/vms/{vm}/backend/latency");
+        self.call(Method::POST, &path, Some(&json!({"watch_s": watch_s}))).await
+    }
+
     /// Tells the machine's monitor: `incoming`, `migrate`, `continue`, ...
     ///
     /// # Errors

@@ -26,6 +26,10 @@ use super::prepare::{Durability, PrepareHandoff};
 
 /// Between two looks at a machine.
 const LOOK: Duration = Duration::from_millis(50);
+/// Timing of the guest's I/O ends by itself; a copy of memory may take long.
+const WATCH_S: u32 = 3600;
+/// Guest I/O that is timed before the copy begins, and after the switch.
+const WATCH_AROUND: Duration = Duration::from_secs(3);
 /// Looks at a machine that failed in a row before it counts as lost.
 const SILENT_MAX: u32 = 40;
 
@@ -49,6 +53,10 @@ pub struct MigrateVm {
     pub ready_timeout: Option<String>,
     /// Most bytes of memory a second.
     pub max_bandwidth_bytes_per_s: Option<u64>,
+    /// Time the guest's I/O before, during and after the switch, for a report;
+    /// the migration then ends a little later.
+    #[serde(default)]
+    pub watch_io: bool,
 }
 
 impl MigrateVm {
@@ -80,6 +88,7 @@ impl MigrateVm {
         })?;
         let uri = uri.replace("{vm}", vm);
         Ok(json!({"step": "prepare", "uri": uri, "bandwidth": self.max_bandwidth_bytes_per_s,
+            "watch_io": self.watch_io,
             "at_unix_us": {"prepare": unix_us()}}))
     }
 }
@@ -131,6 +140,7 @@ impl Driver {
         let (source, destination) = self.agents()?;
         let vm = self.row().vm.clone();
         self.until(State::Ready).await?;
+        self.watch_io(source, destination).await;
         self.note("incoming", json!({})).await;
         let uri = self.row().driven.as_ref().map_or(Value::Null, |note| note["uri"].clone());
         destination
@@ -205,14 +215,18 @@ impl Driver {
                 tokio::time::sleep(LOOK).await;
             }
         }
-        let report = self.report(source, destination).await;
-        self.note("cleanup", json!({"report": report, "destination_runs": runs})).await;
+        let mut report = self.report(source, destination).await;
+        self.note("cleanup", json!({"report": report.clone(), "destination_runs": runs})).await;
         if let Err(error) = source.monitor(&vm, "quit", &json!({})).await {
             tracing::warn!(%error, vm, "the source's machine could not be ended");
         }
         let _ = self.handle.ask(Input::Finish).await;
         self.over().await;
-        self.note("done", json!({})).await;
+        if self.watches_io() {
+            tokio::time::sleep(WATCH_AROUND).await;
+            report["destination"]["latency"] = slices(destination, &vm).await;
+        }
+        self.note("done", json!({"report": report})).await;
         Ok(())
     }
 
@@ -259,16 +273,37 @@ impl Driver {
     /// What the backends measured, before one of them is stopped.
     async fn report(&self, source: &Agent, destination: &Agent) -> Value {
         let vm = self.row().vm.clone();
+        let latency = if self.watches_io() { slices(source, &vm).await } else { Value::Null };
         let (source, destination) = tokio::join!(source.vm(&vm), destination.vm(&vm));
         let side = |view: Result<VmView, AgentError>| match view {
             Ok(view) => {
                 let handoff = view.handoff();
                 json!({"timings": handoff["timings"], "events": handoff["events"],
-                    "latency": view.status()["latency"], "migration": view.migration()})
+                    "migration": view.migration()})
             }
             Err(error) => json!({"error": error.to_string()}),
         };
-        json!({"source": side(source), "destination": side(destination)})
+        let mut source = side(source);
+        source["latency"] = latency;
+        json!({"source": source, "destination": side(destination)})
+    }
+
+    fn watches_io(&self) -> bool {
+        self.row().driven.as_ref().is_some_and(|note| note["watch_io"] == true)
+    }
+
+    /// Has the backends time the guest's I/O, a little before anything happens.
+    async fn watch_io(&self, source: &Agent, destination: &Agent) {
+        if !self.watches_io() {
+            return;
+        }
+        let vm = self.row().vm.clone();
+        for agent in [source, destination] {
+            if let Err(error) = agent.latency(&vm, WATCH_S).await {
+                tracing::warn!(%error, vm, "the guest's I/O is not timed");
+            }
+        }
+        tokio::time::sleep(WATCH_AROUND).await;
     }
 
     fn agents(&self) -> Result<(&Agent, &Agent), Failed> {
@@ -326,6 +361,11 @@ impl Driver {
             tracing::error!(%error, step, "a step of a migration is not in the journal");
         }
     }
+}
+
+/// What a backend timed, by disk; null when it does not say.
+async fn slices(agent: &Agent, vm: &str) -> Value {
+    agent.latency(vm, 0).await.map_or(Value::Null, |answer| answer["disks"].clone())
 }
 
 fn trouble(detail: &str) -> Trouble {

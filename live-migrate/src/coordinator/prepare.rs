@@ -114,7 +114,7 @@ pub async fn prepare(
     driven: Option<serde_json::Value>,
 ) -> Result<(Handle, bool), Fault> {
     vm_name(vm)?;
-    let hash = hash(vm, &request, driven.is_some());
+    let hash = hash(vm, &request, driven.as_ref());
     // Who has this id, and whether the VM is free, must not change meanwhile.
     let _turn = core.turn(vm).await;
     if let Some(known) = core.handoff(id) {
@@ -158,7 +158,10 @@ pub async fn prepare(
     Ok((handle, true))
 }
 
-fn hash(vm: &str, request: &PrepareHandoff, driven: bool) -> String {
+fn hash(vm: &str, request: &PrepareHandoff, driven: Option<&serde_json::Value>) -> String {
+    // All that was asked for, and not when.
+    let driven =
+        driven.map(|note| serde_json::json!([note["uri"], note["bandwidth"], note["watch_io"]]));
     let body = serde_json::json!([vm, request, driven]).to_string();
     plan::hex_of(&Sha256::digest(body.as_bytes()))
 }

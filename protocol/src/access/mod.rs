@@ -35,9 +35,9 @@
 //!
 //! | module | noun |
 //! |---|---|
-//! | [`words`] | inputs, refusals, steps |
-//! | [`step`] | what each input does in each phase |
-//! | [`codec`] | the stored bytes |
+//! | `words` | inputs, refusals, steps |
+//! | `step` | what each input does in each phase |
+//! | `codec` | the stored bytes |
 
 mod codec;
 #[cfg(test)]

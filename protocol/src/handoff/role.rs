@@ -32,7 +32,7 @@
 //!
 //! | module | noun |
 //! |---|---|
-//! | [`words`] | what goes in and comes out |
+//! | `words` | what goes in and comes out |
 
 #[cfg(test)]
 mod tests;

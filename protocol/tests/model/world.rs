@@ -631,7 +631,10 @@ impl World {
                 }
             }
             let decided = self.winners.get(&scope.plan(coordinator.attempt).attempt);
+            // A source that stands still seals as soon as it is armed again; one
+            // that waits lets it run first.
             if coordinator.attempt < scope.attempts
+                && (self.vms[S].running || !scope.waits)
                 && decided == Some(&Side::Source)
                 && self.servers.iter().all(|server| server.record.handoff.is_none())
             {

@@ -109,3 +109,29 @@ pub(super) async fn reclaim(
 ) -> Result<Json<Value>, Problem> {
     tell(&agent, &name, "reclaim").await
 }
+
+/// What to time.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WatchLatency {
+    /// Go on timing the guest's requests for so long from now, seconds, at most
+    /// an hour; 0 only shows what is there.
+    #[serde(default)]
+    watch_s: u32,
+}
+
+/// Passes `latency` to the backend: how long the guest's requests took, in slices.
+#[utoipa::path(post, path = "/v1/vms/{vm}/backend/latency", params(("vm" = String, Path)),
+    request_body = WatchLatency, responses((status = 200, body = Object), (status = 400, body = Problem),
+    (status = 404, body = Problem), (status = 409, body = Problem), (status = 504, body = Problem)))]
+pub(super) async fn latency(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<String>,
+    request: Result<Json<WatchLatency>, JsonRejection>,
+) -> Result<Json<Value>, Problem> {
+    let WatchLatency { watch_s } = body(request)?;
+    find(&agent, &name)?;
+    let control = Control::new(agent.config.control_socket(&name));
+    let command = json!({"cmd": "latency", "watch_s": watch_s});
+    Ok(Json(control.ask(&command, COMMAND_LIMIT).await?))
+}

@@ -50,6 +50,7 @@ const CALLERS: [Role; 2] = [Role::Coordinator, Role::Operator];
         backends::activate,
         backends::abdicate,
         backends::reclaim,
+        backends::latency,
         monitors::status,
         monitors::incoming,
         monitors::migrate,
@@ -67,7 +68,7 @@ struct Document;
 type Method = fn() -> MethodRouter<Arc<Agent>>;
 
 /// Path, methods, handlers.
-const ROUTES: [(&str, &[&str], Method); 18] = [
+const ROUTES: [(&str, &[&str], Method); 19] = [
     ("/v1/host", &["get"], || get(host)),
     ("/v1/vms", &["get"], || get(vms::list)),
     ("/v1/vms/{vm}", &["get", "put", "delete"], || {
@@ -78,6 +79,7 @@ const ROUTES: [(&str, &[&str], Method); 18] = [
     ("/v1/vms/{vm}/backend/activate", &["post"], || post(backends::activate)),
     ("/v1/vms/{vm}/backend/abdicate", &["post"], || post(backends::abdicate)),
     ("/v1/vms/{vm}/backend/reclaim", &["post"], || post(backends::reclaim)),
+    ("/v1/vms/{vm}/backend/latency", &["post"], || post(backends::latency)),
     ("/v1/vms/{vm}/vmm", &["get"], || get(monitors::status)),
     ("/v1/vms/{vm}/vmm/incoming", &["post"], || post(monitors::incoming)),
     ("/v1/vms/{vm}/vmm/migrate", &["post"], || post(monitors::migrate)),

@@ -46,7 +46,8 @@ struct Tail {
 }
 
 /// Follows what happens. `Last-Event-ID`, or `since`, is the last event seen;
-/// without them it begins with what happens next.
+/// without them it begins with what happens next. The last 10,000 events are
+/// kept; after a gap `baton.events.lost` comes first.
 #[utoipa::path(get, path = "/v1/events", params(("since" = Option<u64>, Query, description = "Cursor: the last event seen; 0 for all that are kept."),
     ("Last-Event-ID" = Option<String>, Header, description = "The same, as browsers send it.")),
     responses((status = 200, content_type = "text/event-stream", body = String), (status = 400, body = Fault)))]
@@ -79,7 +80,10 @@ async fn next(mut tail: Tail) -> Option<(Result<SseEvent, Infallible>, Tail)> {
             return Some((Ok(event), tail));
         }
         tail.latest.borrow_and_update();
-        match tail.journal.events_after(tail.cursor, BATCH) {
+        // It waits for a commit that is under way.
+        let (journal, cursor) = (tail.journal.clone(), tail.cursor);
+        let read = tokio::task::spawn_blocking(move || journal.events_after(cursor, BATCH));
+        match read.await.ok()? {
             Ok((events, oldest)) => {
                 if tail.resumed && tail.cursor.saturating_add(1) < oldest {
                     let lost =

@@ -460,19 +460,27 @@ impl Row {
                 }
             }
             Some(winner) => {
-                if winner == Winner::Source {
-                    // What is still on its way must find the handoff over.
-                    due.extend(members().filter_map(of(Progress::Asked)).map(Action::Arm));
-                }
-                let others = members().skip(1).filter_map(of(Progress::Armed));
-                let others: Vec<usize> = others.collect();
-                let anchor = self.anchor().is_some_and(|a| a.progress == Progress::Armed);
+                // An ARM that is still on its way must find the handoff over. The
+                // destination won only because all are armed, whoever knows it.
+                let armed = match winner {
+                    Winner::Source => {
+                        due.extend(members().filter_map(of(Progress::Asked)).map(Action::Arm));
+                        [Progress::Armed, Progress::Armed]
+                    }
+                    Winner::Destination => [Progress::Armed, Progress::Asked],
+                };
+                let is_armed = |member: &Member| armed.contains(&member.progress);
+                let others: Vec<usize> = members()
+                    .skip(1)
+                    .filter_map(|(place, member)| is_armed(member).then_some(place))
+                    .collect();
+                let anchor = self.anchor().is_some_and(is_armed);
                 let asked = self.members.iter().any(|m| m.progress == Progress::Asked);
                 if self.proof.is_none() && anchor {
                     due.push(Action::Prove);
                 } else if !others.is_empty() {
                     due.extend(others.into_iter().map(Action::Settle));
-                } else if anchor && !asked {
+                } else if anchor && (!asked || winner == Winner::Destination) {
                     // Last: as long as one member does not know, this one does.
                     due.push(Action::Settle(0));
                 }

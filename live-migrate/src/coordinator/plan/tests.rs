@@ -274,6 +274,17 @@ fn only_a_dead_destination_that_was_never_active_is_abdicated_for() {
     assert!(!due(&row, &dead).contains(&Action::Abdicate));
 }
 
+/// The answer to an ARM was lost, and the destination won all the same.
+#[test]
+fn a_member_that_never_answered_is_settled_when_the_destination_wins() {
+    let won = [Input::Seen(0, Seen::Active, 5), Input::Proved(grant(Winner::Destination))];
+    let row = after(fresh(), &[Input::Start, Input::Armed(0)]);
+    let row = after(row, &won);
+    assert_eq!(row.due(), [Action::Settle(1)]);
+    let row = after(row, &[Input::Settled(1), Input::Settled(0)]);
+    assert_eq!((row.state, row.due()), (State::Settled, vec![]));
+}
+
 #[test]
 fn a_backend_that_was_there_before_is_not_stopped() {
     let row = after(fresh(), &[Input::Start, Input::CannotArm(0, trouble("baton:not-owner"))]);

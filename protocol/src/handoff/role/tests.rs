@@ -413,6 +413,18 @@ fn a_destination_promises_nothing_for_those_before_it() {
     assert_eq!(bench.views(), []);
     assert_eq!(bench.role.step(Input::Order(Order::Abdicate)), []);
     assert_eq!(bench.role.standing(), Standing::Standby, "nor is it ready");
+
+    // Nor has it given the try up: with the anchor's seal known it may still win.
+    let mut bench = Bench::with(DESTINATION, D2);
+    bench.arm(1);
+    bench.seal(S1);
+    bench.crash(ANCHOR);
+    let wanted_back = bench.reclaim_by(S1);
+    bench.at(ANCHOR, wanted_back);
+    bench.views();
+    bench.role.step(Input::Started { member: ANCHOR });
+    bench.seal_one(ANCHOR, S1);
+    assert_eq!(bench.view(ANCHOR), [ask(ANCHOR, 1, Asked::Activate)]);
 }
 
 #[test]

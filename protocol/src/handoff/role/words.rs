@@ -8,7 +8,7 @@ use crate::access::AccessRecord;
 use crate::units::Epoch;
 
 /// What the edge tells the machine. `member` is a volume's position in the list
-/// given to [`Role::new`].
+/// given to [`Role::new`](super::Role::new).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Input {
     /// The access record of a member, as its server pushed it.
