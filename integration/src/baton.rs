@@ -40,14 +40,26 @@ impl Storage {
         let data_dir = dir.join("data");
         let more_args: Vec<String> = more_args.iter().map(|&arg| arg.to_owned()).collect();
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let (daemon, data, admin) = launch(dir, &data_dir, &more_args, &env, any, any)?;
+        let (daemon, data, admin) = launch(dir, &data_dir, &more_args, &env, any, any, |_| ())?;
         Ok(Self { daemon, dir: dir.to_owned(), data_dir, more_args, env, data, admin })
     }
 
     /// Starts it again on the same data and ports, after a kill or an end.
     pub fn restart(&mut self) -> Result<()> {
-        let (daemon, ..) =
-            launch(&self.dir, &self.data_dir, &self.more_args, &self.env, self.data, self.admin)?;
+        self.restart_seen(|_| ())
+    }
+
+    /// [`Self::restart`] that tells of the process before it is ready: it may never be, where it stops itself.
+    pub fn restart_seen(&mut self, seen: impl FnOnce(u32)) -> Result<()> {
+        let (daemon, ..) = launch(
+            &self.dir,
+            &self.data_dir,
+            &self.more_args,
+            &self.env,
+            self.data,
+            self.admin,
+            seen,
+        )?;
         self.daemon = daemon;
         Ok(())
     }
@@ -163,6 +175,7 @@ fn launch(
     env: &Environment,
     data: SocketAddr,
     admin: SocketAddr,
+    seen: impl FnOnce(u32),
 ) -> Result<(Daemon, SocketAddr, SocketAddr)> {
     let mut args: Vec<OsString> = ["--listen".into(), data.to_string().into()].to_vec();
     args.extend(["--admin-listen".into(), admin.to_string().into()]);
@@ -171,6 +184,7 @@ fn launch(
     let mut command = Command::new(program("baton-storage")?);
     command.args(args).envs(env.iter().map(|(name, value)| (name, value)));
     let mut daemon = Daemon::start_command(dir, "storage", command)?;
+    seen(daemon.pid());
     let line = daemon.wait_line("listening data=", READY_TIMEOUT)?;
     let address = |key: &str| -> Result<SocketAddr> {
         let text = line.split_whitespace().find_map(|word| word.strip_prefix(key));

@@ -347,9 +347,11 @@ impl Play {
 
     fn judge(&mut self, winner: Side, guest: &'static str) -> Result<u64> {
         let seen = self.world.look(GO_ON)?;
-        let histories = self.world.histories()?;
+        let sources = self.world.histories(Side::Source)?;
+        let destinations = self.world.histories(Side::Destination)?;
         let mut judge = Judge::default();
-        let source = histories.first().context("the source has a history")?;
+        let source = sources.first().context("the source has a history")?;
+        let destination = destinations.first();
         let fork = self.fork.filter(|_| self.started[Side::Destination as usize]);
         match (winner, fork) {
             (Side::Destination, Some(fork)) => {
@@ -357,17 +359,18 @@ impl Play {
                     source.iter().cloned().partition(|event| event.at_ns <= fork);
                 judge.follow(&before)?;
                 silent(&after, "source")?;
-                judge.follow(histories.get(1).context("the destination has a history")?)?;
+                judge.follow(destination.context("the destination has a history")?)?;
             }
             (Side::Destination, None) => bail!("the destination has won, and was never started"),
             (Side::Source, _) => {
                 judge.follow(source)?;
-                silent(histories.get(1).map_or(&[], Vec::as_slice), "destination")?;
+                silent(destination.map_or(&[], Vec::as_slice), "destination")?;
             }
         }
         if guest == "booted" {
             judge.lose_guest();
-            judge.follow(histories.get(2).context("the guest booted again")?)?;
+            let booted = if winner == Side::Source { sources.last() } else { destinations.last() };
+            judge.follow(booted.context("the guest booted again")?)?;
         }
         judge.lose_guest();
         judge.follow(&seen.history()?).context("what a fresh guest sees at the end")?;

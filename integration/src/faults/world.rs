@@ -96,6 +96,8 @@ pub struct World {
     hosts: [AgentHost; 2],
     vmms: [Option<Stub>; 2],
     vmms_started: u64,
+    /// Of the VMMs that were started on each host.
+    numbers: [Vec<u64>; 2],
     last_restart: Instant,
 }
 
@@ -122,6 +124,7 @@ impl World {
             hosts,
             vmms: [None, None],
             vmms_started: 0,
+            numbers: [Vec::new(), Vec::new()],
             last_restart: Instant::now(),
         };
         world.host(Side::Source).own()?;
@@ -136,6 +139,7 @@ impl World {
         let sockets = self.host(side).sockets();
         let stub = Stub::start(&self.dir, self.vmms_started, &sockets)?;
         self.vmms[side as usize] = Some(stub);
+        self.numbers[side as usize].push(self.vmms_started);
         self.register();
         Ok(())
     }
@@ -167,7 +171,10 @@ impl World {
     pub fn restart_anchor(&mut self) -> Result<()> {
         self.fleet.servers[0].daemon.kill()?;
         // It goes on with the points of its first process: they may lie behind this.
-        self.fleet.servers[0].restart()?;
+        let register = Register::clone(&self.register);
+        self.fleet.servers[0].restart_seen(|pid| {
+            register.lock().expect("nobody panics here").insert(Actor::Anchor, Who::Pid(pid));
+        })?;
         self.register();
         Ok(())
     }
@@ -220,9 +227,10 @@ impl World {
         Ok(stub)
     }
 
-    /// What each VMM's guest did, in the order in which they were started.
-    pub fn histories(&self) -> Result<Vec<Vec<Event>>> {
-        (1..=self.vmms_started).map(|n| history::read(&history_path(&self.dir, n))).collect()
+    /// What the guest of each VMM of a host did, in the order in which they were started.
+    pub fn histories(&self, side: Side) -> Result<Vec<Vec<Event>>> {
+        let numbers = self.numbers[side as usize].iter();
+        numbers.map(|number| history::read(&history_path(&self.dir, *number))).collect()
     }
 
     fn register(&self) {
