@@ -18,7 +18,8 @@ const SIZE_BYTES: u64 = 1 << 20;
 fuzz_target!(|input: (u8, &[u8])| {
     let (mode, mut bytes) = input;
     let mode = [AccessMode::Owner, AccessMode::Standby, AccessMode::ReadOnly][usize::from(mode % 3)];
-    let identity = Identity { session: SessionId(0), queue: QueueId(0), mode };
+    let features = baton_protocol::Features::HANDOFF;
+    let identity = Identity { session: SessionId(0), queue: QueueId(0), mode, features };
     let mut window = Window::starting_at(Seq(0));
     loop {
         match front(bytes) {

@@ -223,10 +223,15 @@ fn decode_1(bytes: &[u8]) -> Result<AccessRecord, RecordError> {
     let mut b = Cursor::new(bytes);
     let [_, phase, ..] = b.array::<4>()?;
     let (name_len, barred_len) = (usize::from(b.u16()?), usize::from(b.u16()?));
-    if bytes.len() != FORMAT_1_FIXED_BYTES + name_len + barred_len {
+    let named = name_len.max(barred_len) <= OWNER_BYTES_MAX;
+    if !named || bytes.len() != FORMAT_1_FIXED_BYTES + name_len + barred_len {
         return Err(RecordError);
     }
     let (volume, version, epoch) = (VolumeId(b.u64()?), b.u64()?, Epoch(b.u64()?));
+    // There is no number after the last.
+    if epoch.next() <= epoch {
+        return Err(RecordError);
+    }
     let (coordinator_term, session) = (b.u64()?, SessionId(b.u64()?));
     let mut text = |len| -> Result<Option<String>, RecordError> {
         let text = std::str::from_utf8(b.bytes(len)?).map_err(|_| RecordError)?;
