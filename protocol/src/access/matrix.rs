@@ -392,7 +392,7 @@ impl Life {
                 self.disk = step.record.clone();
             }
         }
-        self.was_sealed |= matches!(input, Input::Seal { .. });
+        self.was_sealed |= matches!(input, Input::Seal { .. } | Input::Sealed { .. });
         self.was_activated |= step.record.phase == Phase::Active;
         self.record = step.record;
         self.judge()
