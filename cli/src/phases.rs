@@ -75,14 +75,13 @@ pub(crate) fn phases(row: &Value) -> Vec<Phase> {
 
 /// What a backend measured, with its name for people.
 pub(crate) fn timings(row: &Value) -> Vec<(&'static str, &'static str, u64)> {
-    const TIMINGS: [(&str, &str, &str); 7] = [
-        ("source", "stop_us", "rings stopped to the seal sent"),
+    const TIMINGS: [(&str, &str, &str); 6] = [
+        ("source", "stop_us", "rings stopped to drained and sealed"),
         ("source", "drain_us", "requests in flight drained"),
         ("source", "seal_us", "seal sent to all volumes sealed"),
         ("destination", "activate_us", "asked the anchor, answered"),
         ("destination", "open_us", "other volumes opened"),
         ("destination", "first_io_us", "rings started to the first request"),
-        ("destination", "gap_us", "rings stood still"),
     ];
     let report = &row["migration"]["report"];
     let found = TIMINGS.iter().filter_map(|(side, key, what)| {
@@ -90,6 +89,21 @@ pub(crate) fn timings(row: &Value) -> Vec<(&'static str, &'static str, u64)> {
         Some((*side, *what, value))
     });
     found.collect()
+}
+
+/// How long no host served the guest's disks, in µs: from the stop of the rings at the source to the last of the
+/// volumes opened at the destination, by the two hosts' clocks.
+pub(crate) fn stood_still_us(row: &Value) -> Option<u64> {
+    let last = |side: &str, moments: &[&str]| {
+        let events = row["migration"]["report"][side]["events"].as_array()?;
+        let event = events
+            .iter()
+            .rev()
+            .find(|event| event["event"].as_str().is_some_and(|event| moments.contains(&event)))?;
+        event["at_unix_us"].as_u64()
+    };
+    let stopped = last("source", &["rings-stopped"])?;
+    last("destination", &["activated", "opened"])?.checked_sub(stopped)
 }
 
 /// A duration as people read it.
@@ -123,6 +137,13 @@ pub(crate) fn text(row: &Value) -> String {
         for (side, what, us) in timings {
             out.push_str(&format!("  {side:<12} {:>12}  {what}\n", duration(us)));
         }
+        if let Some(us) = stood_still_us(row) {
+            out.push_str(&format!(
+                "  {:<12} {:>12}  rings stopped there to volumes served here\n",
+                "both",
+                duration(us)
+            ));
+        }
     }
     out
 }
@@ -136,7 +157,22 @@ mod tests {
         json!({"vm": "web", "from": "a", "to": "b", "state": "SETTLED", "outcome": "destination", "over": true,
             "migration": {"step": "done", "at_unix_us": {"prepare": 1_000, "incoming": 51_000, "precopy": 61_000,
                 "switch": 2_061_000, "activate": 2_066_000, "cleanup": 2_100_000, "done": 2_150_000},
-                "report": {"source": {"timings": {"seal_us": 310, "stop_us": null}}, "destination": {"timings": {"activate_us": 1_204}}}}})
+                "report": {"source": {"timings": {"seal_us": 310, "stop_us": null}, "events": [
+                        {"at_unix_us": 100, "event": "rings-stopped"}, {"at_unix_us": 5_000, "event": "rings-stopped"}]},
+                    "destination": {"timings": {"activate_us": 1_204}, "events": [
+                        {"at_unix_us": 7_000, "event": "activated"}, {"at_unix_us": 7_500, "event": "opened"},
+                        {"at_unix_us": 9_000, "event": "first-request"}]}}}})
+    }
+
+    #[test]
+    fn the_disks_stand_still_from_the_last_stop_to_the_last_volume_opened() {
+        assert_eq!(stood_still_us(&row()), Some(2_500));
+        assert!(text(&row()).contains("2.50 ms"));
+        let mut skewed = row();
+        skewed["migration"]["report"]["destination"]["events"] =
+            json!([{"at_unix_us": 4_000, "event": "opened"}]);
+        assert_eq!(stood_still_us(&skewed), None, "clocks that disagree tell nothing");
+        assert_eq!(stood_still_us(&json!({})), None);
     }
 
     #[test]

@@ -67,8 +67,11 @@ fn headline(out: &mut String, row: &Value, phases: &[Phase]) {
             tiles.push((duration(us), what));
         }
     }
-    if let Some(gap) = gap_us(row) {
-        tiles.push((duration(gap), "longest pause of the guest's I/O"));
+    if let Some(still) = phases::stood_still_us(row) {
+        tiles.push((duration(still), "rings stopped there to volumes served here"));
+    }
+    if let Some(slowest) = slowest_us(row) {
+        tiles.push((duration(slowest), "slowest request of the guest"));
     }
     if tiles.is_empty() {
         return;
@@ -174,8 +177,9 @@ fn samples(row: &Value, side: &str) -> Vec<Sample> {
     slices.into_values().collect()
 }
 
-/// The longest request around the switch: what the guest waited for.
-fn gap_us(row: &Value) -> Option<u64> {
+/// The slowest request that a backend timed. One that waits while the guest moves is timed at the destination from
+/// the start of its rings.
+fn slowest_us(row: &Value) -> Option<u64> {
     let all = ["source", "destination"].map(|side| samples(row, side));
     all.iter().flatten().map(|sample| sample.max_us).max()
 }
