@@ -115,6 +115,8 @@ pub struct Role {
     name: String,
     session: SessionId,
     members: Vec<Member>,
+    /// What a plan has to say of the members.
+    whole: Members,
     views: Vec<Option<View>>,
     /// The source wants to come back, whether or not its rings run.
     wants_back: bool,
@@ -170,6 +172,7 @@ impl Role {
             name: name.to_owned(),
             session,
             members: volumes.iter().map(member).collect(),
+            whole: Members::of(volumes.iter().copied()),
             views: vec![None; volumes.len()],
             wants_back: false,
             ordered: false,
@@ -437,6 +440,8 @@ impl Role {
     }
 
     fn look_for_losses(&mut self) {
+        // Once, not for each member: many volumes have many events, and each looks at all of them.
+        let attempt = self.bound.or_else(|| self.attempt());
         for at in 0..self.members.len() {
             let Some(view) = &self.views[at] else { continue };
             let record = &view.record;
@@ -454,7 +459,6 @@ impl Role {
             if decided && !mine && member.granted.is_some() && !older {
                 return self.park(Parked::Lost);
             }
-            let attempt = self.bound.or(self.focus().map(|focus| focus.attempt));
             let winner = attempt.and_then(|attempt| record.winner(attempt));
             let side = if attempt == self.bound { Side::Destination } else { Side::Source };
             if winner.is_some_and(|winner| winner != side) {
@@ -685,22 +689,21 @@ impl Role {
             } else {
                 return None;
             };
-            let anchor = self.members.iter().position(|m| m.volume == handoff.plan.anchor);
             let phase = self.views[at].as_ref()?.record.phase;
             let undecided = matches!(phase, Phase::Armed | Phase::Sealed | Phase::Frozen);
-            let focus = Focus { attempt: handoff.plan.attempt, side, anchor };
-            Some((undecided, focus))
+            Some((undecided, handoff.plan.attempt, side, handoff.plan.anchor))
         });
-        let newest = mine.max_by_key(|(undecided, focus)| (*undecided, focus.attempt));
-        newest.map(|(_, focus)| focus)
+        let newest = mine.max_by_key(|(undecided, attempt, ..)| (*undecided, *attempt));
+        let (_, attempt, side, anchor) = newest?;
+        let anchor = self.members.iter().position(|member| member.volume == anchor);
+        Some(Focus { attempt, side, anchor })
     }
 
     /// All members show this try, and they are the ones that were planned.
     fn is_complete(&self, focus: Focus) -> bool {
-        let planned = Members::of(self.members.iter().map(|member| member.volume));
         (0..self.members.len()).all(|at| {
             self.handoff_of(at).is_some_and(|handoff| {
-                handoff.plan.attempt == focus.attempt && handoff.plan.members == planned
+                handoff.plan.attempt == focus.attempt && handoff.plan.members == self.whole
             })
         })
     }
