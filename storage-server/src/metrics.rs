@@ -2,7 +2,7 @@
 //! cache line; sums are made when somebody asks.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_protocol::{Opcode, Status};
 
@@ -176,9 +176,19 @@ pub struct AccessMetrics {
     pub stored_first: AtomicU64,
     /// Transactions in the background, each with what had gathered.
     pub stored_later: AtomicU64,
+    /// Time that changes waited for their record to be durable, microseconds.
+    pub storing_us: AtomicU64,
+    /// Time that changes waited for requests inside the gate, microseconds.
+    pub draining_us: AtomicU64,
 }
 
 impl AccessMetrics {
+    /// Counts what a change waited, for the disk or for requests inside.
+    pub(crate) fn waited(total: &AtomicU64, since: Instant) {
+        let us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        total.fetch_add(us, Ordering::Relaxed);
+    }
+
     pub(crate) fn stepped(&self, step: AccessStep, result: StepResult) {
         self.steps[step as usize][result as usize].fetch_add(1, Ordering::Relaxed);
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use baton_protocol::access::Phase;
 use baton_protocol::handoff::{Ask, HandoffId, Outcome, Proof, Side, Try};
-use baton_protocol::{Epoch, Opcode, SessionId, Status};
+use baton_protocol::{AccessMode, Epoch, Opcode, SessionId, Status};
 use baton_storage_server::gate::{Gate, Principal};
 use common::handoff::{
     Backend, D, DESTINATION, Member, S, SOURCE, TRY, arm, arm_try, count, plan, which, which_try,
@@ -343,6 +343,42 @@ fn who_may_not_claim_during_a_handoff_is_told_to_stand_by() {
         assert_eq!(restarted.epoch, Epoch(4));
         assert_eq!(again.write(0, &[9; 512]), Status::StaleEpoch);
     }
+}
+
+/// A dead backend's RECLAIM, ACTIVATE or OPEN, read after its successor has come,
+/// wins nothing: nobody would run the VM.
+#[test]
+fn a_process_that_has_a_successor_is_not_heard() {
+    for mode in MODES {
+        let fixture = Fixture::start();
+        let (volume, mut dead, mut dead_destination) = armed(&fixture, mode);
+        assert_eq!(dead.seal().outcome, Outcome::Granted);
+        // It may not claim now, so it stands by; its predecessor's connections are still there.
+        let mut source = volume.standby(SOURCE, 0xa2);
+        assert_eq!(dead.control.ask(Ask::Reclaim).outcome, Outcome::NotNominated);
+        let mut destination = volume.standby(DESTINATION, 0xb2);
+        let late = dead_destination.control.ask(Ask::Activate);
+        assert_eq!((late.outcome, late.proof), (Outcome::NotNominated, None));
+        assert_eq!(volume.phase(), "sealed", "nobody has won");
+        let proof = destination.control.wins(Ask::Activate);
+        // Neither does a proof help the dead.
+        assert_eq!(dead_destination.queue.open(TRY, proof), Status::StaleEpoch);
+        destination.open(proof);
+        assert_eq!(destination.queue.write(0, &[1; 512]), Status::Ok);
+        assert_eq!(source.control.ask(Ask::Reclaim).outcome, Outcome::Lost);
+    }
+}
+
+/// A process that only comes again has no successor by that, and is none.
+#[test]
+fn a_reconnect_of_the_old_process_does_not_silence_the_new_one() {
+    let fixture = Fixture::start();
+    let (volume, mut dead, _destination) = armed(&fixture, "fast");
+    assert_eq!(dead.seal().outcome, Outcome::Granted);
+    let mut source = volume.standby(SOURCE, 0xa2);
+    let _again = volume.control(SOURCE, S, AccessMode::Standby, 0);
+    let proof = source.control.wins(Ask::Reclaim);
+    source.open(proof);
 }
 
 /// Nothing is synced in a blackout of fast mode; the decision is stored behind

@@ -148,6 +148,12 @@ fn access(page: &mut Page, api: &Api) {
         let count = count.load(Ordering::Relaxed);
         page.line(format_args!("{name}{{when=\"{when}\"}} {count}"));
     }
+    let name = "baton_access_wait_seconds_total";
+    page.family(name, "counter", "Time that changes of access records waited.");
+    for (why, us) in [("store", &metrics.storing_us), ("drain", &metrics.draining_us)] {
+        let time = seconds(us.load(Ordering::Relaxed));
+        page.line(format_args!("{name}{{for=\"{why}\"}} {time}"));
+    }
     let name = "baton_volumes_in_phase";
     page.family(name, "gauge", "Volumes by the phase of their access record.");
     let mut phases = BTreeMap::new();

@@ -130,6 +130,14 @@ impl Lobby {
         };
         let place = timeout(PATIENCE, self.place(&volume, header, &wanted));
         let (place, epoch, event_id) = place.await.map_err(too_slow)??;
+        let takes_part = wanted.hello.features.contains(Features::HANDOFF)
+            && wanted.hello.mode != AccessMode::ReadOnly;
+        // A process that comes again, perhaps to a server that has forgotten it, has no
+        // successor by that.
+        let is_new = wanted.hello.resume_from.0 <= 1;
+        if takes_part && is_new {
+            volume.incarnations.came(&wanted.hello.owner, header.session);
+        }
         let desk = self.choose(header.queue);
         let weight = if header.queue == QueueId::CONTROL { 1 } else { QUEUE_WEIGHT };
         desk.load.fetch_add(weight, Ordering::Relaxed);

@@ -13,13 +13,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use baton_fault_point as fault_point;
 use baton_protocol::access::{AccessRecord, Refusal, Step, Store};
 use baton_protocol::{EventKind, QueueId, SessionId};
 use tokio::sync::OwnedMutexGuard;
 
-use crate::metrics::{AccessStep, StepResult};
+use crate::metrics::{AccessMetrics, AccessStep, StepResult};
 use crate::store::VolumeError;
 
 use super::request::Facts;
@@ -66,7 +67,26 @@ impl Control {
     }
 }
 
+/// How far a change got without a wait.
+#[derive(Debug)]
+pub enum Begun {
+    /// Made, or the record was so already.
+    Made(OwnedMutexGuard<Control>, AccessRecord),
+    /// Granted. It must be carried through by [`RunningVolume::finish`]: the gate
+    /// may be closed for it already.
+    Waits(Waiting),
+}
+
+/// A granted change that has to wait for the disk or for requests inside.
+#[derive(Debug)]
+#[must_use = "a granted change is to be carried through"]
+pub struct Waiting {
+    control: OwnedMutexGuard<Control>,
+    change: Change,
+}
+
 /// A granted change that is to be carried out.
+#[derive(Debug)]
 struct Change {
     request: Request,
     step: Step,
@@ -104,9 +124,25 @@ impl RunningVolume {
     /// [`ChangeError`] when the record stays as it is.
     pub async fn change_locked(
         self: &Arc<Self>,
-        mut control: OwnedMutexGuard<Control>,
+        control: OwnedMutexGuard<Control>,
         request: Request,
     ) -> Result<(OwnedMutexGuard<Control>, AccessRecord), ChangeError> {
+        match self.begin(control, request)? {
+            Begun::Made(control, record) => Ok((control, record)),
+            Begun::Waits(waiting) => self.finish(waiting).await,
+        }
+    }
+
+    /// [`RunningVolume::change_locked`] as far as it goes without a wait: for
+    /// threads that must not block.
+    ///
+    /// # Errors
+    /// [`ChangeError`] when the record stays as it is.
+    pub fn begin(
+        &self,
+        mut control: OwnedMutexGuard<Control>,
+        request: Request,
+    ) -> Result<Begun, ChangeError> {
         if self.is_deleted() {
             return Err(ChangeError::Deleted);
         }
@@ -124,15 +160,30 @@ impl RunningVolume {
         };
         if !step.changed {
             metrics.stepped(request.step(), StepResult::Same);
-            return Ok((control, step.record));
+            return Ok(Begun::Made(control, step.record));
         }
         let change = Change { request, step };
         let at_once =
             change.step.store != Store::First && (!change.closes() || self.gate.try_close());
         if at_once {
             self.carry_out(&mut control, &change).map_err(ChangeError::Store)?;
-            return Ok((control, change.step.record));
+            return Ok(Begun::Made(control, change.step.record));
         }
+        Ok(Begun::Waits(Waiting { control, change }))
+    }
+
+    /// Carries through what [`RunningVolume::begin`] granted.
+    ///
+    /// # Errors
+    /// [`ChangeError`] when it could not be stored.
+    ///
+    /// # Cancel safety
+    /// Carried through once this was polled.
+    pub async fn finish(
+        self: &Arc<Self>,
+        waiting: Waiting,
+    ) -> Result<(OwnedMutexGuard<Control>, AccessRecord), ChangeError> {
+        let Waiting { mut control, change } = waiting;
         let volume = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
             volume.carry_out(&mut control, &change)?;
@@ -152,7 +203,10 @@ impl RunningVolume {
             fault_point::at("seal.closed");
         }
         if step.store == Store::First {
-            if let Err(error) = self.common.keeper.now(&self.kept, &step.record) {
+            let begun = Instant::now();
+            let stored = self.common.keeper.now(&self.kept, &step.record);
+            AccessMetrics::waited(&self.common.metrics.storing_us, begun);
+            if let Err(error) = stored {
                 if change.is_sealed() {
                     self.open_for(&control.record);
                 }
@@ -196,9 +250,12 @@ impl RunningVolume {
         self.audit.note(record, request.step().name(), request.who());
         self.common.metrics.stepped(request.step(), StepResult::Changed);
         if moved {
-            self.publish(EventKind::EpochChanged, record.epoch.0);
-        } else {
-            self.announce();
+            self.events.publish(EventKind::EpochChanged, record.epoch.0);
+        }
+        match request.step() {
+            // The winner knows it, and the guest waits for its first answers.
+            AccessStep::Activate | AccessStep::Open => self.common.quiet.announce(self.id()),
+            _ => self.announce(),
         }
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! What is to be durable *at once* is written by whoever comes first to the disk,
 //! for all who wait with it: a thousand handoffs that are armed together take a few
-//! transactions. What is kept *soon* is written by one task for the whole server, which takes
-//! what has gathered in one transaction. It writes the very records that were
+//! transactions. What is kept *soon* is written by one task for the whole server, which waits
+//! until the guest's first requests are past ([`SOON`]) and takes what has gathered in one
+//! transaction. It writes the very records that were
 //! given for it, never whatever is current by then: in fast mode a SEALED record
 //! must not reach the disk, because a server that finds it there would let the
 //! source reclaim although the destination may have activated since.
@@ -13,6 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use baton_protocol::VolumeId;
 use baton_protocol::access::{AccessRecord, Phase};
@@ -20,6 +22,11 @@ use baton_protocol::handoff::Mode;
 
 use crate::metrics::AccessMetrics;
 use crate::store::{Store, VolumeError};
+
+/// How long a decision waits for the disk, so that its syncs do not stand in the way of the first
+/// requests of the guest that was just handed over. Nobody waits for it: until it is stored a
+/// crash of this server freezes the volume, and its winner says so; SETTLE stores all the same.
+const SOON: Duration = Duration::from_millis(200);
 
 /// The version of a volume's record that is on disk. Held while one is written.
 #[derive(Debug, Default)]
@@ -31,10 +38,30 @@ impl Kept {
     }
 }
 
+/// Where records are written; the store, or in tests one that fails.
+pub(super) trait Shelf: Send + Sync + std::fmt::Debug {
+    /// One record, durably.
+    fn put(&self, volume: VolumeId, record: &[u8]) -> Result<(), VolumeError>;
+    /// All or none, durably.
+    fn put_all(&self, rows: &[(VolumeId, Vec<u8>)]) -> Result<(), VolumeError>;
+}
+
+impl Shelf for Store {
+    fn put(&self, volume: VolumeId, record: &[u8]) -> Result<(), VolumeError> {
+        self.put_access(volume, record)
+    }
+
+    fn put_all(&self, rows: &[(VolumeId, Vec<u8>)]) -> Result<(), VolumeError> {
+        self.put_accesses(rows)
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Keeper {
-    store: Arc<Store>,
+    store: Arc<dyn Shelf>,
     metrics: Arc<AccessMetrics>,
+    /// Changes are made on threads that are not the runtime's, too.
+    runtime: tokio::runtime::Handle,
     soon: Mutex<Soon>,
     first: Mutex<Vec<First>>,
     /// Held while records are written.
@@ -59,10 +86,12 @@ struct Soon {
 }
 
 impl Keeper {
-    pub(super) fn new(store: Arc<Store>, metrics: Arc<AccessMetrics>) -> Self {
+    /// Inside a runtime.
+    pub(super) fn new(store: Arc<dyn Shelf>, metrics: Arc<AccessMetrics>) -> Self {
         Self {
             store,
             metrics,
+            runtime: tokio::runtime::Handle::current(),
             soon: Mutex::default(),
             first: Mutex::default(),
             at_it: Mutex::default(),
@@ -113,15 +142,14 @@ impl Keeper {
     fn write_one(&self, kept: &Kept, record: &AccessRecord) -> Result<(), VolumeError> {
         let mut version = kept.lock();
         if record.version > *version {
-            self.store.put_access(record.volume, &record.encode())?;
+            self.store.put(record.volume, &record.encode())?;
             self.metrics.stored_first();
             *version = record.version;
         }
         Ok(())
     }
 
-    /// Durable some time after this has returned. Does not block. Inside a
-    /// runtime.
+    /// Durable some time after this has returned. Does not block.
     pub(super) fn soon(self: &Arc<Self>, kept: &Arc<Kept>, record: AccessRecord) {
         check(&record);
         let mut soon = lock(&self.soon);
@@ -129,7 +157,10 @@ impl Keeper {
         if !soon.writing {
             soon.writing = true;
             let keeper = Arc::clone(self);
-            tokio::task::spawn_blocking(move || keeper.write_all());
+            self.runtime.spawn(async move {
+                tokio::time::sleep(SOON).await;
+                tokio::task::spawn_blocking(move || keeper.write_all());
+            });
         }
     }
 
@@ -186,7 +217,7 @@ impl Keeper {
             }
         }
         if !rows.is_empty() {
-            self.store.put_accesses(&rows)?;
+            self.store.put_all(&rows)?;
         }
         for (version, now) in &mut versions {
             **version = *now;
@@ -208,4 +239,74 @@ fn check(record: &AccessRecord) {
                 .is_some_and(|handoff| handoff.plan.mode == Mode::Base || handoff.abdicated),
         "a seal of fast mode is in memory only"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    /// Takes everything but the records of one volume, and notes what it was given.
+    #[derive(Debug, Default)]
+    struct Torn {
+        bad: VolumeId,
+        given: Mutex<Vec<Vec<VolumeId>>>,
+    }
+
+    impl Shelf for Torn {
+        fn put(&self, volume: VolumeId, record: &[u8]) -> Result<(), VolumeError> {
+            self.put_all(&[(volume, record.to_vec())])
+        }
+
+        fn put_all(&self, rows: &[(VolumeId, Vec<u8>)]) -> Result<(), VolumeError> {
+            lock(&self.given).push(rows.iter().map(|(id, _)| *id).collect());
+            if rows.iter().any(|(id, _)| *id == self.bad) {
+                return Err(VolumeError::NotFound { name: self.bad.to_string() });
+            }
+            Ok(())
+        }
+    }
+
+    fn record(volume: u64, version: u64) -> AccessRecord {
+        AccessRecord { version, ..AccessRecord::new(VolumeId(volume)) }
+    }
+
+    /// Changes of volumes 1 to 3 that wait for the disk together, and how they went.
+    fn together(keeper: &Keeper) -> Vec<(bool, u64)> {
+        let kept: Vec<Arc<Kept>> = (0..3).map(|_| Arc::default()).collect();
+        let busy = lock(&keeper.at_it);
+        thread::scope(|scope| {
+            let changes: Vec<_> = (1..=3)
+                .zip(&kept)
+                .map(|(id, kept)| scope.spawn(move || keeper.now(kept, &record(id, 7)).is_ok()))
+                .collect();
+            while lock(&keeper.first).len() < 3 {
+                thread::yield_now();
+            }
+            drop(busy);
+            let results = changes.into_iter().map(|change| change.join().expect("no panic"));
+            results.zip(&kept).map(|(is_ok, kept)| (is_ok, *kept.lock())).collect()
+        })
+    }
+
+    #[tokio::test]
+    async fn changes_that_wait_together_share_a_transaction() {
+        let shelf = Arc::new(Torn::default());
+        let keeper = Keeper::new(Arc::<Torn>::clone(&shelf), Arc::default());
+        assert_eq!(together(&keeper), [(true, 7); 3]);
+        assert_eq!(*lock(&shelf.given), [[1, 2, 3].map(VolumeId)]);
+    }
+
+    #[tokio::test]
+    async fn when_the_shared_transaction_fails_each_is_written_and_told_for_itself() {
+        let shelf = Arc::new(Torn { bad: VolumeId(2), ..Torn::default() });
+        let keeper = Keeper::new(Arc::<Torn>::clone(&shelf), Arc::default());
+        // What was not written is not taken for written: version 0.
+        assert_eq!(together(&keeper), [(true, 7), (false, 0), (true, 7)]);
+        let given = lock(&shelf.given);
+        assert_eq!(given[0].len(), 3, "tried together first");
+        let mut alone = given[1..].to_vec();
+        alone.sort();
+        assert_eq!(alone, [[1], [2], [3]].map(|one| one.map(VolumeId).to_vec()));
+    }
 }

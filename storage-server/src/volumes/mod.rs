@@ -11,11 +11,15 @@
 //! | [`audit`] | the last changes of a record, for people |
 //! | [`seat`] | a place for one connection of a queue, and its window |
 //! | [`events`] | news for EVENT requests |
+//! | `quiet` | news that nobody waits for |
+//! | [`incarnations`] | which process of an owner name came last |
 
 mod audit;
 mod change;
 mod events;
+mod incarnations;
 mod keeper;
+mod quiet;
 mod request;
 mod running;
 mod seal;
@@ -32,13 +36,15 @@ use crate::metrics::AccessMetrics;
 use crate::store::{Store, VolumeError};
 
 use keeper::Keeper;
+use quiet::Quiet;
 
 pub use audit::Entry;
-pub use change::{ChangeError, Control};
+pub use change::{Begun, ChangeError, Control};
 pub use events::Events;
+pub use incarnations::Incarnations;
 pub use request::{Asker, Request};
 pub use running::{Connection, RunningVolume};
-pub use seal::Arrivals;
+pub use seal::{Arrivals, SealWait, Sealing};
 pub use seat::{Killer, Lease, NoSeat, Seat};
 
 /// Most queues of one session. A client needs one per virtqueue and one more.
@@ -53,6 +59,7 @@ pub(crate) struct Common {
     /// This incarnation of the server.
     pub(crate) boot_id: u64,
     pub(crate) announce: Announce,
+    pub(crate) quiet: Arc<Quiet>,
     pub(crate) keeper: Arc<Keeper>,
     pub(crate) metrics: Arc<AccessMetrics>,
 }
@@ -110,8 +117,9 @@ impl Volumes {
         announce: Announce,
     ) -> Result<Self, DamagedRecord> {
         let metrics = Arc::new(AccessMetrics::default());
-        let keeper = Arc::new(Keeper::new(Arc::clone(&store), Arc::clone(&metrics)));
-        let common = Arc::new(Common { store, boot_id, announce, keeper, metrics });
+        let keeper = Arc::new(Keeper::new(Arc::<Store>::clone(&store), Arc::clone(&metrics)));
+        let quiet = Arc::new(Quiet::new(Arc::clone(&announce)));
+        let common = Arc::new(Common { store, boot_id, announce, quiet, keeper, metrics });
         let mut running = BTreeMap::new();
         for info in common.store.list() {
             let Some(data) = common.store.volume(&info.name) else { continue };

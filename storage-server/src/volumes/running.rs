@@ -3,18 +3,20 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use baton_protocol::access::{AccessRecord, RecordError};
 use baton_protocol::{AccessMode, Epoch, EventKind, QueueId, SessionId, VolumeId};
 use tokio::sync::{OwnedMutexGuard, watch};
 
 use crate::gate::Gate;
+use crate::metrics::AccessMetrics;
 use crate::store;
 
 use super::audit::{Audit, Entry};
 use super::change::Control;
 use super::keeper::Kept;
-use super::{Arrivals, Common, Events};
+use super::{Arrivals, Common, Events, Incarnations};
 
 /// A connection as the admin API shows it.
 #[derive(Clone, Debug)]
@@ -43,6 +45,8 @@ pub struct RunningVolume {
     pub events: Events,
     /// Wakes a SEAL that waits.
     pub arrivals: Arrivals,
+    /// Who of an owner name is heard in a handoff.
+    pub incarnations: Incarnations,
     pub(super) common: Arc<Common>,
     pub(super) kept: Arc<Kept>,
     pub(super) audit: Audit,
@@ -76,6 +80,7 @@ impl RunningVolume {
             gate: Arc::new(Gate::new(slots)),
             events: Events::default(),
             arrivals: Arrivals::default(),
+            incarnations: Incarnations::default(),
             common,
             kept: Arc::default(),
             audit,
@@ -116,6 +121,12 @@ impl RunningVolume {
     /// The right to change the record and the seats.
     pub async fn control(&self) -> OwnedMutexGuard<Control> {
         Arc::clone(&self.control).lock_owned().await
+    }
+
+    /// [`RunningVolume::control`] if nobody has it or waits for it.
+    #[must_use]
+    pub fn try_control(&self) -> Option<OwnedMutexGuard<Control>> {
+        Arc::clone(&self.control).try_lock_owned().ok()
     }
 
     /// The access record, as of the last finished change.
@@ -159,6 +170,7 @@ impl RunningVolume {
 
     /// Closes the gate and waits until nothing is inside; `what` waits.
     pub(super) fn drain(&self, what: &str) {
+        let begun = Instant::now();
         self.gate.close(|inside| {
             tracing::warn!(
                 volume = self.data.name(),
@@ -167,6 +179,7 @@ impl RunningVolume {
                 "waits for requests that are still at the disk"
             );
         });
+        AccessMetrics::waited(&self.common.metrics.draining_us, begun);
     }
 
     /// Notes a connection until [`RunningVolume::disconnected`].

@@ -89,13 +89,7 @@ impl Seat {
                     return Err(NoSeat::Overtaken);
                 }
                 if !state.held {
-                    state.held = true;
-                    let window = state.window.take();
-                    let mut window =
-                        window.unwrap_or_else(|| Box::new(Window::starting_at(resume_from)));
-                    window.forget_below(resume_from);
-                    self.arrived.store(resume_from.0.saturating_sub(1), Ordering::Release);
-                    return Ok(Lease { seat: Arc::clone(self), window: Some(window) });
+                    return Ok(self.lease(&mut state, resume_from));
                 }
                 state.killer.take()
             };
@@ -106,6 +100,31 @@ impl Seat {
                 return Err(NoSeat::StillBusy);
             }
         }
+    }
+
+    /// [`Seat::take`] if nobody holds it.
+    #[must_use]
+    pub fn try_take(self: &Arc<Self>, resume_from: Seq) -> Option<Lease> {
+        let lease = {
+            let mut state = self.state();
+            if state.held {
+                return None;
+            }
+            state.newest += 1;
+            self.lease(&mut state, resume_from)
+        };
+        // Older askers look again and give up.
+        self.freed.notify_waiters();
+        Some(lease)
+    }
+
+    fn lease(self: &Arc<Self>, state: &mut State, resume_from: Seq) -> Lease {
+        state.held = true;
+        let window = state.window.take();
+        let mut window = window.unwrap_or_else(|| Box::new(Window::starting_at(resume_from)));
+        window.forget_below(resume_from);
+        self.arrived.store(resume_from.0.saturating_sub(1), Ordering::Release);
+        Lease { seat: Arc::clone(self), window: Some(window) }
     }
 
     /// The holder starts to run, by `start`; `killer` ends it. Nobody can use the

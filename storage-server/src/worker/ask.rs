@@ -1,11 +1,15 @@
 //! What a connection asks of the access record: HANDOFF, OPEN, RELEASE, and
 //! ACCESS, which waits for news of it.
 //!
-//! The record may have to wait for the disk or for requests inside the gate, so
-//! it is asked in a task; the answer comes by mailbox. Requests of one connection
-//! reach the record in their order: each takes its place in the record's queue
-//! before the next one starts ([`Asks::take_turn`]). A SEAL gives up its turn
-//! once it is noted, so that a RECLAIM behind it overtakes its wait.
+//! What needs neither the disk nor a wait is answered by the worker that read it:
+//! in fast mode all of a VM's blackout. Anything else is asked in a task, and the
+//! answer comes by mailbox. Requests of one connection reach the record in their
+//! order: one that has to wait takes its place in the record's queue before the
+//! next one starts ([`Asks::enter`]). A SEAL gives up its turn once it is noted,
+//! so that a RECLAIM behind it overtakes its wait.
+//!
+//! A process whose successor has said HELLO is not heard any more: a late RECLAIM
+//! or ACTIVATE of a dead backend would win for a session that nobody is.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,14 +17,17 @@ use std::time::Duration;
 use baton_fault_point as fault_point;
 use baton_protocol::access::AccessRecord;
 use baton_protocol::frame::{REPLY_HEADER_BYTES, ReplyHeader};
-use baton_protocol::handoff::{Answer, Ask, HandoffRequest, Open, Outcome, Side, Try};
-use baton_protocol::{AccessMode, Epoch, Opcode, RequestHeader, Seq, Status};
+use baton_protocol::handoff::{Answer, Ask, Count, HandoffRequest, Open, Outcome, Side, Try};
+use baton_protocol::{AccessMode, Epoch, Opcode, QueueId, RequestHeader, Seq, SessionId, Status};
 use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::task::AbortHandle;
 
 use crate::metrics::WorkerMetrics;
 use crate::session::Violation;
-use crate::volumes::{Asker, ChangeError, Control, Lease, Request, RunningVolume};
+use crate::volumes::{
+    Asker, Begun, ChangeError, Control, Killer, Lease, Request, RunningVolume, SealWait, Sealing,
+    Seat,
+};
 
 use super::Context;
 use super::conn::{Conn, Life, Place};
@@ -38,9 +45,46 @@ pub(super) struct Asks {
     pub(super) opening: bool,
     seals: Vec<(Seq, AbortHandle)>,
     last: Option<oneshot::Receiver<()>>,
+    /// Points of fault injection of answers that are to be sent.
+    answered: Vec<&'static str>,
+}
+
+/// How a request gets to the record.
+enum Entry {
+    /// It has it.
+    Now(OwnedMutexGuard<Control>),
+    /// It waits for it.
+    Later(Turn),
 }
 
 impl Asks {
+    /// The record itself if nobody has it and nothing of this connection is in
+    /// front, else a turn.
+    fn enter(&mut self, volume: &RunningVolume) -> Entry {
+        let is_first = self.is_first();
+        match volume.try_control() {
+            Some(control) if is_first => Entry::Now(control),
+            _ => Entry::Later(self.take_turn()),
+        }
+    }
+
+    /// Whether everything in front has got the record.
+    fn is_first(&mut self) -> bool {
+        let waits = |last: &mut oneshot::Receiver<()>| {
+            matches!(last.try_recv(), Err(oneshot::error::TryRecvError::Empty))
+        };
+        // What has answered once must not be asked again.
+        self.last = self.last.take().and_then(|mut last| waits(&mut last).then_some(last));
+        self.last.is_none()
+    }
+
+    /// The answers were sent.
+    pub(super) fn sent(&mut self) {
+        for point in self.answered.drain(..) {
+            fault_point::at(point);
+        }
+    }
+
     /// The turn of a request: it comes when the one before has got the record.
     fn take_turn(&mut self) -> Turn {
         let (done, next) = oneshot::channel();
@@ -91,6 +135,8 @@ pub(crate) struct Asked {
     status: Status,
     body: Vec<u8>,
     kind: Kind,
+    /// Version of the record in the body.
+    tells: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -160,52 +206,128 @@ impl Context {
         let session = header.session;
         let name = || conn.presence.owner.as_ref().to_owned();
         let by = || Asker::Backend { name: name(), session };
-        let volume = Arc::clone(volume);
-        let (kind, request) = match ask {
-            Ask::Seal(counts) => {
-                if conn.asks.seals.len() >= SEALS_MAX {
-                    return Err(Violation::TooManySeals);
-                }
-                let turn = conn.asks.take_turn();
-                let reply = self.reply_to(conn, header, Kind::Seal);
-                // Not counted as in flight: a connection does not outlive its
-                // peer for the sake of a seal that may wait for ever.
-                let task = self.setup.runtime.spawn(async move {
-                    let control = turn.control(&volume).await;
-                    let sealed = volume.seal(control, attempt, session, &counts).await;
-                    reply.answer(&volume, attempt, None, sealed);
-                });
-                conn.asks.seals.push((header.seq, task.abort_handle()));
-                return Ok(());
+        let (kind, side, request) = match ask {
+            Ask::Seal(counts) => return self.seal(conn, volume, header, attempt, counts),
+            Ask::Activate => {
+                let request = Request::Activate { attempt, name: name(), session };
+                (Kind::Activate, Some(Side::Destination), request)
             }
-            Ask::Activate => (Kind::Activate, Request::Activate { attempt, name: name(), session }),
-            Ask::Reclaim => (Kind::Reclaim, Request::Reclaim { attempt, by: by() }),
-            Ask::Abdicate => (Kind::Abdicate, Request::Abdicate { attempt, by: by() }),
+            Ask::Reclaim => {
+                (Kind::Reclaim, Some(Side::Source), Request::Reclaim { attempt, by: by() })
+            }
+            Ask::Abdicate => (Kind::Abdicate, None, Request::Abdicate { attempt, by: by() }),
             Ask::Unfreeze { boot_id } => {
-                (Kind::Unfreeze, Request::Unfreeze { attempt, session, boot_id })
+                (Kind::Unfreeze, None, Request::Unfreeze { attempt, session, boot_id })
             }
-        };
-        let side = match request {
-            Request::Activate { .. } => Some(Side::Destination),
-            Request::Reclaim { .. } => Some(Side::Source),
-            _ => None,
         };
         self.lend(conn);
-        let turn = conn.asks.take_turn();
         let reply = self.reply_to(conn, header, kind);
-        self.setup.runtime.spawn(async move {
-            let control = turn.control(&volume).await;
-            let changed = volume.change_locked(control, request).await;
+        let entry = conn.asks.enter(volume);
+        let from = Sender::of(conn, session);
+        let volume = Arc::clone(volume);
+        let conclude = move |volume: &RunningVolume, reply: Reply, changed: Changed| {
             if side == Some(Side::Destination) {
                 fault_point::at("activate.stepped");
             }
-            reply.answer(&volume, attempt, side, changed.map(|(_, record)| record));
-        });
+            reply.answered(volume, attempt, side, changed.map(|(_, record)| record))
+        };
+        match entry {
+            Entry::Now(_) if !from.is_heard(&volume) => {
+                let asked = reply.unheard(&volume);
+                self.tell(conn, asked);
+            }
+            Entry::Now(control) => {
+                let changed = match volume.begin(control, request) {
+                    Ok(Begun::Waits(waiting)) => {
+                        self.setup.runtime.spawn(async move {
+                            let changed = volume.finish(waiting).await;
+                            let mailbox = Arc::clone(&reply.mailbox);
+                            mailbox.answer(conclude(&volume, reply, changed));
+                        });
+                        return Ok(());
+                    }
+                    Ok(Begun::Made(control, record)) => Ok((control, record)),
+                    Err(error) => Err(error),
+                };
+                let asked = conclude(&volume, reply, changed);
+                self.tell(conn, asked);
+            }
+            Entry::Later(turn) => {
+                self.setup.runtime.spawn(async move {
+                    let control = turn.control(&volume).await;
+                    let mailbox = Arc::clone(&reply.mailbox);
+                    if !from.is_heard(&volume) {
+                        return mailbox.answer(reply.unheard(&volume));
+                    }
+                    let changed = volume.change_locked(control, request).await;
+                    mailbox.answer(conclude(&volume, reply, changed));
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn seal(
+        &mut self,
+        conn: &mut Conn,
+        volume: &Arc<RunningVolume>,
+        header: &RequestHeader,
+        attempt: Try,
+        counts: Vec<Count>,
+    ) -> Result<(), Violation> {
+        if conn.asks.seals.len() >= SEALS_MAX {
+            return Err(Violation::TooManySeals);
+        }
+        let session = header.session;
+        let reply = self.reply_to(conn, header, Kind::Seal);
+        let entry = conn.asks.enter(volume);
+        let from = Sender::of(conn, session);
+        let volume = Arc::clone(volume);
+        // Not counted as in flight: a connection does not outlive its peer for the
+        // sake of a seal that may wait for ever.
+        let task = match entry {
+            Entry::Now(_) if !from.is_heard(&volume) => {
+                let asked = reply.unheard(&volume);
+                self.tell(conn, asked);
+                return Ok(());
+            }
+            Entry::Now(control) => {
+                let sealed = match volume.begin_seal(control, attempt, session, &counts) {
+                    Ok(Sealing::Waits(wait)) => {
+                        let may_end = wait.may_be_given_up();
+                        let task = self.setup.runtime.spawn(finish_seal(volume, wait, reply));
+                        if may_end {
+                            conn.asks.seals.push((header.seq, task.abort_handle()));
+                        }
+                        return Ok(());
+                    }
+                    Ok(Sealing::Done(record)) => Ok(record),
+                    Err(error) => Err(error),
+                };
+                let asked = reply.answered(&volume, attempt, None, sealed);
+                self.tell(conn, asked);
+                return Ok(());
+            }
+            Entry::Later(turn) => self.setup.runtime.spawn(async move {
+                let control = turn.control(&volume).await;
+                let mailbox = Arc::clone(&reply.mailbox);
+                if !from.is_heard(&volume) {
+                    return mailbox.answer(reply.unheard(&volume));
+                }
+                let sealed = match volume.begin_seal(control, attempt, session, &counts) {
+                    Ok(Sealing::Waits(wait)) => return finish_seal(volume, wait, reply).await,
+                    Ok(Sealing::Done(record)) => Ok(record),
+                    Err(error) => Err(error),
+                };
+                mailbox.answer(reply.answered(&volume, attempt, None, sealed));
+            }),
+        };
+        conn.asks.seals.push((header.seq, task.abort_handle()));
         Ok(())
     }
 
     /// The winner shows the anchor's decision. What is behind it on this
-    /// connection waits.
+    /// connection waits, if it has to.
     pub(super) fn open(
         &mut self,
         conn: &mut Conn,
@@ -214,47 +336,66 @@ impl Context {
         open: Open,
     ) {
         self.lend(conn);
-        conn.asks.opening = true;
-        let turn = conn.asks.take_turn();
         let (queue, session, seq) = (header.queue, header.session, header.seq);
+        let entry = conn.asks.enter(volume);
+        let from = Sender::of(conn, session);
         let volume = Arc::clone(volume);
         let held = match &conn.place {
             Place::Owner(lease) => Some(lease.seat()),
             Place::Other(_) => None,
         };
-        let mut reply = self.reply_to(conn, header, Kind::Open(None));
-        self.setup.runtime.spawn(async move {
-            let control = turn.control(&volume).await;
-            let request = Request::Open { open, session };
-            let (mut control, record) = match volume.change_locked(control, request).await {
-                Ok(granted) => granted,
-                Err(ChangeError::Refused(_)) => return reply.send(Status::StaleEpoch, Vec::new()),
-                Err(error) => return reply.send(failure(&volume, &error), Vec::new()),
-            };
-            fault_point::at("open.stepped");
-            let Some(seat) = control.seat(queue) else {
-                return reply.send(Status::NotPermitted, Vec::new());
-            };
-            // Not under the lock: a fence must not wait for an old connection.
-            drop(control);
-            if held.is_some_and(|held| Arc::ptr_eq(&held, &seat)) {
-                reply.kind = Kind::Open(Some((record.epoch, None)));
-                return reply.send(Status::Ok, Vec::new());
+        let opening = Opening { queue, session, seq, held };
+        let reply = self.reply_to(conn, header, Kind::Open(None));
+        let request = Request::Open { open, session };
+        match entry {
+            Entry::Now(_) if !from.is_heard(&volume) => {
+                let asked = reply.with(Status::StaleEpoch, Vec::new());
+                self.tell(conn, asked);
             }
-            let Ok(lease) = seat.take(seq, PATIENCE).await else {
-                return reply.send(Status::Busy, Vec::new());
-            };
-            let now = volume.control().await.record.clone();
-            if now.owner.as_ref().is_none_or(|owner| owner.session != session) {
-                return reply.send(Status::StaleEpoch, Vec::new());
+            Entry::Now(control) => match volume.begin(control, request) {
+                Ok(Begun::Waits(waiting)) => {
+                    conn.asks.opening = true;
+                    self.setup.runtime.spawn(async move {
+                        let changed = volume.finish(waiting).await;
+                        opening.carry_on(&volume, changed, reply).await;
+                    });
+                }
+                Ok(Begun::Made(control, record)) => {
+                    match opening.seat_now(control, record.epoch, reply) {
+                        Ok(asked) => self.tell(conn, asked),
+                        Err((seat, reply)) => {
+                            conn.asks.opening = true;
+                            self.setup.runtime.spawn(async move {
+                                opening.take_seat(&volume, seat, reply).await;
+                            });
+                        }
+                    }
+                }
+                Err(error) => {
+                    let status = failure(&volume, &error);
+                    let asked = reply.with(status, Vec::new());
+                    self.tell(conn, asked);
+                }
+            },
+            Entry::Later(turn) => {
+                conn.asks.opening = true;
+                self.setup.runtime.spawn(async move {
+                    let control = turn.control(&volume).await;
+                    if !from.is_heard(&volume) {
+                        return reply.send(Status::StaleEpoch, Vec::new());
+                    }
+                    let changed = volume.change_locked(control, request).await;
+                    opening.carry_on(&volume, changed, reply).await;
+                });
             }
-            let killer = Arc::clone(&reply.mailbox);
-            let id = reply.conn;
-            reply.kind = Kind::Open(Some((now.epoch, Some(lease))));
-            seat.runs(Arc::new(move || killer.send(Message::Kill(id))), || {
-                reply.send(Status::Ok, Vec::new());
-            });
-        });
+        }
+    }
+
+    /// An answer of the record, to the connection that is being served: it leaves
+    /// with the others of its turn.
+    fn tell(&self, conn: &mut Conn, asked: Asked) {
+        conn.asks.answered.push(asked.answered_point());
+        conn.hear(asked, &self.setup.metrics);
     }
 
     fn reply_to(&self, conn: &Conn, header: &RequestHeader, kind: Kind) -> Reply {
@@ -268,6 +409,102 @@ impl Context {
     }
 }
 
+/// What became of a change of the record.
+type Changed = Result<(OwnedMutexGuard<Control>, AccessRecord), ChangeError>;
+
+/// The process behind a connection.
+struct Sender {
+    name: Arc<str>,
+    session: SessionId,
+}
+
+impl Sender {
+    fn of(conn: &Conn, session: SessionId) -> Self {
+        Self { name: Arc::clone(&conn.presence.owner), session }
+    }
+
+    /// Whether no successor has said HELLO. Looked at by who has the record.
+    fn is_heard(&self, volume: &RunningVolume) -> bool {
+        let heard = volume.incarnations.is_latest(&self.name, self.session);
+        if !heard {
+            tracing::warn!(
+                volume = volume.data.name(), owner = %self.name, session = %self.session,
+                "not heard: a newer process of this owner name has come; stop this one"
+            );
+        }
+        heard
+    }
+}
+
+async fn finish_seal(volume: Arc<RunningVolume>, wait: SealWait, reply: Reply) {
+    let attempt = wait.attempt();
+    let sealed = volume.finish_seal(wait).await;
+    let mailbox = Arc::clone(&reply.mailbox);
+    mailbox.answer(reply.answered(&volume, attempt, None, sealed));
+}
+
+/// An OPEN.
+struct Opening {
+    queue: QueueId,
+    session: SessionId,
+    seq: Seq,
+    /// What the connection has already.
+    held: Option<Arc<Seat>>,
+}
+
+impl Opening {
+    async fn carry_on(self, volume: &RunningVolume, changed: Changed, reply: Reply) {
+        let mailbox = Arc::clone(&reply.mailbox);
+        match changed {
+            Ok((control, record)) => match self.seat_now(control, record.epoch, reply) {
+                Ok(asked) => mailbox.answer(asked),
+                Err((seat, reply)) => self.take_seat(volume, seat, reply).await,
+            },
+            Err(error) => reply.send(failure(volume, &error), Vec::new()),
+        }
+    }
+
+    /// Answers if there is no old connection to wait for; else the place to wait for.
+    fn seat_now(
+        &self,
+        mut control: OwnedMutexGuard<Control>,
+        epoch: Epoch,
+        mut reply: Reply,
+    ) -> Result<Asked, (Arc<Seat>, Reply)> {
+        fault_point::at("open.stepped");
+        let Some(seat) = control.seat(self.queue) else {
+            return Ok(reply.with(Status::NotPermitted, Vec::new()));
+        };
+        let lease = if self.held.as_ref().is_some_and(|held| Arc::ptr_eq(held, &seat)) {
+            None
+        } else {
+            match seat.try_take(self.seq) {
+                Some(lease) => Some(lease),
+                None => return Err((seat, reply)),
+            }
+        };
+        if lease.is_some() {
+            seat.runs(reply.killer(), || ());
+        }
+        reply.kind = Kind::Open(Some((epoch, lease)));
+        Ok(reply.with(Status::Ok, Vec::new()))
+    }
+
+    /// Waits for an old connection, not under the lock: a fence must not wait for it.
+    async fn take_seat(&self, volume: &RunningVolume, seat: Arc<Seat>, mut reply: Reply) {
+        let Ok(lease) = seat.take(self.seq, PATIENCE).await else {
+            return reply.send(Status::Busy, Vec::new());
+        };
+        let now = volume.control().await.record.clone();
+        if now.owner.as_ref().is_none_or(|owner| owner.session != self.session) {
+            return reply.send(Status::StaleEpoch, Vec::new());
+        }
+        let killer = reply.killer();
+        reply.kind = Kind::Open(Some((now.epoch, Some(lease))));
+        seat.runs(killer, || reply.send(Status::Ok, Vec::new()));
+    }
+}
+
 /// Where an answer goes.
 struct Reply {
     mailbox: Arc<Mailbox>,
@@ -278,19 +515,42 @@ struct Reply {
 }
 
 impl Reply {
+    fn with(self, status: Status, body: Vec<u8>) -> Asked {
+        let Self { conn, opcode, seq, kind, .. } = self;
+        Asked { conn, opcode, seq, status, body, kind, tells: None }
+    }
+
+    fn telling(self, answer: &Answer) -> Asked {
+        let tells = Some(answer.record.version);
+        Asked { tells, ..self.with(Status::Ok, answer.encode()) }
+    }
+
     fn send(self, status: Status, body: Vec<u8>) {
-        let Self { mailbox, conn, opcode, seq, kind } = self;
-        mailbox.send(Message::Asked(Box::new(Asked { conn, opcode, seq, status, body, kind })));
+        let mailbox = Arc::clone(&self.mailbox);
+        mailbox.answer(self.with(status, body));
+    }
+
+    /// What ends the connection.
+    fn killer(&self) -> Killer {
+        let (mailbox, id) = (Arc::clone(&self.mailbox), self.conn);
+        Arc::new(move || mailbox.send(Message::Kill(id)))
+    }
+
+    /// Answers a HANDOFF of a process that has a successor: it is no side of it.
+    fn unheard(self, volume: &RunningVolume) -> Asked {
+        let record = volume.record().as_ref().clone();
+        let outcome = Outcome::NotNominated;
+        self.telling(&Answer { outcome, boot_id: volume.boot_id(), proof: None, record })
     }
 
     /// Answers a HANDOFF; `side` is who wins by it.
-    fn answer(
+    fn answered(
         self,
         volume: &RunningVolume,
         attempt: Try,
         side: Option<Side>,
         result: Result<AccessRecord, ChangeError>,
-    ) {
+    ) -> Asked {
         let (outcome, record) = match result {
             // Asked for and not won: the destination has to speak first.
             Ok(record) if side.is_some() && record.winner(attempt) != side => {
@@ -300,12 +560,11 @@ impl Reply {
             Err(ChangeError::Refused(refusal)) => {
                 (Outcome::from(&refusal), volume.record().as_ref().clone())
             }
-            Err(error) => return self.send(failure(volume, &error), Vec::new()),
+            Err(error) => return self.with(failure(volume, &error), Vec::new()),
         };
         let won = side.is_some() && outcome == Outcome::Granted;
         let proof = if won { record.proof(attempt) } else { None };
-        let body = Answer { outcome, boot_id: volume.boot_id(), proof, record }.encode();
-        self.send(Status::Ok, body);
+        self.telling(&Answer { outcome, boot_id: volume.boot_id(), proof, record })
     }
 }
 
@@ -329,7 +588,12 @@ fn failure(volume: &RunningVolume, error: &ChangeError) -> Status {
 impl Conn {
     /// An answer of the record came.
     pub(super) fn hear(&mut self, asked: Asked, metrics: &WorkerMetrics) {
-        let Asked { opcode, seq, status, body, kind, .. } = asked;
+        let Asked { opcode, seq, status, body, kind, tells, .. } = asked;
+        // What the answer says need not be pushed as well. A later version may have
+        // been told already.
+        if let (Some(told), Some((_, known, _))) = (tells, &mut self.access) {
+            *known = told.max(*known);
+        }
         let mut epoch = self.volume().epoch();
         match kind {
             Kind::Seal => self.asks.seals.retain(|(seal, _)| *seal != seq),
@@ -394,5 +658,24 @@ impl Conn {
         let header = self.header(Opcode::Access, seq, status, body.len());
         self.output.push(&header);
         self.output.push(&body);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_turn_behind_one_that_has_ended_does_not_wait() {
+        let mut asks = Asks::default();
+        assert!(asks.is_first());
+        let before = asks.take_turn();
+        assert!(!asks.is_first());
+        let _ = before.done.send(());
+        assert!(asks.is_first());
+        // Somebody else has the record: a turn all the same, behind nobody.
+        let turn = asks.take_turn();
+        assert!(turn.before.is_none());
+        assert!(!asks.is_first(), "it has not got the record");
     }
 }

@@ -69,6 +69,11 @@ impl Mailbox {
         }
     }
 
+    /// An answer of the access record.
+    pub(super) fn answer(&self, asked: Asked) {
+        self.send(Message::Asked(Box::new(asked)));
+    }
+
     /// Swaps the waiting messages for an empty vector.
     pub(super) fn take(&self, into: &mut Vec<Message>) {
         debug_assert!(into.is_empty());

@@ -122,6 +122,8 @@ impl Context {
                         self.end(conn, &why);
                         break;
                     }
+                    // OPEN may have made it the owner's.
+                    turn.principal = conn.principal();
                     conn.input.consume(bytes);
                 }
             }
@@ -130,6 +132,7 @@ impl Context {
         drop(turn);
         volume.arrivals.look();
         conn.send();
+        conn.asks.sent();
         let stopped_by_room = !conn.blocked && !conn.is_throttled() && conn.life == Life::Open;
         if stopped_by_room && !matches!(session::front(conn.input.unread()), Front::Partial { .. })
         {
