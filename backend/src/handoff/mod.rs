@@ -49,6 +49,8 @@ struct State {
     running: Vec<bool>,
     draining: Vec<bool>,
     journal: Journal,
+    /// Of the role after its last step.
+    standing: Standing,
 }
 
 impl State {
@@ -127,8 +129,10 @@ impl VmHandoff {
             return (None, volumes.iter().map(|_| None).collect());
         }
         let ids: Vec<_> = members.iter().map(|member| member.port().volume()).collect();
+        let role = Role::new(owner, session, &ids);
         let state = State {
-            role: Role::new(owner, session, &ids),
+            standing: role.standing(),
+            role,
             views: vec![None; members.len()],
             last: None,
             running: vec![false; members.len()],
@@ -234,11 +238,15 @@ impl VmHandoff {
         let mut state = self.state();
         let state = &mut *state;
         self.keep(state, &input);
-        let before = state.role.standing();
-        for output in state.role.step(input) {
+        let mut outputs = state.role.step(input);
+        // A destination that may go on shows the decision in front of its requests:
+        // those first.
+        outputs.sort_by_key(|output| matches!(output, Output::Open { .. }));
+        for output in outputs {
             self.act(state, output);
         }
         let standing = state.role.standing();
+        let before = std::mem::replace(&mut state.standing, standing);
         if standing != before {
             tracing::debug!(owner = self.owner, ?before, ?standing, "handoff");
             match standing {

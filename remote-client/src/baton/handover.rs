@@ -69,6 +69,10 @@ impl Handover {
         self.course
     }
 
+    pub(super) fn has_news(&self) -> bool {
+        !self.news.is_empty()
+    }
+
     fn turn(&mut self, change: impl FnOnce(&mut Course)) {
         change(&mut self.course);
         self.course.serial += 1;
@@ -76,7 +80,7 @@ impl Handover {
     }
 }
 
-/// The control thread's memory of what it was sent for.
+/// The control connection's memory of what it was sent for.
 #[derive(Debug, Default)]
 pub(crate) struct Errands {
     serial: u64,
@@ -85,6 +89,19 @@ pub(crate) struct Errands {
 }
 
 impl Errands {
+    /// Whether all there is to do is to show a decision that the data connections
+    /// show, too, in front of the guest's first requests. It need not be work for
+    /// both sides while those are under way.
+    pub(crate) fn can_wait(&self, session: &Session, shared: &Shared) -> bool {
+        let hub = shared.hub();
+        let Handover { course, errands, .. } = &hub.handover;
+        session.who().mode == AccessMode::Standby
+            && !course.held
+            && course.open.is_some()
+            && self.seal.is_none()
+            && errands.iter().all(|errand| matches!(errand, Errand::Open(_)))
+    }
+
     /// Does what was asked of the control connection since the last call.
     pub(crate) fn run(&mut self, session: &mut Session, shared: &Shared) {
         let now = Instant::now();
@@ -133,8 +150,16 @@ impl Shared {
         let (listener, events) = {
             let mut hub = self.hub();
             for notice in notices {
-                if let Notice::View { boot_id, record } = &notice {
-                    hub.handover.view = Some((*boot_id, (**record).clone()));
+                let told = match &notice {
+                    Notice::View { boot_id, record } => Some((*boot_id, (**record).clone())),
+                    // The server does not push what an answer says.
+                    Notice::Answered { answer, .. } => {
+                        Some((answer.boot_id, answer.record.clone()))
+                    }
+                    _ => None,
+                };
+                if told.is_some() {
+                    hub.handover.view = told;
                     // What was refused before may be granted now.
                     hub.wake_down();
                 }
@@ -150,11 +175,22 @@ impl Shared {
         }
     }
 
-    /// A queue's news of a handoff; the control thread tells it.
+    /// A queue's news of a handoff. The control thread tells what may lead to
+    /// more; the first answer is told here, which wakes nobody while the guest's
+    /// other disks start.
     pub(crate) fn pass_on(&self, notice: Notice) {
-        if let Some(event @ (HandoffEvent::Stuck | HandoffEvent::FirstAnswer)) = event(notice) {
-            self.hub().handover.news.push(event);
-            self.wake_control();
+        match event(notice) {
+            Some(event @ HandoffEvent::Stuck) => {
+                self.hub().handover.news.push(event);
+                self.wake_control();
+            }
+            Some(event @ HandoffEvent::FirstAnswer) => {
+                let listener = self.hub().handover.listener.clone();
+                if let Some(listener) = listener {
+                    listener(event);
+                }
+            }
+            _ => {}
         }
     }
 
@@ -164,7 +200,8 @@ impl Shared {
         if hub.handover.course.serial == serial {
             hub.handover.counts.insert(count.queue.0, count);
             drop(hub);
-            self.wake_control();
+            // The last of them lets a SEAL leave.
+            self.run_errands();
         }
     }
 
@@ -177,12 +214,12 @@ impl Shared {
         hub.handover.turn(change);
         hub.wake_queues();
         drop(hub);
-        self.wake_control();
+        self.run_errands();
     }
 
     fn send_for(&self, errand: Errand) {
         self.hub().handover.errands.push(errand);
-        self.wake_control();
+        self.run_errands();
     }
 }
 

@@ -7,7 +7,7 @@
 //! loss of one connection does not disturb the others.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -33,6 +33,9 @@ use crate::volume::{
 const RELEASE_WAIT: Duration = Duration::from_secs(2);
 /// Pause between rounds of attempts while a volume is opened.
 const OPEN_PAUSE: Duration = Duration::from_millis(50);
+/// How long a destination's control connection leaves the OPEN to the data
+/// connections: longer than a VM with many disks takes to start its rings.
+const OPEN_LATER: Duration = Duration::from_millis(50);
 /// Names are resolved again at most this often while the server is away.
 const RESOLVE_PAUSE: Duration = Duration::from_secs(1);
 
@@ -47,9 +50,20 @@ pub(crate) struct Shared {
     size_bytes: AtomicU64,
     ledger: Arc<Ledger>,
     control: Arc<Wake>,
+    /// `None` once the control thread is done.
+    line: Mutex<Option<Line>>,
     hub: Mutex<Hub>,
     /// Signalled when the control thread is done.
     done: Condvar,
+}
+
+/// The control connection. Served by its thread; whoever has something to ask
+/// sends it at once when the thread is asleep, without waking it. Locked before
+/// the hub, and by no one who calls a listener.
+#[derive(Debug)]
+struct Line {
+    link: Link,
+    errands: Errands,
 }
 
 pub(super) struct Hub {
@@ -125,6 +139,10 @@ impl Shared {
         self.hub.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn line(&self) -> MutexGuard<'_, Option<Line>> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
@@ -145,6 +163,17 @@ impl Shared {
 
     pub(super) fn wake_control(&self) {
         self.control.notify();
+    }
+
+    /// Has the control connection do what it was sent for: here if it is free, else
+    /// by its thread, which hears of anything there is to be told.
+    pub(super) fn run_errands(&self) {
+        let Ok(mut line) = self.line.try_lock() else { return self.wake_control() };
+        let done = line.as_mut().is_none_or(|line| line.hurry(self));
+        drop(line);
+        if !done {
+            self.wake_control();
+        }
     }
 
     pub(crate) fn halted(&self) -> Option<Halt> {
@@ -270,6 +299,7 @@ impl BatonVolume {
             grant,
             size_bytes: AtomicU64::new(welcome.size_bytes),
             control: Arc::clone(link.wake()),
+            line: Mutex::new(None),
             ledger: Arc::clone(link.session().ledger()),
             hub: Mutex::new(Hub {
                 halt: None,
@@ -283,13 +313,32 @@ impl BatonVolume {
             }),
             done: Condvar::new(),
         });
+        // Of the same epoll instance.
+        let wake = link.wake_fd().try_clone_to_owned()?;
+        *shared.line() = Some(Line { link, errands: Errands::default() });
         let watch = Arc::clone(&shared);
         thread::Builder::new().name("baton-control".to_owned()).spawn(move || {
             // Also when the thread panics: `close` must not wait in vain.
             let _done = SignalDone(&watch);
-            control(&mut link, &watch);
+            control(&watch, wake.as_fd());
         })?;
         Ok(Self { shared })
+    }
+}
+
+impl Line {
+    /// Sends what is to be asked; false if the rest is the control thread's.
+    fn hurry(&mut self, shared: &Shared) -> bool {
+        if !self.link.session().is_ready() {
+            return false;
+        }
+        if self.errands.can_wait(self.link.session(), shared) {
+            self.link.look_by(Instant::now() + OPEN_LATER);
+            return true;
+        }
+        self.errands.run(self.link.session(), shared);
+        self.link.send(&mut Vec::new());
+        !self.link.session().has_notices() && !shared.hub().handover.has_news()
     }
 }
 
@@ -297,6 +346,7 @@ struct SignalDone<'a>(&'a Shared);
 
 impl Drop for SignalDone<'_> {
     fn drop(&mut self) {
+        *self.0.line() = None;
         self.0.hub().control_done = true;
         self.0.done.notify_all();
     }
@@ -422,55 +472,16 @@ fn wait(fd: BorrowedFd<'_>, limit: Option<Duration>) {
     let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout);
 }
 
-/// The control thread.
-fn control(link: &mut Link, shared: &Shared) {
+/// The control thread; `wake` tells of anything at the control connection.
+fn control(shared: &Shared, wake: BorrowedFd<'_>) {
     let mut reporter = Reporter::default();
     let mut resolved = Instant::now();
     let mut release_until = None;
-    let mut errands = Errands::default();
     loop {
-        link.wake().take();
-        let (closing, halt) = {
-            let hub = shared.hub();
-            (hub.closing, hub.halt)
-        };
-        match halt {
-            Some(Halt::Fenced) => link.session().fence(),
-            Some(Halt::Lost) => link.session().lose(LostReason::Gone),
-            None => {}
-        }
-        if closing.is_some() {
-            let owner = link.session().who().mode == AccessMode::Owner
-                && halt.is_none()
-                && !shared.course().held;
-            if closing != Some(GiveBack::Yes) || !owner {
-                return;
-            }
-            link.session().release();
-            release_until.get_or_insert_with(|| Instant::now() + RELEASE_WAIT);
-        }
-        errands.run(link.session(), shared);
-        link.poll(&mut Vec::new());
-        let mut grown = None;
-        let mut of_handoff = Vec::new();
-        let mut unreachable = false;
-        while let Some(notice) = link.session().pop_notice() {
-            reporter.report(&notice, link.session(), shared);
-            match notice {
-                Notice::Welcomed(welcome) => grown = shared.grow(welcome.size_bytes).or(grown),
-                Notice::Event(event) if event.kind == EventKind::Resized => {
-                    grown = shared.grow(event.value).or(grown);
-                }
-                Notice::Dropped(DropReason::Connect(_) | DropReason::ConnectTimeout(_)) => {
-                    unreachable = true;
-                }
-                Notice::Released => return,
-                notice => of_handoff.push(notice),
-            }
-        }
-        shared.tell(grown);
-        shared.tell_of_handoff(of_handoff);
-        if unreachable && resolved.elapsed() >= RESOLVE_PAUSE {
+        let Some(news) = attend(shared, &mut reporter, &mut release_until) else { return };
+        shared.tell(news.grown);
+        shared.tell_of_handoff(news.of_handoff);
+        if news.unreachable && resolved.elapsed() >= RESOLVE_PAUSE {
             shared.endpoint.refresh();
             resolved = Instant::now();
         }
@@ -482,8 +493,66 @@ fn control(link: &mut Link, shared: &Shared) {
             );
             return;
         }
-        wait(link.wake_fd(), limit);
+        wait(wake, limit);
     }
+}
+
+/// What a look at the control connection brought.
+#[derive(Default)]
+struct News {
+    grown: Option<u64>,
+    of_handoff: Vec<Notice>,
+    unreachable: bool,
+}
+
+/// Does what is due at the control connection. `None`: it is over.
+fn attend(
+    shared: &Shared,
+    reporter: &mut Reporter,
+    release_until: &mut Option<Instant>,
+) -> Option<News> {
+    let mut line = shared.line();
+    let Line { link, errands } = line.as_mut()?;
+    link.wake().take();
+    let (closing, halt) = {
+        let hub = shared.hub();
+        (hub.closing, hub.halt)
+    };
+    match halt {
+        Some(Halt::Fenced) => link.session().fence(),
+        Some(Halt::Lost) => link.session().lose(LostReason::Gone),
+        None => {}
+    }
+    if closing.is_some() {
+        let owner = link.session().who().mode == AccessMode::Owner
+            && halt.is_none()
+            && !shared.course().held;
+        if closing != Some(GiveBack::Yes) || !owner {
+            return None;
+        }
+        link.session().release();
+        release_until.get_or_insert_with(|| Instant::now() + RELEASE_WAIT);
+    }
+    errands.run(link.session(), shared);
+    link.poll(&mut Vec::new());
+    let mut news = News::default();
+    while let Some(notice) = link.session().pop_notice() {
+        reporter.report(&notice, link.session(), shared);
+        match notice {
+            Notice::Welcomed(welcome) => {
+                news.grown = shared.grow(welcome.size_bytes).or(news.grown);
+            }
+            Notice::Event(event) if event.kind == EventKind::Resized => {
+                news.grown = shared.grow(event.value).or(news.grown);
+            }
+            Notice::Dropped(DropReason::Connect(_) | DropReason::ConnectTimeout(_)) => {
+                news.unreachable = true;
+            }
+            Notice::Released => return None,
+            notice => news.of_handoff.push(notice),
+        }
+    }
+    Some(news)
 }
 
 impl Volume for BatonVolume {

@@ -279,6 +279,10 @@ impl Session {
         }
     }
 
+    pub(crate) fn has_notices(&self) -> bool {
+        !self.notices.is_empty()
+    }
+
     pub(crate) fn pop_notice(&mut self) -> Option<Notice> {
         self.notices.pop_front()
     }
