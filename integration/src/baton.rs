@@ -125,14 +125,24 @@ impl Storage {
 
     /// One number of `/metrics`: the sum over all labels.
     pub fn metric(&self, name: &str) -> Result<f64> {
+        self.sum_of(name, "")
+    }
+
+    /// [`Self::metric`] over what has this label.
+    pub fn metric_of(&self, name: &str, label: &str, value: &str) -> Result<f64> {
+        self.sum_of(name, &format!("{label}=\"{value}\""))
+    }
+
+    fn sum_of(&self, name: &str, label: &str) -> Result<f64> {
         let text = agent().get(self.url("/metrics")).call()?.body_mut().read_to_string()?;
         let values = text.lines().filter_map(|line| {
             let rest = line.strip_prefix(name)?;
-            rest.starts_with(['{', ' ']).then(|| line.rsplit(' ').next()?.parse::<f64>().ok())?
+            let found = rest.starts_with(['{', ' ']) && rest.contains(label);
+            found.then(|| line.rsplit(' ').next()?.parse::<f64>().ok())?
         });
         let values: Vec<f64> = values.collect();
         if values.is_empty() {
-            bail!("the server has no metric {name}");
+            bail!("the server has no metric {name} {label}");
         }
         Ok(values.iter().sum())
     }

@@ -1,6 +1,7 @@
 //! Disks change hands between two backends with no VMM in between: a raw front-end plays both ends, and the real storage
 //! servers decide. What a guest wrote before is there after, and whoever lost waits and sees no error.
 
+use baton_integration::bench::handoff::{Syncs, syncs};
 use baton_integration::blk::{OK, Request};
 use baton_integration::daemon::Daemon;
 use baton_integration::handoff::{Attempt, Begin, Fleet, Host};
@@ -302,4 +303,19 @@ fn a_vm_that_stops_at_a_seal_with_requests_under_way_loses_none() {
     scene.source.wait_standing("sealed").unwrap();
     let mut there = scene.start_there();
     assert_eq!(there[0].queue(0).read(0, 4096).unwrap(), block(1));
+}
+
+/// Fast mode calls no disk in the blackout, nor while the guest waits for its first answer: shown by strace. The
+/// decision is stored later.
+#[test]
+fn no_sync_between_the_stop_and_the_first_answer() {
+    // The store waits 200 ms; a machine that is slower than that shows nothing.
+    let quick = |syncs: &Syncs| syncs.slowest_s < 0.1;
+    let traced = (0..5).map(|_| {
+        let dir = TestDir::new("handoff-syncs").unwrap();
+        syncs(dir.path(), 2).unwrap().expect("strace is installed")
+    });
+    let syncs = traced.into_iter().find(quick).expect("a move of less than 100 ms in five tries");
+    assert_eq!((syncs.before_decision, syncs.before_first_io), (0, 0), "{syncs:?}");
+    assert!(syncs.later > 0, "the decision is stored all the same: {syncs:?}");
 }

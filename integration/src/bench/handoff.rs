@@ -82,6 +82,10 @@ pub struct Moves {
     pub drain: Figures,
     /// ACTIVATE to its answer, as the destination saw it.
     pub activate: Figures,
+    /// CPU time of the backends and servers in a pause, and in a move.
+    pub base_cpu: Figures,
+    /// See there.
+    pub moved_cpu: Figures,
     /// Runs in which others took more than 8 % of the CPUs.
     pub noisy: usize,
 }
@@ -229,27 +233,39 @@ fn run(disks: &mut [RawFrontend], start: Instant) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-/// Moves a VM of so many volumes on so many servers.
-pub fn moves(dir: &Path, servers: usize, volumes: usize, runs: usize) -> Result<Moves> {
-    let fleet = Fleet::start(dir, servers, volumes, DISK_BYTES)?;
+/// Moves a VM of so many volumes on so many servers, in mode "fast" or "base".
+pub fn moves(
+    dir: &Path,
+    servers: usize,
+    volumes: usize,
+    mode: &'static str,
+    runs: usize,
+) -> Result<Moves> {
+    let mut fleet = Fleet::start(dir, servers, volumes, DISK_BYTES)?;
+    fleet.mode = mode;
     let mut vm = Vm::start(&fleet, dir)?;
     let mut out = Moves::default();
     for _ in 0..runs {
         for disk in &mut vm.disks {
             disk.start_logging()?;
         }
-        let pids: Vec<u32> = fleet.servers.iter().map(|s| s.daemon.pid()).collect();
+        let mut pids: Vec<u32> = fleet.servers.iter().map(|s| s.daemon.pid()).collect();
+        pids.push(vm.host.daemon.pid());
+        let before = Snapshot::take(&pids)?;
         let base = vm.pause()?;
+        let base_cpu = Snapshot::take(&pids)?.since(&before);
         let (attempt, there, mut disks) = vm.prepare()?;
-        let pids: Vec<u32> =
-            pids.into_iter().chain([vm.host.daemon.pid(), there.daemon.pid()]).collect();
+        pids.push(there.daemon.pid());
         let before = Snapshot::take(&pids)?;
         let moved = vm.go(&mut disks)?;
-        out.noisy += usize::from(Snapshot::take(&pids)?.since(&before).is_noisy());
+        let moved_cpu = Snapshot::take(&pids)?.since(&before);
+        out.noisy += usize::from(moved_cpu.is_noisy());
         let (source, destination) = vm.arrived(&attempt, there, disks)?;
         out.base.push(us(base));
         out.moved.push(us(moved));
         out.added.push(us(moved) - us(base));
+        out.base_cpu.push(base_cpu.processes_s.iter().sum::<f64>() * 1e6);
+        out.moved_cpu.push(moved_cpu.processes_s.iter().sum::<f64>() * 1e6);
         // A source that hears that it has lost before its SEAL is answered has no figure for it: fewer runs in the table.
         for (figures, status, name) in [
             (&mut out.seal, &source, "seal_us"),
@@ -274,6 +290,8 @@ pub struct Syncs {
     pub before_first_io: usize,
     /// After that: the decision is stored behind its answer.
     pub later: usize,
+    /// The longest time from the answer of ACTIVATE to the guest's first, in s.
+    pub slowest_s: f64,
 }
 
 /// Watches a storage server with strace through some moves. `None` without strace.
@@ -298,6 +316,7 @@ pub fn syncs(dir: &Path, runs: usize) -> Result<Option<Syncs>> {
         drop(tracer);
         let (_, destination) = vm.arrived(&attempt, there, disks)?;
         let activated = event_s(&destination, "activated")?;
+        out.slowest_s = out.slowest_s.max(first_io - activated);
         for at in fs::read_to_string(&trace)?.lines().filter_map(sync_at) {
             if at > stop && at < activated {
                 out.before_decision += 1;
@@ -381,6 +400,10 @@ pub struct Messages {
     pub sync: Figures,
     /// FENCE of an owner, over HTTP with a connection of its own.
     pub fence: Figures,
+    /// Of that, the wait for the record to be durable, as the server counted it.
+    pub fence_store: Figures,
+    /// Of that, the wait for requests inside the gate.
+    pub fence_drain: Figures,
     /// RECLAIM after a seal.
     pub reclaim: Figures,
 }
@@ -405,7 +428,11 @@ pub fn messages(dir: &Path, runs: usize) -> Result<Messages> {
         source.ask(id, Ask::Seal)?;
         out.reclaim.push(timed(|| source.ask(id, Ask::Reclaim).map(drop))?);
         fleet.settle(&attempt)?;
+        let waited = |why| server.metric_of("baton_access_wait_seconds_total", "for", why);
+        let (store, drain) = (waited("store")?, waited("drain")?);
         out.fence.push(timed(|| server.fence(volume, Some("host-a/vm")).map(drop))?);
+        out.fence_store.push((waited("store")? - store) * 1e6);
+        out.fence_drain.push((waited("drain")? - drain) * 1e6);
     }
     Ok(out)
 }

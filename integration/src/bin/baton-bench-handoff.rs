@@ -46,12 +46,13 @@ fn main() -> Result<()> {
         eprintln!("bench-handoff: {what}");
         TestDir::new("bench-handoff")
     };
-    let small = moves(on("one volume")?.path(), 1, 1, cli.runs)?;
-    let wide = moves(on("64 volumes on 8 servers")?.path(), 8, 64, cli.wide_runs)?;
+    let small = moves(on("one volume")?.path(), 1, 1, "fast", cli.runs)?;
+    let durable = moves(on("one volume, base mode")?.path(), 1, 1, "base", cli.runs)?;
+    let wide = moves(on("64 volumes on 8 servers")?.path(), 8, 64, "fast", cli.wide_runs)?;
     let messages = messages(on("messages")?.path(), cli.runs)?;
     let syncs = syncs(on("calls to the disk")?.path(), 5)?;
     let many_at_once = many(on("many at once")?.path(), cli.many)?;
-    let result = Outcome { small, wide, messages, syncs, many: (cli.many, many_at_once) };
+    let result = Outcome { small, durable, wide, messages, syncs, many: (cli.many, many_at_once) };
     let text = section(&result, &cli.commit, awake.is_some());
     // Nobody may be reading.
     let _ = writeln!(std::io::stdout(), "{text}");
@@ -63,6 +64,7 @@ fn main() -> Result<()> {
 
 struct Outcome {
     small: Moves,
+    durable: Moves,
     wide: Moves,
     messages: Messages,
     syncs: Option<Syncs>,
@@ -70,7 +72,7 @@ struct Outcome {
 }
 
 fn section(result: &Outcome, commit: &str, awake: bool) -> String {
-    let Outcome { small, wide, messages, syncs, many: (count, many) } = result;
+    let Outcome { small, durable, wide, messages, syncs, many: (count, many) } = result;
     let rtt = messages.rtt.quantile(0.5);
     let mut text = String::new();
     let awake = if awake { "kept from halting" } else { "free to halt" };
@@ -87,13 +89,20 @@ fn section(result: &Outcome, commit: &str, awake: bool) -> String {
     row("- drain: ring stop to the end of what was under way", &small.drain, "shown apart");
     row("- SEAL to SEALED", &small.seal, "1 round trip + longest in flight");
     row("- ACTIVATE to its answer", &small.activate, "1 round trip");
+    row("one volume in base mode: added gap", &durable.added, "2 syncs more");
+    row("- SEAL to SEALED", &durable.seal, "1 sync");
+    row("- ACTIVATE to its answer", &durable.activate, "1 sync");
     row("64 volumes on 8 servers: added gap", &wide.added, "p99 10 ms");
     row("- gap of a move", &wide.moved, "");
     row("- gap of a pause on one backend", &wide.base, "");
     row("- drain", &wide.drain, "shown apart");
     row("- SEAL to all SEALED", &wide.seal, "1 round trip + longest in flight");
     row("- ACTIVATE to its answer", &wide.activate, "1 round trip");
+    row("- CPU time of backends and servers, move", &wide.moved_cpu, "");
+    row("- CPU time of backend and servers, pause", &wide.base_cpu, "");
     row("forced FENCE, over HTTP", &messages.fence, "10 ms + drain");
+    row("- wait for the disk in it", &messages.fence_store, "");
+    row("- drain in it", &messages.fence_drain, "shown apart");
     row("RECLAIM after a seal", &messages.reclaim, "2 round trips + 1 fsync");
     row("for comparison: round trip (PING)", &messages.rtt, "");
     row("for comparison: 4 KiB overwrite + fdatasync", &messages.sync, "");
@@ -118,7 +127,7 @@ fn section(result: &Outcome, commit: &str, awake: bool) -> String {
         None => writeln!(text, "Calls to the disk were not traced: there is no strace here."),
         Some(syncs) => writeln!(
             text,
-            "fsync, fdatasync, sync_file_range and msync of the storage server in five traced moves: {} from the stop to the answer of ACTIVATE, {} from there to the guest's first answer, {} later. The decision is stored behind its answer; nobody waits for that.",
+            "fsync, fdatasync, sync_file_range and msync of the storage server in five traced moves: {} from the stop to the answer of ACTIVATE, {} from there to the guest's first answer, {} later. The decision is stored 200 ms behind its answer; nobody waits for that.",
             syncs.before_decision, syncs.before_first_io, syncs.later
         ),
     };
