@@ -480,7 +480,10 @@ fn control(shared: &Shared, wake: BorrowedFd<'_>) {
     loop {
         let Some(news) = attend(shared, &mut reporter, &mut release_until) else { return };
         shared.tell(news.grown);
-        shared.tell_of_handoff(news.of_handoff);
+        // What happens to a volume that is being given back is not news: this process asked for it.
+        if release_until.is_none() {
+            shared.tell_of_handoff(news.of_handoff);
+        }
         if news.unreachable && resolved.elapsed() >= RESOLVE_PAUSE {
             shared.endpoint.refresh();
             resolved = Instant::now();
