@@ -63,6 +63,7 @@ impl Drop for Waiter<'_> {
 
 /// A SEAL that was begun.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "one lives for a moment, on a stack")]
 pub enum Sealing {
     /// The record as it is now: sealed, or noted where that was all there was to do.
     Done(AccessRecord),
