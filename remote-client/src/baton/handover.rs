@@ -89,19 +89,6 @@ pub(crate) struct Errands {
 }
 
 impl Errands {
-    /// Whether all there is to do is to show a decision that the data connections
-    /// show, too, in front of the guest's first requests. It need not be work for
-    /// both sides while those are under way.
-    pub(crate) fn can_wait(&self, session: &Session, shared: &Shared) -> bool {
-        let hub = shared.hub();
-        let Handover { course, errands, .. } = &hub.handover;
-        session.who().mode == AccessMode::Standby
-            && !course.held
-            && course.open.is_some()
-            && self.seal.is_none()
-            && errands.iter().all(|errand| matches!(errand, Errand::Open(_)))
-    }
-
     /// Does what was asked of the control connection since the last call.
     pub(crate) fn run(&mut self, session: &mut Session, shared: &Shared) {
         let now = Instant::now();

@@ -434,11 +434,6 @@ impl Link {
         }
     }
 
-    /// Makes the descriptor readable at this time at the latest.
-    pub(crate) fn look_by(&mut self, at: Instant) {
-        self.arm_for(Instant::now(), at);
-    }
-
     /// Sets the timer when something is due before it fires. It is never set to
     /// a later time: that would cost a system call per request to save one
     /// wake-up per period.
@@ -452,10 +447,6 @@ impl Link {
             }
             return;
         };
-        self.arm_for(now, deadline);
-    }
-
-    fn arm_for(&mut self, now: Instant, deadline: Instant) {
         if self.armed.is_some_and(|armed| armed <= deadline) {
             return;
         }

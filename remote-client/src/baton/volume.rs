@@ -33,9 +33,6 @@ use crate::volume::{
 const RELEASE_WAIT: Duration = Duration::from_secs(2);
 /// Pause between rounds of attempts while a volume is opened.
 const OPEN_PAUSE: Duration = Duration::from_millis(50);
-/// How long a destination's control connection leaves the OPEN to the data
-/// connections: longer than a VM with many disks takes to start its rings.
-const OPEN_LATER: Duration = Duration::from_millis(50);
 /// Names are resolved again at most this often while the server is away.
 const RESOLVE_PAUSE: Duration = Duration::from_secs(1);
 
@@ -331,10 +328,6 @@ impl Line {
     fn hurry(&mut self, shared: &Shared) -> bool {
         if !self.link.session().is_ready() {
             return false;
-        }
-        if self.errands.can_wait(self.link.session(), shared) {
-            self.link.look_by(Instant::now() + OPEN_LATER);
-            return true;
         }
         self.errands.run(self.link.session(), shared);
         self.link.send(&mut Vec::new());
