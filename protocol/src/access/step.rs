@@ -22,7 +22,9 @@ impl AccessRecord {
             }
             Input::Release { session, epoch } => self.release(session, epoch),
             Input::Fence { term, nominee } => self.fence(term, nominee),
-            Input::Arm { plan, term, generation } => self.arm(plan, term, generation),
+            Input::Arm { plan, term, next_epoch, generation } => {
+                self.arm(plan, term, next_epoch, generation)
+            }
             Input::Seal { attempt, session } => self.seal(attempt, session),
             Input::Sealed { attempt, session } => self.sealed(attempt, session),
             Input::Activate { attempt, name, session } => self.activate(attempt, name, session),
@@ -142,7 +144,13 @@ impl AccessRecord {
         Ok(self.to(next, Store::First, true))
     }
 
-    fn arm(&self, plan: &Plan, term: u64, generation: u64) -> Result<Step, Refusal> {
+    fn arm(
+        &self,
+        plan: &Plan,
+        term: u64,
+        planned: Epoch,
+        generation: u64,
+    ) -> Result<Step, Refusal> {
         check_plan(plan)?;
         let mut next = self.clone();
         next.take_term(term)?;
@@ -167,6 +175,15 @@ impl AccessRecord {
                 return Err(Refusal::NotOwner { owner: owner.name.clone(), epoch: self.epoch });
             }
             None => return Err(Refusal::NotOwner { owner: "nobody".into(), epoch: self.epoch }),
+        }
+        // The epoch would not do: a source that never stopped keeps it, and the
+        // record remembers only its last handoff.
+        if planned != self.next_epoch {
+            return Err(Refusal::StalePlan {
+                planned,
+                current: self.next_epoch,
+                owner: plan.from.clone(),
+            });
         }
         let (e_to, e_back) = (next.fresh(), next.fresh());
         next.phase = Phase::Armed;

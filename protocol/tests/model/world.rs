@@ -828,7 +828,9 @@ impl World {
         let member = self.coordinator.armed;
         self.coordinator.armed += 1;
         // Refused when the source is gone from here; the try is then stillborn.
-        let _ = self.judge(scope, member, Input::Arm { plan: &plan, term: TERM, generation: 1 })?;
+        let next_epoch = self.servers[member].record.next_epoch;
+        let arm = Input::Arm { plan: &plan, term: TERM, next_epoch, generation: 1 };
+        let _ = self.judge(scope, member, arm)?;
         Some(())
     }
 

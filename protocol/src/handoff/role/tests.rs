@@ -119,7 +119,8 @@ impl Bench {
     fn arm(&mut self, attempt: u32) {
         for member in [ANCHOR, OTHER] {
             let plan = plan(attempt);
-            self.at(member, RecordInput::Arm { plan: &plan, term: 1, generation: 1 });
+            let next_epoch = self.records[member].next_epoch;
+            self.at(member, RecordInput::Arm { plan: &plan, term: 1, next_epoch, generation: 1 });
         }
     }
 
