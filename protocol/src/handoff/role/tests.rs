@@ -5,7 +5,10 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::*;
+use crate::access::Phase;
 use crate::access::{By, Input as RecordInput};
+use crate::handoff::Members;
+use crate::handoff::message::{Answer, Outcome};
 use crate::handoff::{HandoffId, Key, Mode, Plan};
 
 const SOURCE: &str = "a";
