@@ -115,9 +115,14 @@ impl Fleet {
         let attempt = Self::attempt();
         let plan = self.plan(&attempt, from, to);
         for member in 0..self.members.len() {
-            self.post(member, "arm", &json!({ "plan": plan }))?;
+            self.post(member, "arm", &self.arming(member, &plan)?)?;
         }
         Ok(attempt)
+    }
+
+    /// Body of an ARM that is planned now.
+    fn arming(&self, member: usize, plan: &Value) -> Result<Value> {
+        Ok(json!({ "next_epoch": self.record(member)?["next_epoch"], "plan": plan }))
     }
 
     /// A first try of a new handoff.
@@ -129,7 +134,7 @@ impl Fleet {
     /// Plans a move of one volume, as if it were all of a VM's.
     pub fn arm_alone(&self, member: usize, attempt: &Attempt, from: &str, to: &str) -> Result<()> {
         let plan = self.plan_of(&self.members[member..=member], attempt, from, to);
-        self.post(member, "arm", &json!({ "plan": plan })).map(drop)
+        self.post(member, "arm", &self.arming(member, &plan)?).map(drop)
     }
 
     /// The plan of a try, as ARM takes it.

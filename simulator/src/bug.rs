@@ -27,11 +27,13 @@ pub enum Bug {
     WindowForgotten,
     /// A flush is answered but makes nothing durable.
     FlushForgotten,
+    /// The server arms whatever arrives, however old its plan is.
+    LateArm,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::EpochIgnored,
         Self::NoDrain,
         Self::AnchorSealOnly,
@@ -41,6 +43,7 @@ impl Bug {
         Self::EpochsKept,
         Self::WindowForgotten,
         Self::FlushForgotten,
+        Self::LateArm,
     ];
 
     fn name(self) -> &'static str {
@@ -54,6 +57,7 @@ impl Bug {
             Self::EpochsKept => "epochs-kept",
             Self::WindowForgotten => "window-forgotten",
             Self::FlushForgotten => "flush-forgotten",
+            Self::LateArm => "late-arm",
         }
     }
 }

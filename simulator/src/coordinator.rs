@@ -3,7 +3,7 @@
 
 use baton_protocol::access::Refusal;
 use baton_protocol::handoff::{Plan, Proof, Side};
-use baton_protocol::{SessionId, VolumeId};
+use baton_protocol::{Epoch, SessionId, VolumeId};
 
 use crate::agenda::{MS, Time};
 use crate::stage::{Call, Event, Reply, Stage, note};
@@ -29,6 +29,8 @@ pub(crate) struct Row {
     pub(crate) plan: Plan,
     pub(crate) stand: Stand,
     since: Time,
+    /// Each member's next epoch when it was planned.
+    next_epochs: Vec<Epoch>,
     armed: Vec<bool>,
     settled: Vec<bool>,
 }
@@ -63,13 +65,18 @@ fn place(volume: VolumeId) -> usize {
 }
 
 impl Row {
-    pub(crate) fn new(round: u64, plan: Plan, volumes: usize, now: Time) -> Self {
+    pub(crate) fn new(round: u64, plan: Plan, next_epochs: Vec<Epoch>, now: Time) -> Self {
+        let volumes = next_epochs.len();
         let (armed, settled) = (vec![false; volumes], vec![false; volumes]);
-        Self { round, plan, stand: Stand::Arming, since: now, armed, settled }
+        Self { round, plan, stand: Stand::Arming, since: now, next_epochs, armed, settled }
     }
 
     pub(crate) fn anchor(&self) -> usize {
         place(self.plan.anchor)
+    }
+
+    fn arm(&self, volume: usize) -> Call {
+        Call::Arm { plan: Box::new(self.plan.clone()), next_epoch: self.next_epochs[volume] }
     }
 
     /// The orchestrator gives up.
@@ -105,13 +112,12 @@ impl Coordinator {
         let waited = stage.now.saturating_sub(row.since);
         match row.stand {
             Stand::Arming => {
-                let plan = Box::new(row.plan.clone());
                 if !row.armed[anchor] {
-                    self.call(stage, anchor, Call::Arm(plan));
+                    self.call(stage, anchor, row.arm(anchor));
                 } else {
                     for volume in 0..row.armed.len() {
                         if !row.armed[volume] {
-                            self.call(stage, volume, Call::Arm(plan.clone()));
+                            self.call(stage, volume, row.arm(volume));
                         }
                     }
                 }
@@ -170,7 +176,7 @@ impl Coordinator {
         let Some(row) = &mut journal.row else { return };
         let (anchor, attempt) = (row.anchor(), row.plan.attempt);
         let asked = match &reply.call {
-            Call::Arm(plan) => Some(plan.attempt),
+            Call::Arm { plan, .. } => Some(plan.attempt),
             Call::Reclaim(attempt) | Call::Abdicate(attempt) | Call::Settle(attempt, _) => {
                 Some(*attempt)
             }
@@ -188,17 +194,24 @@ impl Coordinator {
             row.stand = Stand::Settling { winner, session, proof };
         }
         match (&reply.call, &reply.refused) {
-            (Call::Arm(_), None) => row.armed[reply.volume] = true,
-            (Call::Arm(_), Some(Refusal::NotOwner { .. })) => {
-                // It has another owner by now, so it was settled.
+            (Call::Arm { .. }, None) => row.armed[reply.volume] = true,
+            (Call::Arm { .. }, Some(Refusal::NotOwner { .. } | Refusal::StalePlan { .. })) => {
+                // It was settled, or never armed, and it cannot be armed any more.
                 if matches!(row.stand, Stand::Settling { .. }) {
                     row.settled[reply.volume] = true;
+                } else if reply.volume == anchor && reply.decided.is_none() {
+                    note!(stage, "round {} cannot begin", row.round);
+                    journal.finished = Some((row.round, Side::Source));
+                    journal.row = None;
+                    return;
+                } else {
+                    row.stand = Stand::Cancelling;
                 }
             }
             (Call::Settle(..), None) => row.settled[reply.volume] = true,
             // So that a late ARM finds the try decided.
             (Call::Settle(..) | Call::Reclaim(_), Some(Refusal::NoSuchHandoff(_))) => {
-                self.call(stage, reply.volume, Call::Arm(Box::new(row.plan.clone())));
+                self.call(stage, reply.volume, row.arm(reply.volume));
             }
             (Call::Settle(..), Some(Refusal::BadProof)) => self.call(stage, anchor, Call::View),
             _ => {}

@@ -111,8 +111,8 @@ pub enum Fault {
     DiskSlow,
     /// The coordinator's next messages are lost.
     MessagesLost,
-    /// The coordinator's next messages, but ARM, arrive twice, the second time
-    /// much later.
+    /// The coordinator's next messages arrive twice, the second time much later,
+    /// now and then in another handoff.
     MessagesDoubled,
     /// The VM's memory never arrives at the destination.
     ImageLost,

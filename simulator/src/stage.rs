@@ -69,7 +69,11 @@ pub(crate) enum Refused {
 /// What a coordinator asks of a member.
 #[derive(Clone, Debug)]
 pub(crate) enum Call {
-    Arm(Box<Plan>),
+    /// With the member's next epoch when it was planned.
+    Arm {
+        plan: Box<Plan>,
+        next_epoch: Epoch,
+    },
     View,
     Reclaim(Try),
     Abdicate(Try),
@@ -220,11 +224,15 @@ impl Stage {
             return;
         }
         let delay = self.between(50, 2 * MS);
-        // A record knows only its last handoff: an ARM that comes after the next
-        // one would begin a handoff that is long over. Who plans must not let it.
-        if self.doubling > 0 && !matches!(call, Call::Arm(_)) {
+        // A fence is an act of force: a late one fences whoever has come since.
+        if self.doubling > 0 && !matches!(call, Call::Fence(_)) {
             self.doubling -= 1;
-            let late = self.between(MS, 80 * MS);
+            // As late as in the handoffs after this one.
+            let late = if self.chance(0.3) {
+                self.between(0, 2000 * MS)
+            } else {
+                self.between(MS, 80 * MS)
+            };
             let call = call.clone();
             self.after(late, Event::Call { coordinator, term, volume, call });
         }

@@ -88,6 +88,11 @@ fn a_server_that_carries_out_twice_is_found() {
 }
 
 #[test]
+fn an_arm_that_comes_late_is_found() {
+    found(Bug::LateArm, 5_000, &["I1", "I6", "I7", "I9"]);
+}
+
+#[test]
 fn a_flush_that_does_nothing_is_found() {
     found(Bug::FlushForgotten, 500, &["I2"]);
 }

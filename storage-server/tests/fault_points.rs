@@ -43,7 +43,7 @@ const POINTS: [(&str, &[Step]); 12] = [
 
 fn arms(volume: &Member, mode: &str) {
     let plan = plan(&[volume], mode, common::handoff::TRY);
-    let (status, answer) = volume.post("arm", &serde_json::json!({"term": 1, "plan": plan}));
+    let (status, answer) = volume.post("arm", &volume.arming(1, &plan));
     if status == 200 {
         return;
     }

@@ -113,8 +113,7 @@ fn a_source_that_reclaims_goes_on() {
             assert_eq!(volume.post("settle", &which(1)).1["phase"], "owned");
             assert_eq!(source.queue.read(0, 512), [2; 512]);
             // And the same handoff may be tried again, under the next number.
-            let (status, _) = volume
-                .post("arm", &serde_json::json!({"term": 1, "plan": plan(&[&volume], mode, TRY)}));
+            let (status, _) = volume.post("arm", &volume.arming(1, &plan(&[&volume], mode, TRY)));
             assert_eq!(status, 404, "the old try is over");
             arm_try(&[&volume], mode, Try { attempt: 2, ..TRY });
             assert_eq!(source.control.ask(Ask::Reclaim).outcome, Outcome::NoSuchHandoff);
@@ -411,7 +410,7 @@ fn refusals_have_types_that_programs_can_tell_apart() {
         let kind = problem["type"].as_str().expect("a problem").to_owned();
         (status, kind, problem)
     };
-    let arming = |plan: &serde_json::Value| serde_json::json!({"term": 5, "plan": plan});
+    let arming = |plan: &serde_json::Value| volume.arming(5, plan);
     let kind = |(status, kind, _): (u16, String, _)| (status, kind);
     let problem = |status: u16, kind: &str| (status, format!("baton:{kind}"));
     assert_eq!(kind(refused("arm", arming(&one))), problem(409, "not-owner"));

@@ -90,7 +90,7 @@ impl Work {
         let mut patience = Patience::new();
         loop {
             let armed = match self.core.storages.of(member) {
-                Ok(server) => server.arm(&self.row, &member.volume, self.core.term).await,
+                Ok(server) => server.arm(&self.row, member, self.core.term).await,
                 Err(error) => Err(error),
             };
             fault_point::at("arm.sent");

@@ -394,6 +394,7 @@ async fn member(core: &Core, disk: &DiskView) -> Result<(Member, Option<String>)
         progress: Progress::Planned,
         seen: Seen::Nothing,
         epoch: found.epoch,
+        next_epoch: found.next_epoch,
     };
     Ok((member, found.owner))
 }

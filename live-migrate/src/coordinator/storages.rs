@@ -136,6 +136,8 @@ pub struct VolumeView {
     pub phase: String,
     /// Of the record.
     pub epoch: u64,
+    /// Of the record: what an ARM that is planned now shows.
+    pub next_epoch: u64,
 }
 
 impl RecordView {
@@ -281,6 +283,7 @@ impl StorageServer {
             barred: text(&access["barred"]),
             phase: text(&access["phase"]).unwrap_or_default(),
             epoch: access["epoch"].as_u64().unwrap_or(0),
+            next_epoch: access["next_epoch"].as_u64().unwrap_or(0),
         })
     }
 
@@ -311,7 +314,7 @@ impl StorageServer {
     ///
     /// # Errors
     /// [`StorageError`].
-    pub async fn arm(&self, row: &Row, volume: &str, term: u64) -> Result<(), StorageError> {
+    pub async fn arm(&self, row: &Row, member: &Member, term: u64) -> Result<(), StorageError> {
         let members = row.members_digest();
         let anchor = row.anchor().map_or(0, |anchor| anchor.id);
         let plan = json!({
@@ -325,8 +328,8 @@ impl StorageServer {
             "mode": if row.fast { "fast" } else { "base" },
             "key": row.key,
         });
-        let body = json!({"term": term, "plan": plan});
-        self.post(volume, "arm", &body).await.map(drop)
+        let body = json!({"term": term, "next_epoch": member.next_epoch, "plan": plan});
+        self.post(&member.volume, "arm", &body).await.map(drop)
     }
 
     /// RECLAIM, at the anchor.

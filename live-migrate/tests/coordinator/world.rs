@@ -152,6 +152,7 @@ fn refused(refusal: &Refusal) -> Response {
         Refusal::StaleTerm { .. } => "baton:stale-term",
         Refusal::HandoffInProgress(_) => "baton:handoff-in-progress",
         Refusal::NoSuchHandoff(_) => return problem(404, "baton:no-such-handoff", refusal),
+        Refusal::StalePlan { .. } => "baton:stale-plan",
         Refusal::NotOwner { .. } => "baton:not-owner",
         Refusal::Lost { .. } => "baton:lost-race",
         Refusal::Undecided => "baton:undecided",
@@ -194,6 +195,7 @@ async fn show(State(storage): State<Arc<Storage>>, Path(name): Path<String>) -> 
     let record = found(&storage, &name).map_err(|response| *response)?;
     Ok(Json(json!({"id": record.volume.to_string(), "name": name, "access": {
         "owner": record.owner.as_ref().map(|o| &o.name), "epoch": record.epoch.0,
+        "next_epoch": record.next_epoch.0,
         "phase": record.phase.name(), "barred": record.barred}})))
 }
 
@@ -287,7 +289,8 @@ async fn change(
                 mode: if plan["mode"] == "fast" { Mode::Fast } else { Mode::Base },
                 key: Key(hex(&plan["key"])),
             };
-            storage.step(&name, Input::Arm { plan: &plan, term, generation: 0 })
+            let next_epoch = Epoch(body["next_epoch"].as_u64().expect("an epoch"));
+            storage.step(&name, Input::Arm { plan: &plan, term, next_epoch, generation: 0 })
         }
         "reclaim" => {
             let attempt = this();

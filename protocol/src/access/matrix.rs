@@ -43,13 +43,17 @@ fn plan(attempt: u32) -> Plan {
 struct Cast {
     plan: Plan,
     next: Plan,
+    /// Of another handoff.
+    other: Plan,
     bad: Plan,
 }
 
 impl Cast {
     fn new(mode: Mode) -> Self {
         let bad = Plan { to: SOURCE.to_owned(), mode, ..plan(1) };
-        Self { plan: Plan { mode, ..plan(1) }, next: Plan { mode, ..plan(2) }, bad }
+        let attempt = Try { id: HandoffId(2), attempt: 1 };
+        let other = Plan { attempt, mode, ..plan(1) };
+        Self { plan: Plan { mode, ..plan(1) }, next: Plan { mode, ..plan(2) }, other, bad }
     }
 
     fn proof(side: Side, grant: u64, session: SessionId) -> Proof {
@@ -57,7 +61,8 @@ impl Cast {
         Proof::new(&plan.key, plan.attempt, side, grant, session)
     }
 
-    fn inputs(&self) -> Vec<(&'static str, Input<'_>)> {
+    /// Whoever plans reads this next epoch first.
+    fn inputs(&self, next_epoch: Epoch) -> Vec<(&'static str, Input<'_>)> {
         let (attempt, stale) = (self.plan.attempt, Try { id: HandoffId(1), attempt: 9 });
         let back = |name, session| By::Backend { name, session };
         let coordinator = By::Coordinator { term: TERM };
@@ -70,7 +75,8 @@ impl Cast {
         let settle = |proof| Input::Settle { attempt, term: TERM, proof };
         let unfreeze =
             |session, boot_id| Input::Unfreeze { attempt, session, boot_id, boot_id_now: 70 };
-        let arm = |plan, term| Input::Arm { plan, term, generation: 3 };
+        let arm = |plan, term| Input::Arm { plan, term, next_epoch, generation: 3 };
+        let before = Epoch(next_epoch.0.saturating_sub(1));
         vec![
             ("claim a/1", Input::Claim { name: SOURCE, session: S1 }),
             ("claim a/2", Input::Claim { name: SOURCE, session: S2 }),
@@ -89,6 +95,12 @@ impl Cast {
             ("arm of an older term", arm(&self.plan, TERM - 1)),
             ("arm of a newer term", arm(&self.plan, TERM + 1)),
             ("arm to itself", arm(&self.bad, TERM)),
+            ("arm, planned before", {
+                Input::Arm { plan: &self.plan, term: TERM, next_epoch: before, generation: 3 }
+            }),
+            ("arm another, planned before", {
+                Input::Arm { plan: &self.other, term: TERM, next_epoch: before, generation: 3 }
+            }),
             ("seal 1", Input::Seal { attempt, session: S1 }),
             ("seal 2", Input::Seal { attempt, session: S2 }),
             ("seal 1 of another try", Input::Seal { attempt: stale, session: S1 }),
@@ -145,7 +157,7 @@ fn after(record: &AccessRecord, inputs: &[Input<'_>]) -> AccessRecord {
 fn states(cast: &Cast) -> Vec<(&'static str, AccessRecord)> {
     let attempt = cast.plan.attempt;
     let claim = Input::Claim { name: SOURCE, session: S1 };
-    let arm = Input::Arm { plan: &cast.plan, term: TERM, generation: 3 };
+    let arm = Input::Arm { plan: &cast.plan, term: TERM, next_epoch: Epoch(2), generation: 3 };
     let seal = Input::Seal { attempt, session: S1 };
     let sealed = Input::Sealed { attempt, session: S1 };
     let activate = Input::Activate { attempt, name: DESTINATION, session: D1 };
@@ -250,7 +262,7 @@ fn the_whole_matrix_of_handoffs() {
     let cast = Cast::new(Mode::Fast);
     let mut table = String::new();
     for (name, state) in states(&cast) {
-        for (input_name, input) in cast.inputs() {
+        for (input_name, input) in cast.inputs(state.next_epoch) {
             let _ = writeln!(table, "{name} + {input_name} -> {}", outcome(&state, input));
         }
     }
@@ -262,7 +274,7 @@ fn the_whole_matrix_of_handoffs() {
 fn no_cell_of_the_matrix_breaks_a_rule() {
     let cast = Cast::new(Mode::Fast);
     for (name, state) in states(&cast) {
-        for (input_name, input) in cast.inputs() {
+        for (input_name, input) in cast.inputs(state.next_epoch) {
             let Ok(step) = state.step(input) else { continue };
             let (cell, record) = (format!("{name} + {input_name}"), &step.record);
             assert!(record.epoch >= state.epoch, "{cell}: the epoch falls");
@@ -305,6 +317,8 @@ fn documented() -> String {
         ("release 1 e1", "release, source"),
         ("fence", "fence"),
         ("arm", "arm"),
+        ("arm, planned before", "arm that comes again, or late"),
+        ("arm another, planned before", "arm of another handoff that comes late"),
         ("seal 1", "seal (asked)"),
         ("sealed 1", "sealed (all done, gate drained)"),
         ("activate b/3", "activate"),
@@ -318,15 +332,18 @@ fn documented() -> String {
         ("settle", "settle"),
     ];
     let columns = ["free", "owned", "armed", "sealed", "active", "reclaimed", "frozen"];
-    let (states, inputs) = (states(&cast), cast.inputs());
+    let states = states(&cast);
     let state = |column| &states.iter().find(|(name, _)| *name == column).expect("a state").1;
     let mut table = LEGEND.to_owned();
     let _ = write!(table, "| input | {} |\n|---|", columns.join(" | "));
     table.push_str(&"---|".repeat(columns.len()));
     table.push('\n');
     for (input_name, title) in shown {
-        let input = inputs.iter().find(|(name, _)| *name == input_name).expect("an input").1;
-        let cells = columns.map(|column| cell(state(column), input));
+        let cells = columns.map(|column| {
+            let inputs = cast.inputs(state(column).next_epoch);
+            let input = inputs.iter().find(|(name, _)| *name == input_name);
+            cell(state(column), input.expect("an input").1)
+        });
         let _ = writeln!(table, "| {title} | {} |", cells.join(" | "));
     }
     table
@@ -437,9 +454,9 @@ proptest! {
         steps in prop::collection::vec((0usize..60, any::<bool>()), 0..40),
     ) {
         let cast = Cast::new(if fast { Mode::Fast } else { Mode::Base });
-        let inputs = cast.inputs();
-        let owned = after(&AccessRecord::new(ANCHOR), &[inputs[0].1]);
-        let armed = Input::Arm { plan: &cast.plan, term: TERM, generation: 1 };
+        let claim = Input::Claim { name: SOURCE, session: S1 };
+        let owned = after(&AccessRecord::new(ANCHOR), &[claim]);
+        let armed = Input::Arm { plan: &cast.plan, term: TERM, next_epoch: Epoch(2), generation: 1 };
         let record = after(&owned, &[armed]);
         let mut life = Life {
             disk: record.clone(),
@@ -451,6 +468,7 @@ proptest! {
             was_activated: false,
         };
         for (which, stored) in steps {
+            let inputs = cast.inputs(life.record.next_epoch);
             match inputs.get(which) {
                 // Proofs are the anchor's to give, and this is the anchor.
                 Some((_, Input::Open { .. } | Input::Settle { proof: Some(_), .. })) => {}

@@ -268,7 +268,9 @@ fn a_newer_term_is_durable_whatever_it_asks() {
         mode: Mode::Fast,
         key: Key([1; 32]),
     };
-    let armed = owned_by(A, 1).step(Input::Arm { plan: &plan, term: 1, generation: 1 });
+    let owned = owned_by(A, 1);
+    let next_epoch = owned.next_epoch;
+    let armed = owned.step(Input::Arm { plan: &plan, term: 1, next_epoch, generation: 1 });
     let frozen = armed.expect("owned").record.after_restart();
     let by = |term| By::Coordinator { term };
     let step = |term| frozen.step(Input::Reclaim { attempt, by: by(term) }).expect("wanted back");

@@ -61,6 +61,10 @@ pub enum Input<'a> {
         plan: &'a Plan,
         /// The coordinator's term.
         term: u64,
+        /// [`AccessRecord::next_epoch`] as the coordinator read it when it
+        /// planned, the same in every repetition: a record that has given out a
+        /// number since is not the one that was planned for.
+        next_epoch: Epoch,
         /// The server's durability generation now.
         generation: u64,
     },
@@ -184,6 +188,19 @@ pub enum Refusal {
     /// Another handoff is under way.
     #[error("handoff {} (attempt {}) of this volume is under way; cancel or finish it first", .0.id, .0.attempt)]
     HandoffInProgress(Try),
+    /// The record has given out an epoch since the handoff was planned: this ARM
+    /// came late, and none of its plan can be taken here any more.
+    #[error(
+        "the handoff was planned when the volume's next epoch was {planned}, now it is {current}: the volume was claimed again, moved or fenced since; `{owner}` owns it and goes on; prepare a new handoff"
+    )]
+    StalePlan {
+        /// The next epoch when it was planned.
+        planned: Epoch,
+        /// The next epoch now.
+        current: Epoch,
+        /// Who owns the volume now.
+        owner: String,
+    },
     /// The try is over or was never armed here.
     #[error("the volume knows no handoff {} (attempt {})", .0.id, .0.attempt)]
     NoSuchHandoff(Try),

@@ -129,6 +129,7 @@ impl From<&Refusal> for Outcome {
             | Refusal::BadPlan(_)
             | Refusal::InHandoff(_)
             | Refusal::HandoffInProgress(_)
+            | Refusal::StalePlan { .. }
             | Refusal::NotAnchor { .. }
             | Refusal::TooLate
             | Refusal::Undecided

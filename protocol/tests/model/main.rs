@@ -9,6 +9,7 @@
 //! minute.
 
 mod mutant;
+mod scope;
 mod settle;
 mod world;
 
@@ -18,7 +19,8 @@ use baton_protocol::handoff::Mode;
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use mutant::Mutant;
-use world::{Action, Broken, Scope, World};
+use scope::{D, S, Scope};
+use world::{Action, Broken, World};
 
 struct Handoff {
     scope: Scope,
@@ -143,7 +145,7 @@ fn wander(scope: &Scope, seed: u64, walks: usize, live: bool) -> Option<String> 
         }
         deepest = deepest.max(path.len());
         let calm = settle::calm(scope, &world);
-        let end = if calm.is_up(world::D) { 2 } else { usize::from(calm.is_up(world::S)) };
+        let end = if calm.is_up(D) { 2 } else { usize::from(calm.is_up(S)) };
         ups[end] += 1;
         if world.broken.is_some() || (live && !settle::ends_well(scope, &world)) {
             let name = world.broken.map_or("I9".to_owned(), |broken| format!("{broken:?}"));
@@ -227,6 +229,7 @@ fn walks_with_one_accident_end_with_one_side_running() {
             Scope { backend_crashes: [0, 1], ..wide(name, mode) },
             Scope { server_crashes: 1, orders: true, ..wide(name, mode) },
             Scope { server_crashes: 1, attempts: 2, ..wide(name, mode) },
+            Scope { late_arms: 2, attempts: 3, fresh_ids: true, ..wide(name, mode) },
             Scope { server_crashes: 1, coordinator: false, ..wide(name, mode) },
             Scope { backend_crashes: [0, 1], coordinator: false, ..wide(name, mode) },
             Scope { backend_crashes: [1, 0], coordinator: false, ..wide(name, mode) },
@@ -244,6 +247,8 @@ fn walks_with_any_accidents_harm_nothing() {
         let scopes = [
             wild(name, mode),
             Scope { members: 3, ..wild(name, mode) },
+            Scope { late_arms: 2, fresh_ids: true, attempts: 3, ..wild(name, mode) },
+            Scope { late_arms: 2, fence: true, ..wild(name, mode) },
             Scope { fence: true, ..wild(name, mode) },
         ];
         for (at, scope) in scopes.iter().enumerate() {

@@ -5,7 +5,7 @@ use baton_protocol::access::{AccessRecord, By, Input, Phase, Refusal, Step, Stor
 use baton_protocol::handoff::role::{self, Asked, Output};
 use baton_protocol::handoff::{Mode, Outcome, Proof, Role, Side};
 
-use crate::world::{ANCHOR, D, S, Scope};
+use crate::scope::{ANCHOR, D, S, Scope};
 
 /// A mistake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -55,11 +55,13 @@ pub(crate) enum Mutant {
     /// A coordinator abdicates for a dead destination although nobody knows
     /// whether it had activated.
     CoordinatorAbdicatesFrozen,
+    /// An ARM is taken however old its plan is.
+    ArmWhenever,
 }
 
 /// With the mode in which each is possible, and whether it does harm by leaving
 /// nobody running.
-pub(crate) const ALL: [(Mutant, Mode, bool); 22] = [
+pub(crate) const ALL: [(Mutant, Mode, bool); 23] = [
     (Mutant::VolatileEpoch, Mode::Base, false),
     (Mutant::NoDrain, Mode::Base, false),
     (Mutant::NoArbiter, Mode::Base, false),
@@ -82,6 +84,7 @@ pub(crate) const ALL: [(Mutant, Mode, bool); 22] = [
     (Mutant::AbdicateAfterActivate, Mode::Fast, false),
     (Mutant::AbdicateUnwitnessed, Mode::Fast, false),
     (Mutant::CoordinatorAbdicatesFrozen, Mode::Fast, false),
+    (Mutant::ArmWhenever, Mode::Base, false),
 ];
 
 impl Mutant {
@@ -92,6 +95,8 @@ impl Mutant {
                 Scope { fence: true, rogue: false, ..scope }
             }
             Self::OpenNoProof => scope,
+            // A handoff, another, and the first one's ARM again.
+            Self::ArmWhenever => Scope { late_arms: 1, fresh_ids: true, rogue: false, ..scope },
             Self::OpenOldGrant => Scope { backend_crashes: [0, 1], coordinator: false, ..scope },
             Self::UnfreezeNoBootId => Scope {
                 members: 1,
@@ -120,6 +125,10 @@ impl Scope {
     pub(crate) fn judge(&self, record: &AccessRecord, input: Input<'_>) -> Result<Step, Refusal> {
         let Some(mutant) = self.mutant else { return record.step(input) };
         match (mutant, input) {
+            (Mutant::ArmWhenever, Input::Arm { plan, term, generation, .. }) => {
+                let next_epoch = record.next_epoch;
+                record.step(Input::Arm { plan, term, next_epoch, generation })
+            }
             (Mutant::NoArbiter, Input::Reclaim { attempt, by })
                 if record.phase == Phase::Active =>
             {

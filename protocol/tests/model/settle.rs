@@ -1,7 +1,8 @@
 //! Liveness: from any state, when nothing breaks any more and messages arrive,
 //! the VM ends up running on exactly one side.
 
-use crate::world::{Action, D, S, Scope, World};
+use crate::scope::{D, S, Scope};
+use crate::world::{Action, World};
 
 /// More steps than any recovery takes.
 const STEPS_MAX: usize = 600;
@@ -60,6 +61,7 @@ pub(crate) fn calm(scope: &Scope, world: &World) -> World {
     world.left.server_crashes = 0;
     world.left.backend_crashes = [0, 0];
     world.left.net_faults = 0;
+    world.left.late_arms = 0;
     world.left.stops = 0;
     world.left.starts = 0;
     world.forget_the_dead();

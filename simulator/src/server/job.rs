@@ -66,7 +66,7 @@ impl Volume {
         call: Call,
     ) {
         match &call {
-            Call::Arm(_) => stage.reached(Point::ArmArrived),
+            Call::Arm { .. } => stage.reached(Point::ArmArrived),
             Call::Reclaim(_) => stage.reached(Point::ReclaimArrived),
             Call::Abdicate(_) => stage.reached(Point::AbdicateArrived),
             Call::Settle(..) => stage.reached(Point::SettleArrived),
@@ -120,7 +120,7 @@ impl Volume {
     }
 
     fn begin(&mut self, stage: &mut Stage, server: &Server, job: Job) {
-        let (result, point) = self.judge(server, &job);
+        let (result, point) = self.judge(stage, server, &job);
         let mut step = match result {
             Ok(Some(step)) => step,
             Ok(None) => return self.finish(stage, server, &job, None),
@@ -158,7 +158,12 @@ impl Volume {
     }
 
     /// What the record says. `None`: it has no say.
-    fn judge(&self, server: &Server, job: &Job) -> (Result<Option<Step>, Refusal>, Option<Point>) {
+    fn judge(
+        &self,
+        stage: &Stage,
+        server: &Server,
+        job: &Job,
+    ) -> (Result<Option<Step>, Refusal>, Option<Point>) {
         let step = |input: Input<'_>| (self.record.step(input).map(Some), reached_by(&input));
         match job {
             Job::Greet { connection, greeting } => {
@@ -201,7 +206,14 @@ impl Volume {
                     // Twice would fence the nominee that has claimed since.
                     Call::Fence(name) if self.belongs_to(name) => (Ok(None), None),
                     Call::Fence(name) => step(Input::Fence { term: None, nominee: Some(name) }),
-                    Call::Arm(plan) => step(Input::Arm { plan, term, generation: 0 }),
+                    Call::Arm { plan, next_epoch } => {
+                        let planned = if stage.has(Bug::LateArm) {
+                            self.record.next_epoch
+                        } else {
+                            *next_epoch
+                        };
+                        step(Input::Arm { plan, term, next_epoch: planned, generation: 0 })
+                    }
                     Call::Reclaim(attempt) => step(Input::Reclaim { attempt: *attempt, by }),
                     Call::Abdicate(attempt) => step(Input::Abdicate { attempt: *attempt, by }),
                     Call::Settle(attempt, proof) => {
@@ -291,7 +303,7 @@ impl Volume {
             }
             Job::Call { coordinator, call, .. } => {
                 let attempt = match call {
-                    Call::Arm(plan) => Some(plan.attempt),
+                    Call::Arm { plan, .. } => Some(plan.attempt),
                     Call::Reclaim(attempt) | Call::Abdicate(attempt) | Call::Settle(attempt, _) => {
                         Some(*attempt)
                     }

@@ -231,7 +231,8 @@ impl World {
             key,
         };
         note!(self.stage, "round {}: from host {from}, anchor {}", self.round, plan.anchor);
-        let row = Row::new(self.round, plan, volumes.len(), self.stage.now);
+        let next_epochs = self.volumes.iter().map(|volume| volume.record.next_epoch).collect();
+        let row = Row::new(self.round, plan, next_epochs, self.stage.now);
         self.journal.row = Some(row);
         self.plan_faults();
     }

@@ -9,7 +9,7 @@ use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use baton_protocol::access::{AccessRecord, Refusal};
 use baton_protocol::handoff::{Key, Members, Mode, Plan, Proof, Side, Try};
-use baton_protocol::{SessionId, VolumeId};
+use baton_protocol::{Epoch, SessionId, VolumeId};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -48,6 +48,9 @@ pub(super) struct AccessAnswer {
 pub(super) struct Arm {
     /// Term of the coordinator; refused when a higher one has spoken.
     term: u64,
+    /// `next_epoch` of the access record when the handoff was planned; refused
+    /// when the record has given out an epoch since.
+    next_epoch: u64,
     /// The plan, the same at every member.
     plan: PlanBody,
 }
@@ -271,11 +274,12 @@ pub(super) async fn arm(
     Path(name): Path<String>,
     request: Body<Arm>,
 ) -> Result<Json<RecordView>, Problem> {
-    let Arm { term, plan } = body(request)?;
+    let Arm { term, next_epoch, plan } = body(request)?;
+    let next_epoch = Epoch(next_epoch);
     let plan = Box::new(plan.plan());
     let volume = find(&api, &name)?;
     let (id, attempt, to) = (plan.attempt.id, plan.attempt.attempt, plan.to.clone());
-    let record = volume.change(Request::Arm { plan, term }).await?;
+    let record = volume.change(Request::Arm { plan, term, next_epoch }).await?;
     tracing::info!(volume = name, handoff = %id, attempt, to, term, "armed");
     Ok(Json((&record).into()))
 }
@@ -414,6 +418,9 @@ impl From<Refusal> for Problem {
                     ("baton:handoff-in-progress", "Another handoff of the volume is under way");
                 let id = attempt.id.to_string();
                 return Self::new(StatusCode::CONFLICT, kind, title, &refusal).of_handoff(id);
+            }
+            Refusal::StalePlan { .. } => {
+                ("baton:stale-plan", "The volume has changed since the handoff was planned")
             }
             Refusal::NotOwner { .. } | Refusal::Barred { .. } => {
                 ("baton:not-owner", "Another owns the volume")

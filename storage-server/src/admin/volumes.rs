@@ -40,6 +40,8 @@ pub(super) struct VolumeView {
 struct AccessView {
     /// Only requests of this epoch are admitted.
     epoch: u64,
+    /// The next epoch that nobody had; an ARM shows it.
+    next_epoch: u64,
     /// `free`, `owned`, `armed`, `sealed`, `active`, `reclaimed` or `frozen`.
     phase: &'static str,
     /// Name of the owner, or of the nominee of a fence who has not come yet.
@@ -139,6 +141,7 @@ impl AccessView {
         let owner = record.owner.as_ref();
         Self {
             epoch: record.epoch.0,
+            next_epoch: record.next_epoch.0,
             phase: record.phase.name(),
             owner: owner.map(|owner| owner.name.clone()),
             session: owner.filter(|o| o.session.0 != 0).map(|o| o.session.to_string()),

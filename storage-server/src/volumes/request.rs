@@ -37,7 +37,7 @@ pub enum Request {
     /// See [`Input::Fence`].
     Fence { term: Option<u64>, nominee: Option<String> },
     /// See [`Input::Arm`].
-    Arm { plan: Box<Plan>, term: u64 },
+    Arm { plan: Box<Plan>, term: u64, next_epoch: Epoch },
     /// See [`Input::Seal`].
     Seal { attempt: Try, session: SessionId },
     /// See [`Input::Sealed`].
@@ -92,9 +92,12 @@ impl Request {
             Self::Fence { term, nominee } => {
                 Input::Fence { term: *term, nominee: nominee.as_deref() }
             }
-            Self::Arm { plan, term } => {
-                Input::Arm { plan, term: *term, generation: facts.generation }
-            }
+            Self::Arm { plan, term, next_epoch } => Input::Arm {
+                plan,
+                term: *term,
+                next_epoch: *next_epoch,
+                generation: facts.generation,
+            },
             Self::Seal { attempt, session } => Input::Seal { attempt: *attempt, session: *session },
             Self::Sealed { attempt, session } => {
                 Input::Sealed { attempt: *attempt, session: *session }

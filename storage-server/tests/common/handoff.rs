@@ -48,6 +48,12 @@ impl Member {
         self.get("access").1["record"].take()
     }
 
+    /// Body of an ARM that is planned now.
+    pub fn arming(&self, term: u64, plan: &serde_json::Value) -> serde_json::Value {
+        let next_epoch = &self.record()["next_epoch"];
+        serde_json::json!({"term": term, "next_epoch": next_epoch, "plan": plan})
+    }
+
     pub fn phase(&self) -> String {
         self.record()["phase"].as_str().expect("a phase").to_owned()
     }
@@ -100,8 +106,7 @@ pub fn arm(members: &[&Member], mode: &str) {
 pub fn arm_try(members: &[&Member], mode: &str, attempt: Try) {
     let plan = plan(members, mode, attempt);
     for member in members {
-        let (status, record) =
-            member.post("arm", &serde_json::json!({"term": 1, "plan": plan.clone()}));
+        let (status, record) = member.post("arm", &member.arming(1, &plan));
         assert_eq!((status, record["phase"].as_str()), (200, Some("armed")), "{record}");
     }
 }

@@ -283,6 +283,11 @@ pub struct Member {
     pub seen: Seen,
     /// The epoch its record had then.
     pub epoch: u64,
+    /// The next epoch that its record would have given out when the handoff was
+    /// planned: every ARM of the handoff shows it, so that one that comes late
+    /// arms nothing. Rows of before have none, and are not armed any more.
+    #[serde(default)]
+    pub next_epoch: u64,
 }
 
 /// A handoff. The whole of it is in the journal.

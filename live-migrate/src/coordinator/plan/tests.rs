@@ -9,6 +9,7 @@ fn row() -> Row {
         progress: Progress::Planned,
         seen: Seen::Nothing,
         epoch: 0,
+        next_epoch: 0,
     };
     Row {
         id: HandoffId(7),

@@ -81,7 +81,7 @@ impl World {
 
     fn arm(&mut self, place: usize) -> Result<(), No> {
         let plan = self.plan();
-        self.ask(place, Ask::Arm { plan: &plan, term: TERM, generation: 0 })
+        self.ask(place, Ask::Arm { plan: &plan, term: TERM, next_epoch: Epoch(2), generation: 0 })
     }
 
     fn grant(&self) -> Option<Grant> {

@@ -5,7 +5,10 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::*;
+use crate::access::Phase;
 use crate::access::{By, Input as RecordInput};
+use crate::handoff::Members;
+use crate::handoff::message::{Answer, Outcome};
 use crate::handoff::{HandoffId, Key, Mode, Plan};
 
 const SOURCE: &str = "a";
@@ -119,7 +122,8 @@ impl Bench {
     fn arm(&mut self, attempt: u32) {
         for member in [ANCHOR, OTHER] {
             let plan = plan(attempt);
-            self.at(member, RecordInput::Arm { plan: &plan, term: 1, generation: 1 });
+            let next_epoch = self.records[member].next_epoch;
+            self.at(member, RecordInput::Arm { plan: &plan, term: 1, next_epoch, generation: 1 });
         }
     }
 

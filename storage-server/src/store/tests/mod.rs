@@ -1,5 +1,6 @@
 //! The store's promises, one file each.
 
+mod access_record;
 mod durability;
 mod model;
 mod opening;

@@ -35,7 +35,9 @@ fn armed(from: (&str, SessionId), to: &str, mode: Mode) -> Server {
     server.record = Some(AccessRecord::new(VolumeId(0xabc)));
     server.step(Input::Claim { name: from.0, session: from.1 }).expect("free");
     let plan = plan(from.0, to, VolumeId(0xabc), mode);
-    server.step(Input::Arm { plan: &plan, term: 1, generation: 1 }).expect("owned");
+    server
+        .step(Input::Arm { plan: &plan, term: 1, next_epoch: server.next_epoch, generation: 1 })
+        .expect("owned");
     server
 }
 
@@ -311,7 +313,9 @@ fn no_request_ever_carries_an_epoch_that_nobody_had() {
         server.record = Some(record);
         server.step(Input::Claim { name: "host/vm", session: ME }).expect("free");
         let plan = plan("host/vm", "other/vm", VolumeId(0xabc), Mode::Base);
-        server.step(Input::Arm { plan: &plan, term: 1, generation: 1 }).expect("owned");
+        server
+            .step(Input::Arm { plan: &plan, term: 1, next_epoch: server.next_epoch, generation: 1 })
+            .expect("owned");
         let mut p = pair(server, AccessMode::Owner, false);
         p.write(1, 0, &pattern(512, 1));
         p.send(cut);
