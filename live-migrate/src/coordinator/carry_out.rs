@@ -178,8 +178,9 @@ impl Work {
         let mut patience = Patience::new();
         let mut told = None;
         let mut look = LOOK.0;
+        let mut heard = tokio::time::Instant::now();
         loop {
-            match self.look(agent, start, &id).await {
+            match self.look(agent, start, &id, &mut heard).await {
                 Ok(standing) => {
                     if told != Some(standing) {
                         self.reports.tell(Input::Standing(standing)).await;
@@ -193,16 +194,48 @@ impl Work {
                     look = (look * 3 / 2).min(LOOK.1);
                 }
                 Err(AgentError::Refused { trouble, .. }) if start => {
-                    return self.reports.tell(Input::CannotStand(trouble)).await;
+                    return self.reports.tell(Input::CannotStand(self.owned(&trouble))).await;
+                }
+                // Nobody there. A copy of memory that is under way does not need it.
+                Err(AgentError::Unreachable(trouble))
+                    if start
+                        && told != Some(Standing::Ready)
+                        && heard.elapsed() > self.core.config.agent_patience =>
+                {
+                    self.reports.tell(Input::CannotStand(self.owned(&trouble))).await;
+                    patience.wait(&self.reports, None).await;
                 }
                 Err(error) => patience.wait(&self.reports, Some(error.trouble())).await,
             }
         }
     }
 
-    /// One look at the destination; starts what is missing.
-    async fn look(&self, agent: &Agent, start: bool, id: &str) -> Result<Standing, AgentError> {
-        let vm = match agent.vm(&self.row.vm).await {
+    /// With who owns the VM and what to do.
+    fn owned(&self, trouble: &Trouble) -> Trouble {
+        let Row { vm, from, to, .. } = &*self.row;
+        Trouble {
+            kind: trouble.kind.clone(),
+            detail: format!(
+                "{}; the source {from} owns the volumes of `{vm}`, which goes on there: see to {to} and ask again",
+                trouble.detail
+            ),
+        }
+    }
+
+    /// One look at the destination; starts what is missing. Notes when its agent
+    /// was heard.
+    async fn look(
+        &self,
+        agent: &Agent,
+        start: bool,
+        id: &str,
+        heard: &mut tokio::time::Instant,
+    ) -> Result<Standing, AgentError> {
+        let found = agent.vm(&self.row.vm).await;
+        if !matches!(found, Err(AgentError::Unreachable(_))) {
+            *heard = tokio::time::Instant::now();
+        }
+        let vm = match found {
             Ok(vm) => vm,
             Err(error) if error.is_missing() && start => {
                 let definition = self.core.definition(&self.row.vm, &self.row.from).await?;
@@ -240,12 +273,10 @@ impl Work {
         Trouble {
             kind: "baton:destination-runs-vm".to_owned(),
             detail: format!(
-                "the backend of `{}` on {} serves already (its machine: {}); the source {} still owns the volumes: stop the one on {} first",
+                "the backend of `{}` on {} serves already (its machine: {}): it must be stopped first",
                 self.row.vm,
                 self.row.to,
                 vm.run(),
-                self.row.from,
-                self.row.to
             ),
         }
     }

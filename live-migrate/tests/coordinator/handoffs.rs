@@ -73,7 +73,7 @@ async fn a_cancelled_handoff_leaves_everything_as_it_was() {
 
 /// Row 6 of the failure table.
 #[tokio::test]
-async fn row_6_the_same_request_again_is_the_same_handoff() {
+async fn row_06_the_same_request_again_is_the_same_handoff() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator("c", "").await;
     let id = id();

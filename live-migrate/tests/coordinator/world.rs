@@ -341,6 +341,8 @@ pub(crate) struct Agent {
     storages: Vec<Arc<Storage>>,
     peers: Mutex<Vec<Arc<Agent>>>,
     pub(crate) silent: AtomicBool,
+    /// Takes no VM from outside.
+    pub(crate) refuses: AtomicBool,
 }
 
 impl Agent {
@@ -353,6 +355,7 @@ impl Agent {
             storages: storages.to_vec(),
             peers: Mutex::default(),
             silent: AtomicBool::new(false),
+            refuses: AtomicBool::new(false),
         });
         let app = Router::new()
             .route("/v1/vms", get(agent_list))
@@ -471,13 +474,16 @@ async fn agent_define(
     State(agent): State<Arc<Agent>>,
     Path(vm): Path<String>,
     Json(definition): Json<Value>,
-) -> Json<Value> {
+) -> Answer {
+    if agent.refuses.load(Ordering::SeqCst) {
+        return Err(problem(403, "baton:not-from-outside", "a disk is of this host").into());
+    }
     agent.with(&vm, |machine| {
         machine.definition = definition;
         machine.run = "gone";
         machine.phase = "none";
     });
-    Json(json!({}))
+    Ok(Json(json!({})))
 }
 
 async fn agent_start(
