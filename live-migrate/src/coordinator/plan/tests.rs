@@ -1,3 +1,5 @@
+use baton_protocol::handoff::HandoffId;
+
 use super::*;
 
 fn row() -> Row {
