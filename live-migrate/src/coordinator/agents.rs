@@ -150,6 +150,12 @@ impl VmView {
         self.0["vmm"]["run"].as_str().unwrap_or("unknown")
     }
 
+    /// Somebody else drives the machine's monitor; the agent knows nothing of it.
+    #[must_use]
+    pub fn monitor_is_foreign(&self) -> bool {
+        self.definition()["vmm"].as_str().is_none_or(|kind| kind == "none")
+    }
+
     /// The machine's last migration.
     #[must_use]
     pub fn migration(&self) -> &Value {

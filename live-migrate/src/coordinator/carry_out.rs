@@ -373,6 +373,34 @@ impl Work {
         }
     }
 
+    /// Ends the destination's machine, whose memory is of a try that is over: the
+    /// next one's backend must not meet it.
+    async fn end_machine(&self, agent: &Agent, vm: &VmView) -> Result<(), AgentError> {
+        if vm.monitor_is_foreign() || vm.run() == "gone" {
+            return Ok(());
+        }
+        let told = agent.monitor(&self.row.vm, "quit", &serde_json::json!({})).await;
+        let mut pause = PAUSE.0;
+        while pause < PAUSE.1 {
+            if agent.vm(&self.row.vm).await.is_ok_and(|vm| vm.run() == "gone") {
+                return Ok(());
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+        told?;
+        Err(AgentError::Refused {
+            status: 409,
+            trouble: Trouble {
+                kind: "baton:destination-runs-vm".to_owned(),
+                detail: format!(
+                    "the machine of `{}` on {} does not end, so there is no other try",
+                    self.row.vm, self.row.to
+                ),
+            },
+        })
+    }
+
     /// Stops the loser's backend, and no other.
     async fn stop(&self, host: &str) {
         let Some(agent) = self.core.agents.of(host) else {
@@ -391,7 +419,12 @@ impl Work {
                     },
                 }),
                 Err(error) if error.is_missing() => Ok(()),
-                Ok(_) => agent.stop_backend(&self.row.vm).await,
+                Ok(vm) => {
+                    if self.row.goes_again() && host == self.row.to {
+                        self.end_machine(agent, &vm).await?;
+                    }
+                    agent.stop_backend(&self.row.vm).await
+                }
                 Err(error) => Err(error),
             }
         };

@@ -4,12 +4,16 @@
 //!  prepare -> incoming -> precopy -> switch -> activate -> cleanup -> done
 //!     |          |           |         |          |
 //!     +----------+-----------+---------+----------+--> rolling-back -> rolled-back
+//!     |          |           |         |          |
+//!     +<- again -+-----------+---------+----------+ the source came back by itself
 //! ```
 //!
 //! It believes neither machine: it goes on when the access records say so, and
 //! resumes the source only when the anchor says that the source owns the volumes.
 //! After a restart of the coordinator a migration that has not switched is rolled
-//! back, one that has is watched to its end.
+//! back, one that has is watched to its end. When the guest resets on the way, its
+//! backend takes the volumes back, and the migration is begun anew with another
+//! machine at the destination (`plan/again.rs`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -97,14 +101,24 @@ impl MigrateVm {
 pub(super) fn drive(core: &Arc<Core>, handle: Handle, restarted: bool) {
     let core = Arc::clone(core);
     tokio::spawn(async move {
-        let driver = Driver { core, handle };
-        driver.run(restarted).await;
+        let mut restarted = restarted;
+        loop {
+            let attempt = handle.row().attempt;
+            let driver = Driver { core: Arc::clone(&core), handle: handle.clone(), attempt };
+            let Err(trouble) = driver.run(restarted).await else { return };
+            if !driver.another().await {
+                return driver.roll_back(trouble).await;
+            }
+            restarted = false;
+        }
     });
 }
 
 struct Driver {
     core: Arc<Core>,
     handle: Handle,
+    /// Which one it drives.
+    attempt: u32,
 }
 
 /// Why it does not go on.
@@ -120,9 +134,9 @@ impl Driver {
         row.driven.as_ref().and_then(|note| note["step"].as_str()).unwrap_or_default().to_owned()
     }
 
-    async fn run(&self, restarted: bool) {
+    async fn run(&self, restarted: bool) -> Result<(), Failed> {
         let switched = matches!(self.step().as_str(), "switch" | "activate" | "cleanup");
-        let result = if restarted && !switched {
+        if restarted && !switched {
             Err(trouble(
                 "the coordinator restarted before the switch, so the migration was rolled back",
             ))
@@ -130,10 +144,38 @@ impl Driver {
             self.watch_switch().await
         } else {
             self.begin().await
-        };
-        if let Err(trouble) = result {
-            self.roll_back(trouble).await;
         }
+    }
+
+    /// Whether another attempt follows; the source's monitor is ready for it then.
+    async fn another(&self) -> bool {
+        let mut shown = self.handle.watch();
+        let settled = |row: &Arc<Row>| row.attempt > self.attempt || !row.goes_again();
+        if shown.wait_for(settled).await.is_err() || self.row().attempt == self.attempt {
+            return false;
+        }
+        let Ok((source, _)) = self.agents() else { return false };
+        let vm = self.row().vm.clone();
+        tracing::info!(vm, attempt = self.row().attempt, "the source came back; trying again");
+        self.note("again", json!({"attempt": self.row().attempt})).await;
+        for _ in 0..SILENT_MAX {
+            match source.vm(&vm).await {
+                Ok(view)
+                    if matches!(
+                        view.migration()["phase"].as_str(),
+                        Some("none" | "failed" | "cancelled")
+                    ) =>
+                {
+                    return true;
+                }
+                Ok(_) => {
+                    let _ = source.monitor(&vm, "cancel", &json!({})).await;
+                }
+                Err(error) => tracing::warn!(%error, vm, "the source does not say how it is"),
+            }
+            tokio::time::sleep(LOOK * 4).await;
+        }
+        false
     }
 
     async fn begin(&self) -> Result<(), Failed> {
@@ -319,7 +361,9 @@ impl Driver {
 
     async fn until(&self, state: State) -> Result<(), Failed> {
         let mut shown = self.handle.watch();
-        let reached = |row: &Arc<Row>| row.state.reached(state) || row.back.is_some();
+        let reached = |row: &Arc<Row>| {
+            row.state.reached(state) || row.back.is_some() || row.attempt != self.attempt
+        };
         shown.wait_for(reached).await.map_err(|_| trouble("the coordinator is going away"))?;
         self.still_on()
     }
@@ -332,15 +376,19 @@ impl Driver {
 
     fn still_on(&self) -> Result<(), Failed> {
         let row = self.row();
+        let taken_back = || {
+            trouble("the source's machine was stopped and started again before the destination ran")
+        };
+        if row.attempt != self.attempt {
+            return Err(taken_back());
+        }
         match &row.back {
             None if row.fenced => Err(trouble("the volumes were fenced")),
             None => Ok(()),
             Some(_) if row.winner == Some(Winner::Destination) => Ok(()),
             Some(super::plan::Because::Failed(trouble)) => Err(trouble.clone()),
             Some(super::plan::Because::Cancelled) => Err(trouble("somebody cancelled it")),
-            Some(super::plan::Because::TakenBack) => {
-                Err(trouble("the source's machine was resumed before the destination ran"))
-            }
+            Some(super::plan::Because::TakenBack) => Err(taken_back()),
         }
     }
 

@@ -265,6 +265,7 @@ async fn plan(
         activate: false,
         activate_ordered: false,
         finish: false,
+        last: false,
         loser_gone: false,
         trouble: None,
         driven,

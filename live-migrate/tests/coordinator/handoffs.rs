@@ -222,6 +222,74 @@ async fn row_17_a_source_that_comes_back_by_itself_settles_the_handoff() {
     assert_eq!(cluster.b.machine("web").backend, None);
 }
 
+/// Row 31 of the failure table: the guest resets in the copy of memory, twice. Each
+/// attempt has a backend of its own at the destination.
+#[tokio::test]
+async fn row_31_an_explicit_handoff_is_tried_again_with_another_backend() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let id = id();
+    let path = format!("/v1/vms/web/handoffs/{id}");
+    let body = json!({"to": "host-b", "mode": "explicit"});
+    coordinator.call(Method::PUT, &format!("{path}?wait=READY"), body).await.expect("READY");
+    for attempt in 2..=3 {
+        cluster.source_comes_back();
+        wait("the next attempt is ready", async || {
+            let row = coordinator.get(&path).await;
+            (&row["attempt"], &row["state"]) == (&json!(attempt), &json!("READY"))
+        })
+        .await;
+        assert_eq!(cluster.b.machine("web").stood_by, attempt, "a destination is good for one try");
+    }
+    assert_eq!(coordinator.post(&id, "switchover").await.expect("sealed")["state"], "SEALED");
+    let row = coordinator.post(&id, "activate").await.expect("active");
+    assert_eq!((&row["outcome"], &row["attempt"]), (&json!("destination"), &json!(3)));
+    coordinator.post(&id, "finish").await.expect("finished");
+    assert_eq!(cluster.owner(), "host-b/web");
+}
+
+#[tokio::test]
+async fn row_31_a_guest_that_resets_for_ever_stays_where_it_is() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let id = id();
+    let path = format!("/v1/vms/web/handoffs/{id}");
+    let body = json!({"to": "host-b", "mode": "explicit"});
+    coordinator.call(Method::PUT, &path, body).await.expect("asked");
+    for attempt in 1..=3 {
+        wait("ready", async || {
+            let row = coordinator.get(&path).await;
+            (&row["attempt"], &row["state"]) == (&json!(attempt), &json!("READY"))
+        })
+        .await;
+        cluster.source_comes_back();
+    }
+    let row = coordinator.over(&id).await;
+    assert_eq!((&row["outcome"], &row["attempt"]), (&json!("source"), &json!(3)));
+    let detail = row["because"]["detail"].as_str().expect("a sentence");
+    assert!(detail.contains("the last of 3 attempts; begin another handoff"), "{detail}");
+    assert_eq!(cluster.owner(), "host-a/web");
+}
+
+/// Row 32 of the failure table: an administrator stops and continues the source in
+/// an implicit handoff, whose destination nobody here can end.
+#[tokio::test]
+async fn row_32_an_implicit_handoff_ends_with_a_sentence_and_nothing_armed() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let id = id();
+    coordinator.prepare(&id).await.expect("READY");
+    cluster.source_comes_back();
+    let row = coordinator.over(&id).await;
+    assert_eq!((&row["state"], &row["attempt"]), (&json!("SETTLED"), &json!(1)));
+    let detail = row["because"]["detail"].as_str().expect("a sentence");
+    for part in ["`web` goes on at host-a", "is not tried again", "begin another handoff"] {
+        assert!(detail.contains(part), "{part}: {detail}");
+    }
+    assert_eq!(cluster.owner(), "host-a/web");
+    assert_eq!(cluster.b.machine("web").stood_by, 1);
+}
+
 #[tokio::test]
 async fn a_standby_backend_that_dies_is_started_again() {
     let cluster = Cluster::new().await;

@@ -59,6 +59,34 @@ async fn a_destination_that_does_not_run_costs_nothing() {
     assert_eq!(cluster.b.machine("web").backend, None);
 }
 
+/// Row 31 of the failure table: the guest resets in the copy of memory. The migration
+/// is begun anew, with another machine and another backend at the destination.
+#[tokio::test]
+async fn row_31_a_guest_that_resets_moves_with_the_next_attempt() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    cluster.a.with("web", |machine| machine.resets = 1);
+    let row = migrate(&coordinator, &id()).await;
+    assert_eq!((&row["outcome"], &row["attempt"]), (&json!("destination"), &json!(2)), "{row:#}");
+    assert_eq!(cluster.owner(), "host-b/web");
+    assert_eq!(cluster.b.machine("web").run, "running");
+    assert_eq!(cluster.b.machine("web").stood_by, 2);
+    assert_eq!(cluster.a.machine("web").run, "gone");
+}
+
+#[tokio::test]
+async fn row_31_a_guest_that_resets_for_ever_is_rolled_back() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    cluster.a.with("web", |machine| machine.resets = 99);
+    let row = migrate(&coordinator, &id()).await;
+    assert_eq!((&row["outcome"], &row["attempt"]), (&json!("source"), &json!(3)), "{row:#}");
+    assert_eq!(row["migration"]["step"], "rolled-back");
+    assert_eq!(cluster.owner(), "host-a/web");
+    assert_eq!(cluster.a.machine("web").run, "running");
+    assert_eq!(cluster.b.machine("web").backend, None);
+}
+
 #[tokio::test]
 async fn a_migration_that_nobody_can_address_is_refused() {
     let cluster = Cluster::new().await;

@@ -331,6 +331,10 @@ pub(crate) struct Machine {
     pub(crate) handoff: Option<Value>,
     /// An incoming migration that never starts to run.
     pub(crate) stuck: bool,
+    /// So often its guest resets in the copy of memory.
+    pub(crate) resets: u32,
+    /// Standby backends started so far.
+    pub(crate) stood_by: u32,
 }
 
 /// A host's agent, with its backends and machines.
@@ -433,6 +437,15 @@ impl Agent {
         }
     }
 
+    /// The source's rings start again: the backend asks the anchor.
+    pub(crate) fn take_back(&self, definition: &Value) {
+        let Some((storage, name)) = self.volumes(definition).into_iter().next() else { return };
+        let attempt = storage.record(&name).handoff.expect("armed").plan.attempt;
+        let me = format!("{}/web", self.host);
+        let by = By::Backend { name: &me, session: session(&self.host) };
+        storage.step(&name, Input::Reclaim { attempt, by }).expect("reclaimed");
+    }
+
     /// The machine's rings start: the backend asks the anchor.
     pub(crate) fn activate(&self, vm: &str, definition: &Value) -> bool {
         let volumes = self.volumes(definition);
@@ -493,6 +506,7 @@ async fn agent_start(
 ) -> Answer {
     let standby = body["role"] == "standby";
     agent.with(&vm, |machine| {
+        machine.stood_by += u32::from(standby && machine.backend.is_none());
         machine.backend.get_or_insert(if standby { "standby" } else { "owner" });
     });
     Ok(Json(json!({"run": "running"})))
@@ -535,7 +549,13 @@ async fn agent_monitor(
         "incoming" => set("incoming", "none"),
         "migrate" => {
             agent.seal(&machine.definition);
-            set("switching", "pre-switchover");
+            if machine.resets > 0 {
+                agent.take_back(&machine.definition);
+                agent.with(&vm, |m| m.resets -= 1);
+                set("running", "active");
+            } else {
+                set("switching", "pre-switchover");
+            }
         }
         "continue" => {
             set("migrated", "completed");

@@ -11,6 +11,8 @@
 //!                             |                                                              |
 //!                             v   anchor: source                         all settled         |
 //!                          RECLAIMED ---------------------------------------------- or FAILED
+//!                             |
+//!                             +--> PREPARING, the next attempt: see `again`
 //! ```
 //!
 //! Rules:
@@ -31,6 +33,7 @@
 //!
 //! Does not know clocks, sockets or the journal's file.
 
+mod again;
 mod codec;
 mod due;
 mod row;
@@ -42,6 +45,7 @@ mod words;
 #[cfg(test)]
 mod world;
 
+pub use again::ATTEMPTS_MAX;
 pub use due::Action;
 pub use row::{Member, Row, hex_of, owner, random_key};
 pub use state::State;

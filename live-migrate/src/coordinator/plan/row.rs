@@ -87,6 +87,9 @@ pub struct Row {
     pub activate_ordered: bool,
     /// The caller said `:finish`.
     pub finish: bool,
+    /// No other try follows this one, whatever becomes of it.
+    #[serde(default)]
+    pub last: bool,
     /// The loser's backend is gone, or is nobody's business any more.
     pub loser_gone: bool,
     /// What hinders it now.

@@ -217,6 +217,7 @@ impl Row {
             Input::LoserGone | Input::LoserLeft(_) if self.winner.is_none() => {}
             Input::LoserGone => self.loser_gone = true,
             Input::LoserLeft(trouble) => {
+                self.last |= self.goes_again();
                 self.loser_gone = true;
                 self.trouble = Some(trouble);
             }
@@ -228,7 +229,7 @@ impl Row {
             }
             Input::Cancel => match self.winner {
                 Some(Winner::Destination) => return Err(Refusal::LostRace),
-                Some(Winner::Source) => {}
+                Some(Winner::Source) => self.last |= self.goes_again(),
                 None if self.state.is_over() => {}
                 None => {
                     self.back.get_or_insert(Because::Cancelled);
@@ -297,11 +298,17 @@ impl Row {
             let settled = |m: &super::Member| {
                 matches!(m.progress, Progress::Settled | Progress::Refused | Progress::Planned)
             };
-            if self.members.iter().all(settled) {
+            let over = self.members.iter().all(settled);
+            if over && (self.go_again() || self.goes_again()) {
+                return;
+            }
+            if over {
                 let failed = matches!(self.back, Some(Because::Failed(_)));
                 let source = self.winner == Some(Winner::Source);
                 self.state = if failed && source { State::Failed } else { State::Settled };
-                self.trouble = None;
+                if !self.last {
+                    self.trouble = None;
+                }
             }
             return;
         }

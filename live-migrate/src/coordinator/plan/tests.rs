@@ -41,6 +41,7 @@ fn row() -> Row {
         activate: false,
         activate_ordered: false,
         finish: false,
+        last: false,
         loser_gone: false,
         trouble: None,
         driven: None,
@@ -84,6 +85,13 @@ fn states() -> Vec<(&'static str, Row)> {
     let all = after(row(), armed);
     let ready = after(all.clone(), &[Standing(super::Standing::Ready)]);
     let explicit = after(Row { trigger: Trigger::Explicit, ..row() }, armed);
+    let taken_back = after(
+        explicit.clone(),
+        &[Standing(super::Standing::Ready), Seen(0, super::Seen::Reclaimed, 6)],
+    );
+    let nearly_again =
+        after(taken_back.clone(), &[Proved(grant(Winner::Source)), Settled(1), Settled(0)]);
+    let last = Row { attempt: ATTEMPTS_MAX, ..nearly_again.clone() };
     let explicit = after(explicit, &[Standing(super::Standing::Ready), Switchover, SealOrdered]);
     let seal = [Seen(0, super::Seen::Sealed, 4), Seen(1, super::Seen::Sealed, 4)];
     let sealed = after(ready.clone(), &seal);
@@ -108,6 +116,9 @@ fn states() -> Vec<(&'static str, Row)> {
         ("cancelling, unknown", unknown),
         ("one refused", refused),
         ("RECLAIMED", reclaimed),
+        ("RECLAIMED explicit, taken back", taken_back),
+        ("RECLAIMED explicit, taken back, all settled", nearly_again),
+        ("RECLAIMED explicit, taken back, last attempt", last),
         ("ACTIVE", active),
         ("SETTLED", settled),
         ("FAILED", failed),
@@ -157,6 +168,9 @@ fn inputs() -> Vec<(&'static str, Input)> {
 
 fn line(row: &Row, outputs: &[Output]) -> String {
     let mut text = row.state.name().to_owned();
+    if row.attempt > 1 {
+        text.push_str(&format!(" attempt={}", row.attempt));
+    }
     for (flag, word) in [
         (row.back.is_some() && row.winner.is_none(), "back"),
         (row.unknown, "unknown"),
@@ -254,6 +268,64 @@ fn row_29_one_refusal_takes_everything_back() {
     let row = after(step.row, &[Input::Reclaimed(grant(Winner::Source)), Input::Settled(0)]);
     assert_eq!((row.state, row.outcome()), (State::Failed, Some(Winner::Source)));
     assert!(row.is_over(), "{:?}", row.due());
+}
+
+/// Rows 31 and 32 of the failure table: the source sealed and came back by itself.
+fn taken_back(row: Row) -> Row {
+    let started = [Input::Start, Input::Armed(0), Input::Armed(1)];
+    let row = after(row, &started);
+    let row = after(row, &[Input::Standing(Standing::Ready)]);
+    assert_eq!(row.state, State::Ready);
+    let row = after(row, &[Input::Seen(0, Seen::Sealed, 4), Input::Seen(0, Seen::Reclaimed, 6)]);
+    after(row, &[Input::Proved(grant(Winner::Source)), Input::Settled(1), Input::Settled(0)])
+}
+
+#[test]
+fn row_31_another_attempt_begins_when_nothing_is_left_of_the_one_before() {
+    let row = taken_back(Row { trigger: Trigger::Explicit, ..fresh() });
+    assert_eq!((row.attempt, row.state), (1, State::Reclaimed));
+    assert_eq!(row.due(), [Action::StopDestination], "a destination is good for one try");
+    let step = row.step(Input::LoserGone).expect("granted");
+    assert_eq!((step.row.attempt, step.row.state), (2, State::Preparing));
+    assert_eq!(step.row.outcome(), Some(Winner::Source));
+    assert!(step.outputs.contains(&Output::Begin(Action::Arm(0))), "{:?}", step.outputs);
+    // As the first: nothing of it is known any more.
+    let again = Row { attempt: 1, version: 0, ..step.row };
+    assert_eq!(again.due(), after(fresh(), &[Input::Start]).due());
+}
+
+#[test]
+fn row_31_attempts_have_an_end() {
+    let mut row = Row { trigger: Trigger::Explicit, ..fresh() };
+    for attempt in 1..ATTEMPTS_MAX {
+        row = after(taken_back(row), &[Input::LoserGone]);
+        assert_eq!((row.attempt, row.state), (attempt + 1, State::Preparing));
+    }
+    let row = after(taken_back(row), &[Input::LoserGone]);
+    assert_eq!((row.attempt, row.state), (ATTEMPTS_MAX, State::Settled));
+    assert!(row.is_over(), "{:?}", row.due());
+}
+
+#[test]
+fn row_32_there_is_no_other_attempt_where_the_old_machine_may_still_run() {
+    let trouble = || trouble("baton:agent-unreachable");
+    let explicit = || taken_back(Row { trigger: Trigger::Explicit, ..fresh() });
+    for (why, row) in [
+        ("implicit: nobody ends it", after(taken_back(fresh()), &[Input::LoserGone])),
+        ("it could not be ended", after(explicit(), &[Input::LoserLeft(trouble())])),
+        ("cancelled", after(explicit(), &[Input::Cancel, Input::LoserGone])),
+        ("finished", after(explicit(), &[Input::Finish, Input::LoserGone])),
+    ] {
+        assert_eq!((row.attempt, row.state), (1, State::Settled), "{why}");
+        assert_eq!(row.outcome(), Some(Winner::Source), "{why}");
+        assert!(row.is_over(), "{why}: {:?}", row.due());
+    }
+    let driven = Row { driven: Some(serde_json::json!({})), ..fresh() };
+    assert_eq!(
+        after(taken_back(driven), &[Input::LoserGone]).attempt,
+        2,
+        "the coordinator ends it"
+    );
 }
 
 /// Nobody is abdicated for who may have activated.
