@@ -303,6 +303,22 @@ impl Agent {
         self.call(Method::POST, &path, Some(&json!({"watch_s": watch_s}))).await
     }
 
+    /// What the agent did by itself after event `since` of its start `boot`, as
+    /// soon as there is something, or nothing after `wait`.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn events(
+        &self,
+        boot: &str,
+        since: u64,
+        wait: Duration,
+    ) -> Result<Value, AgentError> {
+        let path = format!("/v1/events?boot={boot}&since={since}&wait_ms={}", wait.as_millis());
+        let answer = self.client.call_within(Method::GET, &path, None, self.timeout + wait).await;
+        answer.map_err(|error| self.judge(error))
+    }
+
     /// Tells the machine's monitor: `incoming`, `migrate`, `continue`, ...
     ///
     /// # Errors

@@ -29,5 +29,6 @@ pub mod plan;
 pub mod prepare;
 pub mod server;
 pub mod storages;
+mod tidings;
 pub mod view;
 pub mod vms;
