@@ -150,6 +150,13 @@ impl VmView {
         self.0["vmm"]["run"].as_str().unwrap_or("unknown")
     }
 
+    /// Its monitor can wait between the stop and the switch. cloud-hypervisor
+    /// switches by itself, and has no cancel.
+    #[must_use]
+    pub fn can_pause(&self) -> bool {
+        self.definition()["vmm"] != "cloud-hypervisor"
+    }
+
     /// Somebody else drives the machine's monitor; the agent knows nothing of it.
     #[must_use]
     pub fn monitor_is_foreign(&self) -> bool {

@@ -154,7 +154,7 @@ impl Driver {
         if shown.wait_for(settled).await.is_err() || self.row().attempt == self.attempt {
             return false;
         }
-        let Ok((source, _)) = self.agents() else { return false };
+        let Ok((source, destination)) = self.agents() else { return false };
         let vm = self.row().vm.clone();
         tracing::info!(vm, attempt = self.row().attempt, "the source came back; trying again");
         self.note("again", json!({"attempt": self.row().attempt})).await;
@@ -169,7 +169,7 @@ impl Driver {
                     return true;
                 }
                 Ok(_) => {
-                    let _ = source.monitor(&vm, "cancel", &json!({})).await;
+                    self.cancel(source, destination, &vm).await;
                 }
                 Err(error) => tracing::warn!(%error, vm, "the source does not say how it is"),
             }
@@ -185,19 +185,26 @@ impl Driver {
         self.watch_io(source, destination).await;
         self.note("incoming", json!({})).await;
         let uri = self.row().driven.as_ref().map_or(Value::Null, |note| note["uri"].clone());
+        // Both sides must say the same.
+        let view = source.vm(&vm).await.map_err(|error| error.trouble().clone())?;
+        let pauses = view.can_pause();
         destination
-            .monitor(&vm, "incoming", &json!({"uri": uri}))
+            .monitor(&vm, "incoming", &json!({"uri": uri, "pause_before_switchover": pauses}))
             .await
             .map_err(|error| error.trouble().clone())?;
         self.note("precopy", json!({})).await;
         let bandwidth = self.row().driven.as_ref().map_or(Value::Null, |n| n["bandwidth"].clone());
-        let outgoing = json!({"uri": uri, "pause_before_switchover": true,
+        let outgoing = json!({"uri": uri, "pause_before_switchover": pauses,
             "max_bandwidth_bytes_per_s": bandwidth});
         source.monitor(&vm, "migrate", &outgoing).await.map_err(|error| error.trouble().clone())?;
         // The machine stops, its rings with it, and the backend seals by itself.
         let mut silent = 0;
         loop {
             self.still_on()?;
+            // One that does not pause may be past it before we look.
+            if self.row().winner == Some(Winner::Destination) {
+                break;
+            }
             match source.vm(&vm).await {
                 Ok(view) => {
                     silent = 0;
@@ -214,10 +221,12 @@ impl Driver {
             tokio::time::sleep(LOOK).await;
         }
         self.note("switch", json!({})).await;
-        source
-            .monitor(&vm, "continue", &json!({}))
-            .await
-            .map_err(|error| error.trouble().clone())?;
+        if pauses {
+            source
+                .monitor(&vm, "continue", &json!({}))
+                .await
+                .map_err(|error| error.trouble().clone())?;
+        }
         self.watch_switch().await
     }
 
@@ -283,8 +292,8 @@ impl Driver {
             return;
         }
         let outcome = self.row().outcome();
-        if let (Ok((source, _)), Some(Winner::Source)) = (self.agents(), outcome) {
-            let _ = source.monitor(&row.vm, "cancel", &json!({})).await;
+        if let (Ok((source, destination)), Some(Winner::Source)) = (self.agents(), outcome) {
+            self.cancel(source, destination, &row.vm).await;
             self.resume(source, &row.vm).await;
         }
         if outcome == Some(Winner::Destination) {
@@ -293,6 +302,18 @@ impl Driver {
         self.over().await;
         let step = if outcome == Some(Winner::Destination) { "done" } else { "rolled-back" };
         self.note(step, json!({})).await;
+    }
+
+    /// Ends the copy of memory. A monitor without a cancel gives up when the other
+    /// side is gone, and its machine, which the source owns, goes on.
+    async fn cancel(&self, source: &Agent, destination: &Agent, vm: &str) {
+        if let Err(AgentError::Refused { trouble, .. }) =
+            source.monitor(vm, "cancel", &json!({})).await
+            && trouble.kind == "baton:vmm-unsupported"
+            && let Err(error) = destination.monitor(vm, "quit", &json!({})).await
+        {
+            tracing::warn!(%error, vm, "the destination's machine was not ended");
+        }
     }
 
     /// The source owns the volumes: it shall run again.

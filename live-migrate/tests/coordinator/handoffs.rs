@@ -175,6 +175,48 @@ async fn events_are_numbered_and_can_be_resumed() {
     assert_eq!(rest, all[2..]);
 }
 
+/// Row 37 of the failure table: what an agent did by itself is told here, once.
+#[tokio::test]
+async fn row_37_what_an_agent_did_is_among_the_events_once() {
+    let cluster = Cluster::new().await;
+    let did = |at: u64| {
+        json!({"seq": at, "at_unix_us": at, "kind": "baton.vm.stopped", "vm": "web",
+            "detail": "it was stopped", "data": {"parked": "lost"}})
+    };
+    cluster.b.did.lock().expect("lock").push(did(1));
+    let first = cluster.coordinator("c", "").await;
+    wait("it is told", async || raw_events(&cluster).await.contains("\"baton.vm.stopped\"")).await;
+    drop(first);
+    // The next one is told all again, and knows what it has.
+    let coordinator = cluster.coordinator("c", "").await;
+    cluster.b.did.lock().expect("lock").push(did(2));
+    let mut text = String::new();
+    wait("both are told", async || {
+        text = raw_events(&cluster).await;
+        text.matches("\"baton.vm.stopped\"").count() >= 2
+    })
+    .await;
+    assert_eq!(text.matches("\"baton.vm.stopped\"").count(), 2, "{text}");
+    assert!(text.contains("\"host\":\"host-b\"") && text.contains("\"parked\":\"lost\""), "{text}");
+    drop(coordinator);
+}
+
+/// All that are kept, as they are sent at once.
+async fn raw_events(cluster: &Cluster) -> String {
+    let socket = cluster.dir.path().join("c.sock");
+    let mut stream = tokio::net::UnixStream::connect(socket).await.expect("connected");
+    stream.write_all(b"GET /v1/events?since=0 HTTP/1.1\r\nHost: c\r\n\r\n").await.expect("asked");
+    let mut text = Vec::new();
+    let mut chunk = [0; 4096];
+    let pause = Duration::from_millis(200);
+    while let Ok(Ok(read @ 1..)) =
+        tokio::time::timeout(pause, tokio::io::AsyncReadExt::read(&mut stream, &mut chunk)).await
+    {
+        text.extend_from_slice(&chunk[..read]);
+    }
+    String::from_utf8_lossy(&text).into_owned()
+}
+
 /// Reads events until one of a state.
 async fn events(cluster: &Cluster, query: &str, until: &str) -> Vec<Value> {
     let socket = cluster.dir.path().join("c.sock");

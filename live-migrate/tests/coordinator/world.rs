@@ -347,6 +347,8 @@ pub(crate) struct Agent {
     pub(crate) silent: AtomicBool,
     /// Takes no VM from outside.
     pub(crate) refuses: AtomicBool,
+    /// What it did by itself.
+    pub(crate) did: Mutex<Vec<Value>>,
 }
 
 impl Agent {
@@ -360,8 +362,10 @@ impl Agent {
             peers: Mutex::default(),
             silent: AtomicBool::new(false),
             refuses: AtomicBool::new(false),
+            did: Mutex::default(),
         });
         let app = Router::new()
+            .route("/v1/events", get(agent_events))
             .route("/v1/vms", get(agent_list))
             .route("/v1/vms/{vm}", get(agent_show).put(agent_define))
             .route("/v1/vms/{vm}/backend", put(agent_start).delete(agent_stop))
@@ -387,6 +391,20 @@ impl Agent {
 
     pub(crate) fn machine(&self, vm: &str) -> Machine {
         self.lock().get(vm).cloned().unwrap_or_default()
+    }
+
+    /// What it has sent arrives: the machine that waits for it runs, if it can.
+    fn switch_peers(&self, vm: &str) -> bool {
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut moved = false;
+        for peer in peers {
+            let there = peer.machine(vm);
+            if there.run == "incoming" && !there.stuck && peer.activate(vm, &there.definition) {
+                peer.with(vm, |m| (m.run, m.phase) = ("running", "completed"));
+                moved = true;
+            }
+        }
+        moved
     }
 
     /// The VM's volumes, by its definition.
@@ -472,6 +490,21 @@ fn shown(agent: &Agent, vm: &str, machine: &Machine) -> Value {
         "vmm": {"run": machine.run, "migration": {"phase": machine.phase}}})
 }
 
+async fn agent_events(
+    State(agent): State<Arc<Agent>>,
+    Query(query): Query<HashMap<String, String>>,
+) -> Json<Value> {
+    let since: usize = query["since"].parse().expect("a number");
+    loop {
+        let did = agent.did.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if did.len() > since || query["boot"] != "1" {
+            let events = did.get(since.min(did.len())..).unwrap_or_default();
+            return Json(json!({"boot": "1", "latest": did.len(), "events": events}));
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 async fn agent_list(State(agent): State<Arc<Agent>>) -> Json<Value> {
     let vms: Vec<Value> = agent.lock().iter().map(|(vm, m)| shown(&agent, vm, m)).collect();
     Json(json!({"host": agent.host, "vms": vms}))
@@ -542,11 +575,26 @@ async fn agent_order(
 async fn agent_monitor(
     State(agent): State<Arc<Agent>>,
     Path((vm, what)): Path<(String, String)>,
+    Json(body): Json<Value>,
 ) -> Answer {
     let machine = agent.machine(&vm);
+    let pauses = machine.definition["vmm"] != "cloud-hypervisor";
+    let unsupported = || Err(problem(409, "baton:vmm-unsupported", "it cannot").into());
     let set = |run, phase| agent.with(&vm, |m| (m.run, m.phase) = (run, phase));
     match what.as_str() {
+        "migrate" | "incoming" if !pauses && body["pause_before_switchover"] != false => {
+            return unsupported();
+        }
         "incoming" => set("incoming", "none"),
+        "continue" | "cancel" if !pauses => return unsupported(),
+        "migrate" if !pauses => {
+            agent.seal(&machine.definition);
+            // Ends with the answer of the other side.
+            set("switching", "active");
+            if agent.switch_peers(&vm) {
+                set("gone", "completed");
+            }
+        }
         "migrate" => {
             agent.seal(&machine.definition);
             if machine.resets > 0 {
@@ -559,18 +607,18 @@ async fn agent_monitor(
         }
         "continue" => {
             set("migrated", "completed");
-            let peers = agent.peers.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            for peer in peers {
-                let there = peer.machine(&vm);
-                if there.run == "incoming" && !there.stuck && peer.activate(&vm, &there.definition)
-                {
-                    peer.with(&vm, |m| (m.run, m.phase) = ("running", "completed"));
-                }
-            }
+            agent.switch_peers(&vm);
         }
         "cancel" => agent.with(&vm, |m| m.phase = "cancelled"),
         "resume" => set("running", "cancelled"),
-        "quit" => set("gone", "none"),
+        "quit" => {
+            set("gone", "none");
+            // The other side of a copy that nobody cancels fails.
+            let peers = agent.peers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            for peer in peers.iter().filter(|peer| peer.machine(&vm).phase == "active") {
+                peer.with(&vm, |m| (m.run, m.phase) = ("paused", "failed"));
+            }
+        }
         other => return Err(problem(404, "baton:no-such-route", other).into()),
     }
     Ok(Json(json!({"run": agent.machine(&vm).run})))
