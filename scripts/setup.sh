@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Installs what the tests, the demo and the benchmark need on a Debian machine, and nothing else.
 #
-#   scripts/setup.sh [--check] [--demo] [--test] [--bench] [--libvirt]
+#   scripts/setup.sh [--check] [--demo] [--test] [--bench] [--cost] [--libvirt]
 #
 #   --demo           a QEMU that boots guests, plus a guest kernel and busybox (unpacked, never installed)
 #   --bench          qemu-storage-daemon and qemu-nbd, the peers of the side-by-side benchmark
+#   --cost           valgrind, which counts what a request costs
 #   --libvirt        libvirtd for QEMU and virsh, without the system's own daemon: tests start theirs
-#   --test           all three, for the harness is tested on the peers, and a C++ compiler for the fuzzer's runtime
+#   --test           all four, for the harness is tested on the peers, and a C++ compiler for the fuzzer's runtime
 #   --check          change nothing; list what is missing and exit 1 if anything is
 #   (no purpose)     everything
 #
@@ -26,16 +27,17 @@ qemu_min=9.2
 # In the order in which the guest's init loads them: virtio.ko needs virtio_ring.ko.
 modules=(virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk)
 
-check=0 want_guest=0 want_bench=0 want_fuzz=0 want_libvirt=0
+check=0 want_guest=0 want_bench=0 want_cost=0 want_fuzz=0 want_libvirt=0
 for arg in "$@"; do
     case $arg in
     --check) check=1 ;;
     --demo) want_guest=1 ;;
-    --test) want_guest=1 want_bench=1 want_fuzz=1 want_libvirt=1 ;;
+    --test) want_guest=1 want_bench=1 want_cost=1 want_fuzz=1 want_libvirt=1 ;;
     --bench) want_bench=1 ;;
+    --cost) want_cost=1 ;;
     --libvirt) want_libvirt=1 ;;
     -h | --help)
-        sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
     *)
@@ -44,7 +46,7 @@ for arg in "$@"; do
         ;;
     esac
 done
-if ((want_guest + want_bench + want_libvirt == 0)); then want_guest=1 want_bench=1 want_fuzz=1 want_libvirt=1; fi
+if ((want_guest + want_bench + want_cost + want_libvirt == 0)); then want_guest=1 want_bench=1 want_cost=1 want_fuzz=1 want_libvirt=1; fi
 
 say() { echo "setup: $*" >&2; }
 die() {
@@ -72,6 +74,7 @@ new_enough() {
 missing=()
 ((want_guest)) && { ! have qemu-system-x86_64 || ! new_enough qemu-system-x86; } && missing+=(qemu-system-x86)
 ((want_bench)) && { ! have qemu-storage-daemon || ! have qemu-nbd; } && missing+=(qemu-utils)
+((want_cost)) && ! have valgrind && missing+=(valgrind)
 ((want_fuzz)) && ! have c++ && ! have g++ && ! have clang++ && missing+=(g++)
 if ((want_libvirt)); then
     # Its folder is not in everybody's PATH.

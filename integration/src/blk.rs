@@ -128,6 +128,21 @@ pub fn header(kind: u32, sector: u64) -> [u8; HEADER_BYTES] {
 impl Queue {
     /// Publishes a request without a kick. Returns its head.
     pub fn submit(&mut self, request: &Request<'_>) -> Result<u32> {
+        let head = self.stage_request(request)?;
+        self.ring.commit();
+        Ok(head)
+    }
+
+    /// Publishes requests without a kick, so that the device sees all of them or none.
+    pub fn submit_batch(&mut self, requests: &[Request<'_>]) -> Result<()> {
+        for request in requests {
+            self.stage_request(request)?;
+        }
+        self.ring.commit();
+        Ok(())
+    }
+
+    fn stage_request(&mut self, request: &Request<'_>) -> Result<u32> {
         let (kind, sector, readable, writable) = request.parts();
         let pending = Pending {
             header: self.take(HEADER_BYTES)?,
@@ -151,9 +166,10 @@ impl Queue {
             chain.push(Descriptor::writable(at, len(bytes)?));
         }
         chain.push(Descriptor::writable(pending.status, 1));
-        let head = u32::from(self.ring.push_chain(&chain)?);
-        self.pending.insert(head, pending);
-        Ok(head)
+        let head = self.ring.link(&chain)?;
+        self.ring.stage(head);
+        self.pending.insert(u32::from(head), pending);
+        Ok(u32::from(head))
     }
 
     /// Waits for the next request to complete, in the device's order. `None` when the time is over.

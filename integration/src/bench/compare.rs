@@ -130,6 +130,7 @@ pub fn compare(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Result
                 queues: 4,
                 bytes: config.bytes,
                 cpu: pinned.then_some(1),
+                callgrind: false,
             })
         };
         // Whoever starts second may get other memory; so each does in turn.

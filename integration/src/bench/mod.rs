@@ -5,8 +5,11 @@
 //! measures what a move adds. Absolute figures drift by a
 //! quarter within minutes on a shared machine; only ratios of runs next to each other count.
 
+pub mod callgrind;
 pub mod compare;
+pub mod cost;
 pub mod cpu;
 pub mod handoff;
+pub mod idle;
 pub mod load;
 pub mod stack;

@@ -1,5 +1,6 @@
 //! A backend with its storage server, started the same way for every kind: on one CPU, on data in memory.
 
+use crate::bench::callgrind::Callgrind;
 use crate::bench::cpu::pin_command;
 use crate::blk::Request;
 use crate::daemon::Daemon;
@@ -55,6 +56,8 @@ pub struct StackConfig {
     pub bytes: u64,
     /// The CPU for both processes; `None` for all.
     pub cpu: Option<usize>,
+    /// Run both under callgrind.
+    pub callgrind: bool,
 }
 
 /// A running pair.
@@ -65,7 +68,7 @@ pub struct Stack {
     server: Option<Daemon>,
     socket: PathBuf,
     /// Data and logs; goes last.
-    _dir: TestDir,
+    dir: TestDir,
 }
 
 impl Stack {
@@ -79,7 +82,7 @@ impl Stack {
             Kind::Qsd | Kind::QsdNbdkit | Kind::QsdFile => qsd(config, dir.path(), &socket)?,
         };
         fill(&socket, config.bytes)?;
-        Ok(Self { backend, server, socket, _dir: dir })
+        Ok(Self { backend, server, socket, dir })
     }
 
     /// The vhost-user socket.
@@ -92,6 +95,14 @@ impl Stack {
     #[must_use]
     pub fn pids(&self) -> Vec<u32> {
         std::iter::once(&self.backend).chain(&self.server).map(Daemon::pid).collect()
+    }
+
+    /// The backend and the storage server, if they run under callgrind.
+    #[must_use]
+    pub fn callgrinds(&self) -> Vec<Callgrind> {
+        let (names, dir) = (["baton-backend", "baton-storage"], self.dir.path());
+        let all = self.pids().into_iter().zip(names);
+        all.map(|(pid, name)| Callgrind::new(pid, &profile(dir, name))).collect()
     }
 
     /// Resident memory of the backend, in bytes.
@@ -107,12 +118,21 @@ fn start(
     program: &Path,
     args: &[String],
 ) -> Result<Daemon> {
-    let mut command = Command::new(program);
+    let mut command = if config.callgrind {
+        Callgrind::command(program, &profile(dir, name))?
+    } else {
+        Command::new(program)
+    };
     command.args(args);
     if let Some(cpu) = config.cpu {
         pin_command(&mut command, cpu)?;
     }
     Daemon::start_command(dir, name, command)
+}
+
+/// Where callgrind puts what it counted of a process.
+fn profile(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.callgrind"))
 }
 
 fn words(text: &str) -> Vec<String> {

@@ -2,7 +2,9 @@
 
 use anyhow::{Context, Result, bail};
 use baton_integration::bench::compare::{CompareConfig, compare, table};
+use baton_integration::bench::cost;
 use baton_integration::bench::cpu::hold_cpus_awake;
+use baton_integration::bench::idle;
 use baton_integration::bench::load::{Job, Outcome, Pattern, run};
 use baton_integration::bench::stack::Kind;
 use clap::{Args, Parser, Subcommand};
@@ -30,6 +32,39 @@ struct Cli {
 enum Command {
     /// Measure Baton and a peer in turn, and print ratios
     Compare(CompareArgs),
+    /// Count what a request costs: instructions, system calls, allocations
+    Cost(CostArgs),
+    /// Watch backends with idle guests: CPU, wake-ups, memory
+    Idle(IdleArgs),
+}
+
+#[derive(Debug, Args)]
+struct IdleArgs {
+    /// Backends, each with a guest and a volume of its own
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    backends: u16,
+    /// Queues of each guest's disk
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    queues: u16,
+    /// Seconds to watch
+    #[arg(long, default_value_t = 30.0)]
+    seconds: f64,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct CostArgs {
+    /// Compare with the stored costs, and fail where one differs by more than 5 %
+    #[arg(long, conflicts_with = "bless")]
+    check: Option<PathBuf>,
+    /// Store the costs here
+    #[arg(long)]
+    bless: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -126,6 +161,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match (cli.command, cli.load) {
         (Some(Command::Compare(args)), _) => run_compare(args),
+        (Some(Command::Cost(args)), _) => run_cost(args),
+        (Some(Command::Idle(args)), _) => run_idle(args),
         (None, Some(args)) => run_load(args),
         (None, None) => Err(anyhow::anyhow!("give --socket, or the command compare; see --help")),
     };
@@ -187,6 +224,53 @@ fn in_words(outcome: &Outcome, block_bytes: u64) -> String {
         ));
     }
     text
+}
+
+fn run_cost(args: CostArgs) -> Result<ExitCode> {
+    let costs = cost::measure(|work| eprintln!("counting {work}"))?;
+    let compiler = compiler()?;
+    let text = if args.json { serde_json::to_string_pretty(&costs)? } else { cost::table(&costs) };
+    writeln!(std::io::stdout(), "{text}")?;
+    if let Some(path) = args.bless {
+        let stored = cost::Stored { compiler, costs };
+        fs::write(&path, serde_json::to_string_pretty(&stored)? + "\n")
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some(path) = args.check else { return Ok(ExitCode::SUCCESS) };
+    let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let stored: cost::Stored = serde_json::from_slice(&text)
+        .with_context(|| format!("{} holds no costs", path.display()))?;
+    if stored.compiler != compiler {
+        eprintln!(
+            "baton-bench: the stored costs are of {}, this is {compiler}: instructions may differ by 15 % more",
+            stored.compiler
+        );
+    }
+    let complaints = cost::complaints(&stored, &costs, &compiler);
+    for complaint in &complaints {
+        eprintln!("baton-bench: {complaint}");
+    }
+    if complaints.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!(
+        "baton-bench: if that is meant to be, store it with `make bench-cost BLESS=1` and say why in the commit"
+    );
+    Ok(ExitCode::FAILURE)
+}
+
+fn run_idle(args: IdleArgs) -> Result<ExitCode> {
+    let idle = idle::measure(usize::from(args.backends), args.queues, seconds(args.seconds)?)?;
+    let text = if args.json { serde_json::to_string_pretty(&idle)? } else { idle::table(&idle) };
+    writeln!(std::io::stdout(), "{text}")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the programs were built with, most likely.
+fn compiler() -> Result<String> {
+    let said = std::process::Command::new("rustc").arg("--version").output();
+    Ok(String::from_utf8(said.context("cannot run rustc")?.stdout)?.trim().to_owned())
 }
 
 fn run_compare(args: CompareArgs) -> Result<ExitCode> {
