@@ -579,14 +579,14 @@ async fn agent_monitor(
 ) -> Answer {
     let machine = agent.machine(&vm);
     let pauses = machine.definition["vmm"] != "cloud-hypervisor";
-    let unsupported = || Err(problem(409, "baton:vmm-unsupported", "it cannot").into());
+    let unsupported = || problem(409, "baton:vmm-unsupported", "it cannot");
     let set = |run, phase| agent.with(&vm, |m| (m.run, m.phase) = (run, phase));
     match what.as_str() {
         "migrate" | "incoming" if !pauses && body["pause_before_switchover"] != false => {
-            return unsupported();
+            return Err(unsupported().into());
         }
         "incoming" => set("incoming", "none"),
-        "continue" | "cancel" if !pauses => return unsupported(),
+        "continue" | "cancel" if !pauses => return Err(unsupported().into()),
         "migrate" if !pauses => {
             agent.seal(&machine.definition);
             // Ends with the answer of the other side.
