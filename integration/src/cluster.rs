@@ -30,6 +30,8 @@ pub const VM: &str = "web";
 /// Its hosts; it starts on the first.
 pub const HOSTS: [&str; 2] = ["host-a", "host-b"];
 
+/// Stem of the files of the operator's certificate.
+const OPERATOR: &str = "operator-me";
 const DISK_BYTES: u64 = 64 << 20;
 /// For a step that several programs have to take, on a busy machine.
 const SOON: Duration = Duration::from_secs(60);
@@ -43,6 +45,73 @@ pub enum Driver {
     Other,
 }
 
+/// How this harness asks agents and coordinator, and how they ask each other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// Plaintext on loopback.
+    Loopback,
+    /// Mutual TLS with the certificates of `baton-agent dev-ca` in this directory.
+    Certificates(PathBuf),
+}
+
+impl Trust {
+    /// Makes an authority and certificates for a cluster.
+    pub fn certificates(dir: &Path) -> Result<Self> {
+        let at = dir.join("ca");
+        let made = Command::new(program("baton-agent")?)
+            .args(["dev-ca", "--coordinator", "coordinator", "--operator", "me"])
+            .args(["--host", HOSTS[0], "--host", HOSTS[1], "--dir"])
+            .arg(&at)
+            .output()?;
+        if !made.status.success() {
+            bail!("dev-ca: {}", String::from_utf8_lossy(&made.stderr));
+        }
+        Ok(Self::Certificates(at))
+    }
+
+    /// Certificate and key of somebody, after the authority's certificate.
+    fn files(&self, who: &str) -> Option<[PathBuf; 3]> {
+        let Self::Certificates(dir) = self else { return None };
+        let file = |name: String| dir.join(name);
+        Some([file("ca.pem".to_owned()), file(format!("{who}.pem")), file(format!("{who}.key"))])
+    }
+
+    /// The section of a configuration file.
+    fn section(&self, who: &str) -> String {
+        self.files(who).map_or_else(String::new, |[ca, cert, key]| {
+            let (ca, cert, key) = (ca.display(), cert.display(), key.display());
+            format!("[tls]\nca = \"{ca}\"\ncert = \"{cert}\"\nkey = \"{key}\"\n")
+        })
+    }
+
+    fn url(&self, address: &str) -> String {
+        let scheme = if *self == Self::Loopback { "http" } else { "https" };
+        format!("{scheme}://{address}")
+    }
+
+    /// Says something as the operator; a refusal is an error.
+    pub fn call(&self, method: &str, url: &str, body: Option<&Value>) -> Result<Value> {
+        let Some([_, cert, key]) = self.files(OPERATOR) else { return call(method, url, body) };
+        let mut curl = Command::new(system_program("curl")?);
+        // Whom we ask is not the question here: the daemons check each other, and us.
+        curl.args(["--insecure", "--silent", "--show-error", "--fail-with-body"])
+            .args(["--max-time", "60", "--request", method, url])
+            .arg("--cert")
+            .arg(cert)
+            .arg("--key")
+            .arg(key);
+        if let Some(body) = body {
+            curl.args(["--header", "content-type: application/json", "--data", &body.to_string()]);
+        }
+        let Output { status, stdout, stderr } = curl.output()?;
+        let text = String::from_utf8_lossy(&stdout);
+        if !status.success() {
+            bail!("{method} {url}: {text} {}", String::from_utf8_lossy(&stderr));
+        }
+        Ok(serde_json::from_str(&text).unwrap_or(Value::Null))
+    }
+}
+
 /// The agent of a host, and where its VM is.
 #[derive(Debug)]
 pub struct Host {
@@ -54,6 +123,7 @@ pub struct Host {
     pub url: String,
     dir: PathBuf,
     disks: Vec<String>,
+    trust: Trust,
 }
 
 /// The cluster. Dropping it kills all that it started, and all that its agents did.
@@ -67,6 +137,7 @@ pub struct Cluster {
     pub hosts: [Host; 2],
     url: String,
     dir: PathBuf,
+    trust: Trust,
 }
 
 impl Host {
@@ -76,6 +147,7 @@ impl Host {
         storage: &Storage,
         disks: &[String],
         driver: Driver,
+        trust: &Trust,
     ) -> Result<Self> {
         let dir = dir.join(name);
         fs::create_dir_all(dir.join("run").join(VM))?;
@@ -84,8 +156,9 @@ impl Host {
         let shown = dir.display();
         let mut text = format!(
             "host = \"{name}\"\n[listen]\naddress = \"127.0.0.1:0\"\n[paths]\nstate_dir = \"{shown}/state\"\nrun_dir = \"{shown}/run\"\n\
-             [backend]\nmanager = \"child\"\nprogram = \"{}\"\nsocket_mode = \"666\"\n\n[[vm]]\nname = \"{VM}\"\n",
-            backend.display()
+             [backend]\nmanager = \"child\"\nprogram = \"{}\"\nsocket_mode = \"666\"\n{}\n[[vm]]\nname = \"{VM}\"\n",
+            backend.display(),
+            trust.section(&format!("host-{name}")),
         );
         if driver == Driver::Agent {
             let mut command = vec![system_program("qemu-system-x86_64")?.display().to_string()];
@@ -107,13 +180,13 @@ impl Host {
             )?;
         }
         fs::write(dir.join("agent.toml"), text)?;
-        let (agent, url) = listen(&dir, "agent")?;
-        Ok(Self { name, agent, url, dir, disks: disks.to_vec() })
+        let (agent, url) = listen(&dir, "agent", trust)?;
+        Ok(Self { name, agent, url, dir, disks: disks.to_vec(), trust: trust.clone() })
     }
 
     /// Starts its agent again after a kill, at the same address.
     pub fn restart(&mut self) -> Result<()> {
-        (self.agent, self.url) = listen(&self.dir, "agent")?;
+        (self.agent, self.url) = listen(&self.dir, "agent", &self.trust)?;
         Ok(())
     }
 
@@ -126,7 +199,9 @@ impl Host {
     /// Lets its agent start a backend that claims the VM's volumes.
     pub fn claim(&self) -> Result<()> {
         let path = format!("/v1/vms/{VM}/backend");
-        call("PUT", &format!("{}{path}", self.url), Some(&json!({"role": "owner"}))).map(drop)
+        self.trust
+            .call("PUT", &format!("{}{path}", self.url), Some(&json!({"role": "owner"})))
+            .map(drop)
     }
 
     /// Boots the VM here and waits for the probe in it.
@@ -148,12 +223,17 @@ impl Host {
 
     /// Its VM as its agent tells it.
     pub fn vm(&self) -> Result<Value> {
-        call("GET", &format!("{}/v1/vms/{VM}", self.url), None)
+        self.trust.call("GET", &format!("{}/v1/vms/{VM}", self.url), None)
+    }
+
+    /// What its agent did by itself, once there is something.
+    pub fn events(&self) -> Result<Value> {
+        self.trust.call("GET", &format!("{}/v1/events?wait_ms=30000", self.url), None)
     }
 
     /// "running", "gone", ...: the VM's monitor.
     pub fn run_state(&self) -> Result<String> {
-        let status = call("GET", &format!("{}/v1/vms/{VM}/vmm", self.url), None)?;
+        let status = self.trust.call("GET", &format!("{}/v1/vms/{VM}/vmm", self.url), None)?;
         status["run"].as_str().map(str::to_owned).context("a monitor has a state")
     }
 
@@ -176,12 +256,17 @@ impl Host {
 impl Cluster {
     /// Starts all but the VM, whose volumes its first host then owns.
     pub fn start(dir: &Path, volumes: usize, driver: Driver) -> Result<Self> {
+        Self::start_with(dir, volumes, driver, Trust::Loopback)
+    }
+
+    /// The same, with what the daemons trust each other by.
+    pub fn start_with(dir: &Path, volumes: usize, driver: Driver, trust: Trust) -> Result<Self> {
         let storage = Storage::start(dir, &[])?;
         let disks: Vec<String> = (0..volumes).map(|n| format!("disk{n}")).collect();
         for disk in &disks {
             storage.create(disk, DISK_BYTES)?;
         }
-        let start = |name| Host::start(dir, name, &storage, &disks, driver);
+        let start = |name| Host::start(dir, name, &storage, &disks, driver, &trust);
         let hosts = [start(HOSTS[0])?, start(HOSTS[1])?];
         let mut text = format!(
             "listen = \"127.0.0.1:0\"\njournal = \"{}\"\n[[storage]]\ndata = \"{}\"\nadmin = \"http://{}\"\n",
@@ -200,15 +285,16 @@ impl Cluster {
                 stream.display()
             )?;
         }
+        text.push_str(&trust.section("coordinator-coordinator"));
         fs::write(dir.join("coordinator.toml"), text)?;
-        let (coordinator, url) = listen(dir, "coordinator")?;
+        let (coordinator, url) = listen(dir, "coordinator", &trust)?;
         hosts[0].claim()?;
-        Ok(Self { storage, coordinator, hosts, url, dir: dir.to_owned() })
+        Ok(Self { storage, coordinator, hosts, url, dir: dir.to_owned(), trust })
     }
 
     /// Starts the coordinator again after a kill, at the same address and with the same journal.
     pub fn restart_coordinator(&mut self) -> Result<()> {
-        (self.coordinator, self.url) = listen(&self.dir, "coordinator")?;
+        (self.coordinator, self.url) = listen(&self.dir, "coordinator", &self.trust)?;
         Ok(())
     }
 
@@ -222,6 +308,10 @@ impl Cluster {
     pub fn command(&self, args: &[&str]) -> Result<Command> {
         let mut command = Command::new(program("baton")?);
         command.args(args).env("BATON_COORDINATOR", &self.url).stdin(Stdio::null());
+        if let Some(files) = self.trust.files(OPERATOR) {
+            command
+                .envs(["BATON_TLS_CA", "BATON_TLS_CERT", "BATON_TLS_KEY"].into_iter().zip(files));
+        }
         Ok(command)
     }
 
@@ -246,12 +336,12 @@ impl Cluster {
 
     /// Who owns the VM's volumes, as the coordinator reads it from the access records.
     pub fn access(&self) -> Result<Value> {
-        call("GET", &format!("{}/v1/vms/{VM}/access", self.url), None)
+        self.trust.call("GET", &format!("{}/v1/vms/{VM}/access", self.url), None)
     }
 
     /// The VM's handoffs, oldest first.
     pub fn handoffs(&self) -> Result<Vec<Value>> {
-        let answer = call("GET", &format!("{}/v1/handoffs?vm={VM}", self.url), None)?;
+        let answer = self.trust.call("GET", &format!("{}/v1/handoffs?vm={VM}", self.url), None)?;
         Ok(answer["handoffs"].as_array().cloned().unwrap_or_default())
     }
 
@@ -321,7 +411,7 @@ fn guest_config(host_dir: &Path, disks: &[String], incoming: bool) -> GuestConfi
 }
 
 /// Starts `baton-NAME` with `DIR/NAME.toml`, notes there the port that it got, and returns where it listens.
-fn listen(dir: &Path, name: &str) -> Result<(Daemon, String)> {
+fn listen(dir: &Path, name: &str, trust: &Trust) -> Result<(Daemon, String)> {
     let config = dir.join(format!("{name}.toml"));
     let args = ["--config".as_ref(), config.as_os_str()];
     let mut daemon = Daemon::start(dir, name, &program(&format!("baton-{name}"))?, args)?;
@@ -330,6 +420,6 @@ fn listen(dir: &Path, name: &str) -> Result<(Daemon, String)> {
     let address = address.context("a program that listens says where")?;
     let text = fs::read_to_string(&config)?.replace("\"127.0.0.1:0\"", &format!("\"{address}\""));
     fs::write(&config, text)?;
-    let url = format!("http://{address}");
+    let url = trust.url(address);
     Ok((daemon, url))
 }

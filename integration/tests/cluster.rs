@@ -2,7 +2,7 @@
 //! corrupt, and what goes wrong on the way is said in one sentence and leaves the guest where it was.
 
 use baton_integration::baton::wait_until;
-use baton_integration::cluster::{Cluster, Driver, HOSTS, VM};
+use baton_integration::cluster::{Cluster, Driver, HOSTS, Trust, VM, call};
 use baton_integration::daemon::Daemon;
 use baton_integration::guest::skip_without_qemu;
 use baton_integration::probe::Probe;
@@ -70,6 +70,31 @@ fn the_operator_moves_a_guest_there_and_back() {
     assert!(totals.writes >= 300, "{totals}");
 }
 
+/// With certificates of the development authority everywhere, and who has none is not let in.
+#[test]
+fn a_guest_moves_in_a_cluster_with_mutual_tls() {
+    if skip_without_qemu("a_guest_moves_in_a_cluster_with_mutual_tls") {
+        return;
+    }
+    let dir = TestDir::new("mtls").unwrap();
+    let trust = Trust::certificates(dir.path()).unwrap();
+    let cluster = Cluster::start_with(dir.path(), 1, Driver::Agent, trust).unwrap();
+    let (_guest, mut probe) = cluster.hosts[0].boot().unwrap();
+    probe.ask("load dev=vda threads=2 depth=4 flush-every=50").unwrap();
+    probe.wait_progress(300, SOON).unwrap();
+    for url in [cluster.url(), &cluster.hosts[0].url, &cluster.hosts[1].url] {
+        assert!(url.starts_with("https://"), "{url}");
+        let mut curl = std::process::Command::new("curl");
+        let nobody =
+            curl.args(["--insecure", "--silent", &format!("{url}/healthz")]).output().unwrap();
+        assert!(!nobody.status.success(), "{url} let a stranger in");
+    }
+    cluster.does(&["vm", "migrate", VM, "--to", "host-b"]).unwrap();
+    probe = goes_on_at(&cluster, 1);
+    assert_eq!(cluster.hosts[0].run_state().unwrap(), "gone");
+    probe.stop_load().unwrap();
+}
+
 #[test]
 fn what_cannot_be_done_is_refused_and_changes_nothing() {
     if skip_without_qemu("what_cannot_be_done_is_refused_and_changes_nothing") {
@@ -101,8 +126,54 @@ fn what_cannot_be_done_is_refused_and_changes_nothing() {
     probe.stop_load().unwrap();
 }
 
+/// Row 36 of the failure table: the host of a VM is dead, and an operator says so.
 #[test]
-fn a_migration_ends_although_its_coordinator_was_killed() {
+fn row_36_the_operator_fences_a_dead_host_through_the_coordinator() {
+    let dir = TestDir::new("fence").unwrap();
+    let mut cluster = Cluster::start(dir.path(), 2, Driver::Other).unwrap();
+    // Heard of while its host lived.
+    cluster.does(&["vm", "list"]).unwrap();
+    cluster.hosts[0].agent.kill().unwrap();
+    let fence = ["handoff", "fence", VM, "--dead-host", "host-a", "--nominee", "host-b"];
+    let fence = [&fence[..], &["--reason", "lost power, ticket 123"]].concat();
+    let said = cluster.does(&fence).unwrap();
+    eprintln!("{said}");
+    cluster.wait_owner("host-b").unwrap();
+    // Its backend lives, and reaches nothing; the next owner claims and serves.
+    cluster.hosts[1].claim().unwrap();
+    let there = cluster.hosts[1].vm().unwrap();
+    assert_eq!(there["status"]["handoff"]["standing"], "serving", "{there:#}");
+    cluster.hosts[0].restart().unwrap();
+    let parked = || {
+        let here = cluster.hosts[0].vm().unwrap();
+        here["status"]["handoff"]["standing"] == "parked"
+    };
+    wait_until("the old owner is parked", SOON, parked).unwrap();
+    // Said again it takes nothing from the new owner.
+    cluster.does(&fence).unwrap();
+    cluster.wait_owner("host-b").unwrap();
+    // The agent that is back says of its machine what it can.
+    let events = cluster.hosts[0].events().unwrap();
+    assert_eq!(events["events"][0]["kind"], "baton.vm.not-stopped", "{events:#}");
+}
+
+/// Rows 3 and 4 of the failure table.
+#[test]
+fn row_03_a_coordinator_killed_while_the_volumes_are_sealed_goes_on_or_rolls_back() {
+    a_migration_ends_although_its_coordinator_was_killed("SEALED");
+}
+
+#[test]
+fn row_04_a_coordinator_killed_when_the_destination_has_activated_cleans_up() {
+    a_migration_ends_although_its_coordinator_was_killed("ACTIVE");
+}
+
+#[test]
+fn row_02_a_coordinator_killed_in_the_copy_of_memory_goes_on_or_rolls_back() {
+    a_migration_ends_although_its_coordinator_was_killed("READY");
+}
+
+fn a_migration_ends_although_its_coordinator_was_killed(at: &str) {
     if skip_without_qemu("a_migration_ends_although_its_coordinator_was_killed") {
         return;
     }
@@ -115,12 +186,14 @@ fn a_migration_ends_although_its_coordinator_was_killed() {
         command
     })
     .unwrap();
-    wait_until("the migration has begun", SOON, || {
-        cluster
-            .handoffs()
-            .is_ok_and(|all| all.last().is_some_and(|row| row["state"] != "PREPARING"))
+    wait_until("the handoff is known", SOON, || {
+        cluster.handoffs().is_ok_and(|all| !all.is_empty())
     })
     .unwrap();
+    let id = cluster.handoffs().unwrap()[0]["id"].as_str().unwrap().to_owned();
+    let path = format!("{}/v1/vms/{VM}/handoffs/{id}?wait={at}&timeout=50s", cluster.url());
+    let row = call("GET", &path, None).unwrap();
+    eprintln!("killed at {}", row["state"]);
     cluster.coordinator.kill().unwrap();
     cluster.restart_coordinator().unwrap();
     // Whether it was rolled back or went through, the command says which, and one host runs the guest.

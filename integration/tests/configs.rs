@@ -147,6 +147,28 @@ fn a_coordinator_starts_from_its_example() {
     assert!(daemon.terminate(READY_TIMEOUT).unwrap().success());
 }
 
+/// The file printed in docs/operations.md, with nothing but its paths and its own address replaced.
+#[test]
+fn a_coordinator_starts_from_the_file_in_the_manual() {
+    let manual = fs::read_to_string(configs().join("../docs/operations.md")).unwrap();
+    let blocks: Vec<&str> =
+        manual.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert_eq!(blocks.len(), 1, "each printed file needs a test");
+    let dir = TestDir::new("manual").unwrap();
+    let at = |name: &str| dir.join(name).display().to_string();
+    let text = replaced(
+        blocks[0],
+        &[("127.0.0.1:7720", "127.0.0.1:0".to_owned()), ("/var/lib/baton/coordinator", at(""))],
+    );
+    let file = at("baton-coordinator.toml");
+    fs::write(&file, text).unwrap();
+    let program = program("baton-coordinator").unwrap();
+    let mut daemon =
+        Daemon::start(dir.path(), "coordinator", &program, ["--config", &file]).unwrap();
+    daemon.wait_line("listening api=127.0.0.1:", READY_TIMEOUT).unwrap();
+    assert!(daemon.terminate(READY_TIMEOUT).unwrap().success());
+}
+
 #[test]
 fn every_toml_file_has_a_test_here() {
     let mut names: Vec<_> = fs::read_dir(configs())

@@ -1,6 +1,7 @@
 //! Disks change hands between two backends with no VMM in between: a raw front-end plays both ends, and the real storage
 //! servers decide. What a guest wrote before is there after, and whoever lost waits and sees no error.
 
+use baton_integration::baton::wait_until;
 use baton_integration::bench::handoff::{Syncs, syncs};
 use baton_integration::blk::{OK, Request};
 use baton_integration::daemon::Daemon;
@@ -233,6 +234,121 @@ fn a_source_killed_before_its_seal_is_not_succeeded() {
     scene.source.restart().unwrap();
     let mut again = connect(&scene.source, 2, options());
     Scene::check(&mut again);
+}
+
+/// Row 12 of the failure table. Before its seal: the test above.
+#[test]
+fn row_12_a_source_killed_behind_its_seal_is_succeeded() {
+    let mut scene = Scene::new(2, 2, "fast");
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    scene.source.daemon.kill().unwrap();
+    Scene::check(&mut scene.start_there());
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+}
+
+/// Row 13 of the failure table.
+#[test]
+fn row_13_a_source_that_hangs_behind_its_seal_is_no_matter() {
+    let mut scene = Scene::new(2, 2, "fast");
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    scene.source.daemon.freeze().unwrap();
+    let mut there = scene.start_there();
+    Scene::check(&mut there);
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+    scene.source.daemon.thaw().unwrap();
+    scene.source.wait_standing("parked").unwrap();
+    Scene::check(&mut there);
+}
+
+/// Row 14 of the failure table.
+#[test]
+fn row_14_a_destination_that_dies_before_it_activated_costs_nothing() {
+    let mut scene = Scene::new(2, 2, "fast");
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    scene.destination.daemon.kill().unwrap();
+    scene.resume();
+    Scene::check(&mut scene.guest);
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "source");
+    // And the next attempt, with the next process, works.
+    scene.destination.restart().unwrap();
+    scene.attempt = scene.fleet.arm("host-a/vm", "host-b/vm").unwrap();
+    scene.destination.wait_standing("ready").unwrap();
+    scene.guest.iter_mut().for_each(|disk| disk.start_logging().unwrap());
+    scene.stop();
+    Scene::check(&mut scene.start_there());
+}
+
+/// Rows 15 and 16 of the failure table: killed when it has activated and written
+/// nothing, and when it has written. The volumes are its host's for good.
+fn a_destination_that_dies_active(wrote: bool) {
+    let mut scene = Scene::new(2, 2, "fast");
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    let mut there = scene.start_there();
+    scene.destination.wait_standing("serving").unwrap();
+    if wrote {
+        Scene::check(&mut there);
+    }
+    scene.destination.daemon.kill().unwrap();
+    drop(there);
+    // Its VMM comes back, and must not.
+    scene.resume();
+    scene.source.wait_standing("parked").unwrap();
+    scene.guest.iter_mut().for_each(is_parked);
+    // A crash of the VM on its new host: it is started there, from its disks.
+    scene.destination.set_begin(Begin::Claim).unwrap();
+    scene.destination.restart().unwrap();
+    Scene::check(&mut scene.start_there());
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+}
+
+#[test]
+fn row_15_a_destination_that_dies_before_its_first_write_keeps_the_volumes() {
+    a_destination_that_dies_active(false);
+}
+
+#[test]
+fn row_16_a_destination_that_dies_after_its_first_write_keeps_the_volumes() {
+    a_destination_that_dies_active(true);
+}
+
+/// Row 23 of the failure table: both wait for the anchor, neither guesses.
+#[test]
+fn row_23_while_the_anchor_is_down_both_sides_wait_and_one_gets_the_volumes() {
+    let mut scene = Scene::new(2, 2, "fast");
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    let unstarted = Options { start: false, ..options() };
+    let mut there = connect(&scene.destination, 2, unstarted);
+    scene.fleet.servers[0].daemon.freeze().unwrap();
+    there.iter_mut().for_each(|disk| disk.start().unwrap());
+    scene.resume();
+    scene.source.wait_standing("reclaiming").unwrap();
+    scene.destination.wait_standing("activating").unwrap();
+    for disk in there.iter_mut().chain(&mut scene.guest) {
+        disk.queue(0).submit(&Request::Read { sector: 0, len: 512 }).unwrap();
+        disk.queue(0).kick().unwrap();
+        assert!(disk.queue(0).wait_completion(A_WHILE).unwrap().is_none(), "nobody was asked");
+    }
+    scene.fleet.servers[0].daemon.thaw().unwrap();
+    let (source, destination) = (&scene.source, &scene.destination);
+    let serves = |host: &Host| host.standing().is_ok_and(|standing| standing == "serving");
+    wait_until("one has the volumes", SOON, || serves(source) || serves(destination)).unwrap();
+    let (won, lost, winner) = match serves(source) {
+        true => (source, destination, "source"),
+        false => (destination, source, "destination"),
+    };
+    lost.wait_standing("parked").unwrap();
+    assert!(serves(won));
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), winner);
 }
 
 #[test]

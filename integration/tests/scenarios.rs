@@ -144,6 +144,28 @@ fn f3_what_a_cut_off_source_says_too_late_changes_nothing() {
     assert!(scene.judge() > 50);
 }
 
+/// Row 9 of the failure table: the source is cut off before it stopped.
+#[test]
+fn row_09_a_source_that_is_cut_off_before_its_seal_is_not_succeeded() {
+    let (mut scene, proxies) = Scene::new("row9", 1, 1, true);
+    scene.stand_by();
+    let moving = scene.prepare();
+    proxies[0].hold_requests();
+    // The orchestrator starts the other side all the same, and then gives up.
+    drop(moving.next);
+    let mut rogue = RawFrontend::connect(scene.there().socket(0), Options::default()).unwrap();
+    rogue.queue(0).submit(&Request::Read { sector: 0, len: 4096 }).unwrap();
+    rogue.queue(0).kick().unwrap();
+    scene.there().wait_standing("activating").unwrap();
+    assert_eq!(rogue.queue(0).wait_used(Duration::from_millis(100)).unwrap(), None);
+    assert_eq!(scene.fleet.reclaim(&moving.attempt).unwrap()["outcome"], "source");
+    scene.there().wait_standing("parked").unwrap();
+    proxies[0].release_requests();
+    scene.guest.wait_progress(20, SOON).unwrap();
+    assert_eq!(scene.fleet.settle(&moving.attempt).unwrap(), "source");
+    assert!(scene.judge() > 30);
+}
+
 #[test]
 fn f4_a_slow_network_that_reorders_and_cuts_only_delays() {
     let (mut scene, proxies) = Scene::new("f4", 2, 2, true);
@@ -250,13 +272,14 @@ fn f18_a_guest_that_moves_to_and_fro_loses_nothing() {
 /// Nothing that decides may read a clock that can jump: what reads one shows it to people.
 #[test]
 fn f13_the_wall_clock_is_for_people() {
-    const SHOWN: [&str; 6] = [
+    const SHOWN: [&str; 7] = [
         // An audit entry's time.
         "storage-server/src/volumes/audit.rs",
         // When a volume was made.
         "storage-server/src/store/mod.rs",
         "backend/src/latency.rs",
         "backend/src/handoff/journal.rs",
+        "live-migrate/src/agent/events.rs",
         "live-migrate/src/coordinator/core.rs",
         "live-migrate/src/coordinator/api/events.rs",
     ];

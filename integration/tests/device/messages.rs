@@ -45,6 +45,18 @@ fn ask(channel: &Channel, number: u32, body: &[u8]) -> Message {
     reply
 }
 
+/// Row 33 of the failure table: post-copy is refused before it begins. A monitor that is to copy memory behind the
+/// switch asks every back-end for PAGEFAULT (vhost-user, "VHOST_USER_PROTOCOL_F_PAGEFAULT": "the backend can support
+/// postcopy"), and QEMU fails the migration at its start when one has not got it.
+#[test]
+fn row_33_post_copy_is_not_offered() {
+    const PAGEFAULT: u64 = 1 << 8;
+    let stack = Stack::start(&[]);
+    let channel = channel(&stack);
+    let offered = ask(&channel, request::GET_PROTOCOL_FEATURES, &[]).u64().unwrap();
+    assert_eq!(offered & (PAGEFAULT | protocol::LOG_SHMFD), protocol::LOG_SHMFD);
+}
+
 fn config_body(offset: u32, len: u32) -> Vec<u8> {
     let mut body = halves(&[offset, len, 0]);
     body.resize(12 + usize::try_from(len).unwrap(), 0);

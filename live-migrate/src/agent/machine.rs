@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 
 use super::Agent;
 use super::definition::{DefinitionError, Paths, VmDefinition, VmmKind};
@@ -55,10 +55,21 @@ pub(super) enum IncomingError {
 }
 
 /// A monitor that does not answer yet. Half-made is worse than not made: it is
-/// killed if whoever asked for it gives up, or goes away, before it answers.
-struct HalfMade(Option<u32>);
+/// killed if whoever asked for it gives up, or goes away, before it answers. By its
+/// handle: a number could be another's by then.
+struct HalfMade(Option<Child>);
 
 impl HalfMade {
+    /// It ended.
+    async fn ended(&mut self) {
+        match &mut self.0 {
+            // However it ended, it is not there.
+            Some(child) => drop(child.wait().await),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// It outlives the agent, as a monitor should.
     fn keep(mut self) {
         self.0 = None;
     }
@@ -66,14 +77,9 @@ impl HalfMade {
 
 impl Drop for HalfMade {
     fn drop(&mut self) {
-        let pid = self.0.and_then(|pid| i32::try_from(pid).ok());
-        if let Some(pid) = pid {
-            // It is our child and nobody has waited for it, or it has just
-            // ended: the number is not another's yet.
-            let _ = nix::sys::signal::kill(
-                nix::unistd::Pid::from_raw(pid),
-                nix::sys::signal::Signal::SIGKILL,
-            );
+        if let Some(child) = &mut self.0 {
+            // Fails only for one that has ended.
+            let _ = child.start_kill();
         }
     }
 }
@@ -126,10 +132,9 @@ impl Agent {
         let command = Paths { vm, dir: &dir }.fill(command)?;
         let (program, arguments) = command.split_first().ok_or(DefinitionError::Command)?;
         let log = self.config.state_dir.join(format!("{}.vmm.log", vm.name));
-        let start = || -> io::Result<tokio::process::Child> {
+        let start = || -> io::Result<Child> {
             std::fs::create_dir_all(&dir)?;
             let out = OpenOptions::new().create(true).append(true).open(&log)?;
-            // Outlives the agent, as a monitor should.
             Command::new(program)
                 .args(arguments)
                 .stdin(Stdio::null())
@@ -138,9 +143,9 @@ impl Agent {
                 .process_group(0)
                 .spawn()
         };
-        let mut child =
+        let child =
             start().map_err(|source| IncomingError::Start { program: program.clone(), source })?;
-        let half_made = HalfMade(child.id());
+        let mut half_made = HalfMade(Some(child));
         let after = self.config.start_limit;
         let there = async {
             loop {
@@ -152,7 +157,7 @@ impl Agent {
         };
         let there = tokio::select! {
             there = tokio::time::timeout(after, there) => there,
-            _ = child.wait() => Ok(Err(VmmError::Refused {
+            () = half_made.ended() => Ok(Err(VmmError::Refused {
                 vmm: "the monitor",
                 command: "start",
                 detail: format!("it ended at once; see {}", log.display()),

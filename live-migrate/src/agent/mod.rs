@@ -4,9 +4,11 @@
 mod api;
 pub mod config;
 pub mod definition;
+mod events;
 mod facts;
 mod inventory;
 mod machine;
+mod zombie;
 
 use std::io;
 use std::sync::Arc;
@@ -61,6 +63,8 @@ pub(crate) struct Agent {
     inventory: Inventory,
     supervisor: Supervisor,
     machines: machine::Machines,
+    events: events::Events,
+    zombies: zombie::Told,
 }
 
 /// A running agent. Dropping it leaves backends and monitors running.
@@ -69,11 +73,13 @@ pub struct Running {
     /// Where its API is.
     pub address: Address,
     task: tokio::task::JoinHandle<()>,
+    zombies: tokio::task::JoinHandle<()>,
 }
 
 impl Running {
     /// Ends the API; backends and monitors stay.
     pub async fn stop(self) {
+        self.zombies.abort();
         self.task.abort();
         let _ = self.task.await;
     }
@@ -100,16 +106,21 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let inventory = Inventory::open(&config)?;
     let door = Door::open(&config.listen, credentials.as_ref()).await?;
     let address = door.address().clone();
+    let (hear, heard) = tokio::sync::mpsc::channel(zombie::HEARD_MAX);
     let supervisor = Supervisor::new(Settings {
         manager: config.manager.clone(),
         state_dir: config.state_dir.clone(),
         start_limit: config.start_limit,
         stop_grace: config.stop_grace,
         hang: config.hang,
+        heard: Some(hear),
     });
     let facts = HostFacts::gather(&config.host).await;
     let machines = machine::Machines::default();
-    let agent = Arc::new(Agent { config, facts, inventory, supervisor, machines });
+    let (events, zombies) = (events::Events::new(), zombie::Told::default());
+    let agent = Agent { config, facts, inventory, supervisor, machines, events, zombies };
+    let agent = Arc::new(agent);
+    let zombies = tokio::spawn(zombie::watch(Arc::clone(&agent), heard));
     agent.take_over();
     let service = api::router(agent).into_make_service_with_connect_info::<Peer>();
     let task = tokio::spawn(async move {
@@ -117,7 +128,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
             tracing::error!(%error, "the API ended");
         }
     });
-    Ok(Running { address, task })
+    Ok(Running { address, task, zombies })
 }
 
 impl Agent {

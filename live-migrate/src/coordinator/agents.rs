@@ -14,12 +14,18 @@ use crate::identity::{Identity, Role};
 use crate::problem::Problem;
 use crate::tls::Credentials;
 
+/// Between two tries to reach an agent that is being waited for.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
+
 /// Why an agent did not do what it was told.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum AgentError {
-    /// No answer, or it failed: it may be tried again.
+    /// No answer: it may be tried again.
     #[error("{}", .0.detail)]
     Unreachable(Trouble),
+    /// It answered that it failed, or is not done yet: it may be tried again.
+    #[error("{}", .0.detail)]
+    Failed(Trouble),
     /// It understood and refused.
     #[error("{}", .trouble.detail)]
     Refused {
@@ -35,7 +41,9 @@ impl AgentError {
     #[must_use]
     pub fn trouble(&self) -> &Trouble {
         match self {
-            Self::Unreachable(trouble) | Self::Refused { trouble, .. } => trouble,
+            Self::Unreachable(trouble) | Self::Failed(trouble) | Self::Refused { trouble, .. } => {
+                trouble
+            }
         }
     }
 
@@ -142,6 +150,19 @@ impl VmView {
         self.0["vmm"]["run"].as_str().unwrap_or("unknown")
     }
 
+    /// Its monitor can wait between the stop and the switch. cloud-hypervisor
+    /// switches by itself, and has no cancel.
+    #[must_use]
+    pub fn can_pause(&self) -> bool {
+        self.definition()["vmm"] != "cloud-hypervisor"
+    }
+
+    /// Somebody else drives the machine's monitor; the agent knows nothing of it.
+    #[must_use]
+    pub fn monitor_is_foreign(&self) -> bool {
+        self.definition()["vmm"].as_str().is_none_or(|kind| kind == "none")
+    }
+
     /// The machine's last migration.
     #[must_use]
     pub fn migration(&self) -> &Value {
@@ -218,6 +239,32 @@ impl Agent {
         self.call(Method::GET, &format!("/v1/vms/{vm}"), None).await.map(VmView)
     }
 
+    /// [`Self::vm`], asked again for at most `patience` while nobody answers.
+    ///
+    /// # Errors
+    /// [`AgentError`]; unreachable says for how long it was tried.
+    pub async fn vm_patiently(&self, vm: &str, patience: Duration) -> Result<VmView, AgentError> {
+        let path = format!("/v1/vms/{vm}");
+        let deadline = tokio::time::Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+            let within = self.timeout.min(left.max(ASK_AGAIN));
+            let answer = self.client.call_within(Method::GET, &path, None, within).await;
+            let error = match answer {
+                Ok(view) => return Ok(VmView(view)),
+                Err(error) => self.judge(error),
+            };
+            let AgentError::Unreachable(Trouble { kind, detail }) = error else {
+                return Err(error);
+            };
+            if tokio::time::Instant::now() + ASK_AGAIN > deadline {
+                let detail = format!("{detail} (tried for {} ms)", patience.as_millis());
+                return Err(AgentError::Unreachable(Trouble { kind, detail }));
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
+    }
+
     /// Tells it of a VM.
     ///
     /// # Errors
@@ -263,6 +310,22 @@ impl Agent {
         self.call(Method::POST, &path, Some(&json!({"watch_s": watch_s}))).await
     }
 
+    /// What the agent did by itself after event `since` of its start `boot`, as
+    /// soon as there is something, or nothing after `wait`.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn events(
+        &self,
+        boot: &str,
+        since: u64,
+        wait: Duration,
+    ) -> Result<Value, AgentError> {
+        let path = format!("/v1/events?boot={boot}&since={since}&wait_ms={}", wait.as_millis());
+        let answer = self.client.call_within(Method::GET, &path, None, self.timeout + wait).await;
+        answer.map_err(|error| self.judge(error))
+    }
+
     /// Tells the machine's monitor: `incoming`, `migrate`, `continue`, ...
     ///
     /// # Errors
@@ -289,6 +352,10 @@ impl Agent {
             CallError::Refused { status, kind, detail, .. } if status < 500 => {
                 AgentError::Refused { status, trouble: Trouble { kind, detail } }
             }
+            CallError::Refused { detail, .. } => AgentError::Failed(Trouble {
+                kind: "baton:agent-failed".to_owned(),
+                detail: format!("agent of {}: {detail}", self.host.name),
+            }),
             other => AgentError::Unreachable(Trouble {
                 kind: "baton:agent-unreachable".to_owned(),
                 detail: format!("agent of {}: {}", self.host.name, Problem::described(&other)),

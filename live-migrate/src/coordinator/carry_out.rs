@@ -178,8 +178,9 @@ impl Work {
         let mut patience = Patience::new();
         let mut told = None;
         let mut look = LOOK.0;
+        let mut heard = tokio::time::Instant::now();
         loop {
-            match self.look(agent, start, &id).await {
+            match self.look(agent, start, &id, &mut heard).await {
                 Ok(standing) => {
                     if told != Some(standing) {
                         self.reports.tell(Input::Standing(standing)).await;
@@ -193,16 +194,48 @@ impl Work {
                     look = (look * 3 / 2).min(LOOK.1);
                 }
                 Err(AgentError::Refused { trouble, .. }) if start => {
-                    return self.reports.tell(Input::CannotStand(trouble)).await;
+                    return self.reports.tell(Input::CannotStand(self.owned(&trouble))).await;
+                }
+                // Nobody there. A copy of memory that is under way does not need it.
+                Err(AgentError::Unreachable(trouble))
+                    if start
+                        && told != Some(Standing::Ready)
+                        && heard.elapsed() > self.core.config.agent_patience =>
+                {
+                    self.reports.tell(Input::CannotStand(self.owned(&trouble))).await;
+                    patience.wait(&self.reports, None).await;
                 }
                 Err(error) => patience.wait(&self.reports, Some(error.trouble())).await,
             }
         }
     }
 
-    /// One look at the destination; starts what is missing.
-    async fn look(&self, agent: &Agent, start: bool, id: &str) -> Result<Standing, AgentError> {
-        let vm = match agent.vm(&self.row.vm).await {
+    /// With who owns the VM and what to do.
+    fn owned(&self, trouble: &Trouble) -> Trouble {
+        let Row { vm, from, to, .. } = &*self.row;
+        Trouble {
+            kind: trouble.kind.clone(),
+            detail: format!(
+                "{}; the source {from} owns the volumes of `{vm}`, which goes on there: see to {to} and ask again",
+                trouble.detail
+            ),
+        }
+    }
+
+    /// One look at the destination; starts what is missing. Notes when its agent
+    /// was heard.
+    async fn look(
+        &self,
+        agent: &Agent,
+        start: bool,
+        id: &str,
+        heard: &mut tokio::time::Instant,
+    ) -> Result<Standing, AgentError> {
+        let found = agent.vm(&self.row.vm).await;
+        if !matches!(found, Err(AgentError::Unreachable(_))) {
+            *heard = tokio::time::Instant::now();
+        }
+        let vm = match found {
             Ok(vm) => vm,
             Err(error) if error.is_missing() && start => {
                 let definition = self.core.definition(&self.row.vm, &self.row.from).await?;
@@ -240,12 +273,10 @@ impl Work {
         Trouble {
             kind: "baton:destination-runs-vm".to_owned(),
             detail: format!(
-                "the backend of `{}` on {} serves already (its machine: {}); the source {} still owns the volumes: stop the one on {} first",
+                "the backend of `{}` on {} serves already (its machine: {}): it must be stopped first",
                 self.row.vm,
                 self.row.to,
                 vm.run(),
-                self.row.from,
-                self.row.to
             ),
         }
     }
@@ -312,7 +343,7 @@ impl Work {
                 Ok(None) => patience.wait(&self.reports, None).await,
                 // Settled before a restart of ours, and armed for another since.
                 Err(error) if error.refusal() == "baton:no-such-handoff" => {
-                    return self.reports.tell(Input::Settled(0)).await;
+                    return self.reports.tell(Input::Settled(0, None)).await;
                 }
                 Err(error) => self.endure(&mut patience, error).await,
             }
@@ -329,17 +360,47 @@ impl Work {
             };
             fault_point::at("settle.sent");
             match answer {
-                Ok(()) => return self.reports.tell(Input::Settled(place)).await,
+                Ok(next_epoch) => {
+                    return self.reports.tell(Input::Settled(place, next_epoch)).await;
+                }
                 Err(error) => match error.refusal() {
                     // Fenced, or deleted: nothing is armed there.
                     "baton:no-such-handoff" | "baton:no-such-volume" => {
-                        return self.reports.tell(Input::Settled(place)).await;
+                        return self.reports.tell(Input::Settled(place, None)).await;
                     }
                     "baton:bad-proof" => return self.reports.tell(Input::ProofStale).await,
                     _ => self.endure(&mut patience, error).await,
                 },
             }
         }
+    }
+
+    /// Ends the destination's machine, whose memory is of a try that is over: the
+    /// next one's backend must not meet it.
+    async fn end_machine(&self, agent: &Agent, vm: &VmView) -> Result<(), AgentError> {
+        if vm.monitor_is_foreign() || vm.run() == "gone" {
+            return Ok(());
+        }
+        let told = agent.monitor(&self.row.vm, "quit", &serde_json::json!({})).await;
+        let mut pause = PAUSE.0;
+        while pause < PAUSE.1 {
+            if agent.vm(&self.row.vm).await.is_ok_and(|vm| vm.run() == "gone") {
+                return Ok(());
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+        told?;
+        Err(AgentError::Refused {
+            status: 409,
+            trouble: Trouble {
+                kind: "baton:destination-runs-vm".to_owned(),
+                detail: format!(
+                    "the machine of `{}` on {} does not end, so there is no other try",
+                    self.row.vm, self.row.to
+                ),
+            },
+        })
     }
 
     /// Stops the loser's backend, and no other.
@@ -360,7 +421,12 @@ impl Work {
                     },
                 }),
                 Err(error) if error.is_missing() => Ok(()),
-                Ok(_) => agent.stop_backend(&self.row.vm).await,
+                Ok(vm) => {
+                    if self.row.goes_again() && host == self.row.to {
+                        self.end_machine(agent, &vm).await?;
+                    }
+                    agent.stop_backend(&self.row.vm).await
+                }
                 Err(error) => Err(error),
             }
         };

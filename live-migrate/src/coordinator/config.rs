@@ -49,6 +49,8 @@ pub struct Config {
     pub storages: Vec<Storage>,
     /// For one answer of an agent or a storage server.
     pub call_timeout: Duration,
+    /// For a destination's agent to answer at all, before a handoff is refused.
+    pub agent_patience: Duration,
     /// For a handoff to become READY, unless it says otherwise.
     pub ready_timeout: Duration,
     /// For a destination to run once a driven migration was let go.
@@ -101,6 +103,7 @@ struct Raw {
     listen: Option<String>,
     journal: Option<PathBuf>,
     call_timeout_ms: Option<u64>,
+    agent_patience_ms: Option<u64>,
     ready_timeout_ms: Option<u64>,
     switch_timeout_ms: Option<u64>,
     tls: Option<RawTls>,
@@ -242,6 +245,7 @@ impl TryFrom<Raw> for Config {
             hosts,
             storages,
             call_timeout: millis("call_timeout_ms", raw.call_timeout_ms, 10_000)?,
+            agent_patience: millis("agent_patience_ms", raw.agent_patience_ms, 3_000)?,
             ready_timeout: millis("ready_timeout_ms", raw.ready_timeout_ms, 30_000)?,
             switch_timeout: millis("switch_timeout_ms", raw.switch_timeout_ms, 60_000)?,
             death,
@@ -296,6 +300,7 @@ mod tests {
             (format!("listen = \"nonsense\"\n{GOOD}"), "nonsense"),
             (format!("listen = \"192.0.2.1:1\"\n{GOOD}"), "certificates"),
             (format!("call_timeout_ms = 0\n{GOOD}"), "call_timeout_ms"),
+            (format!("agent_patience_ms = 0\n{GOOD}"), "agent_patience_ms"),
             (GOOD.replace("\"a\"", "\"a/b\""), "a/b"),
             (format!("{GOOD}[[host]]\nname = \"a\"\nagent = \"unix:/x\"\n"), "unique"),
             (GOOD.replace("http://127.0.0.1:1", "https://h:1"), "[tls]"),

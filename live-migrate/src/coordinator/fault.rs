@@ -29,8 +29,9 @@ pub struct Fault {
 }
 
 /// Types of trouble that reach us as text, with title and status.
-const TROUBLES: [(&str, &str, StatusCode); 15] = [
+const TROUBLES: [(&str, &str, StatusCode); 16] = [
     ("baton:agent-unreachable", "An agent cannot be reached", StatusCode::SERVICE_UNAVAILABLE),
+    ("baton:agent-failed", "An agent failed", StatusCode::SERVICE_UNAVAILABLE),
     (
         "baton:storage-unreachable",
         "A storage server cannot be reached",

@@ -34,18 +34,22 @@ pub enum AskError {
 }
 
 enum Message {
-    Learned(Input),
+    /// Of which attempt: what is late says nothing about the next.
+    Learned(u32, Input),
     Asked(Input, oneshot::Sender<Result<(), AskError>>),
 }
 
 /// Where actions report.
 #[derive(Clone, Debug)]
-pub(super) struct Reports(mpsc::Sender<Message>);
+pub(super) struct Reports {
+    to: mpsc::Sender<Message>,
+    attempt: u32,
+}
 
 impl std::fmt::Debug for Message {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Learned(input) | Self::Asked(input, _) => input.fmt(f),
+            Self::Learned(_, input) | Self::Asked(input, _) => input.fmt(f),
         }
     }
 }
@@ -54,7 +58,7 @@ impl Reports {
     /// Waits for room; whoever reports may be aborted meanwhile.
     pub(super) async fn tell(&self, input: Input) {
         // The keeper ends only with the coordinator.
-        let _ = self.0.send(Message::Learned(input)).await;
+        let _ = self.to.send(Message::Learned(self.attempt, input)).await;
     }
 }
 
@@ -110,7 +114,7 @@ pub(super) async fn keep(core: &Arc<Core>, row: Row) -> Result<Handle, AskError>
     let keeper = Keeper {
         core: Arc::clone(core),
         row,
-        reports: Reports(messages.clone()),
+        reports: messages.clone(),
         show,
         running: HashMap::new(),
     };
@@ -123,7 +127,7 @@ pub(super) async fn keep(core: &Arc<Core>, row: Row) -> Result<Handle, AskError>
 struct Keeper {
     core: Arc<Core>,
     row: Row,
-    reports: Reports,
+    reports: mpsc::Sender<Message>,
     show: watch::Sender<Arc<Row>>,
     running: HashMap<Action, AbortHandle>,
 }
@@ -155,7 +159,8 @@ impl Keeper {
         }
         while let Some(message) = inbox.recv().await {
             match message {
-                Message::Learned(input) => self.insist(input).await,
+                Message::Learned(attempt, _) if attempt != self.row.attempt => {}
+                Message::Learned(_, input) => self.insist(input).await,
                 Message::Asked(input, done) => {
                     let _ = done.send(self.apply(input).await);
                 }
@@ -201,7 +206,7 @@ impl Keeper {
                 Output::Tell(state) => {
                     self.core.metrics.reached(state);
                     tracing::info!(handoff = %self.row.id, vm = self.row.vm, from = self.row.from,
-                        to = self.row.to, %state, "handoff");
+                        to = self.row.to, attempt = self.row.attempt, %state, "handoff");
                 }
                 Output::TellTrouble(Trouble { kind, detail }) => {
                     tracing::warn!(handoff = %self.row.id, vm = self.row.vm, kind, detail, "handoff is hindered");
@@ -220,7 +225,8 @@ impl Keeper {
 
     fn begin(&mut self, action: Action) {
         let row = Arc::new(self.row.clone());
-        let task = carry_out(Arc::clone(&self.core), row, action, self.reports.clone());
+        let reports = Reports { to: self.reports.clone(), attempt: row.attempt };
+        let task = carry_out(Arc::clone(&self.core), row, action, reports);
         let task = tokio::spawn(task).abort_handle();
         if let Some(old) = self.running.insert(action, task) {
             old.abort();
@@ -237,7 +243,7 @@ fn event(row: &Row, output: &Output, now: u64) -> Option<Event> {
             "baton.handoff.state",
             now,
             json!({"id": id, "vm": row.vm, "from": row.from, "to": row.to,
-                "state": state.name(), "outcome": outcome}),
+                "state": state.name(), "attempt": row.attempt, "outcome": outcome}),
         )),
         Output::TellTrouble(trouble) => Some(told(
             row,

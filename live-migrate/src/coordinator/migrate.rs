@@ -4,12 +4,16 @@
 //!  prepare -> incoming -> precopy -> switch -> activate -> cleanup -> done
 //!     |          |           |         |          |
 //!     +----------+-----------+---------+----------+--> rolling-back -> rolled-back
+//!     |          |           |         |          |
+//!     +<- again -+-----------+---------+----------+ the source came back by itself
 //! ```
 //!
 //! It believes neither machine: it goes on when the access records say so, and
 //! resumes the source only when the anchor says that the source owns the volumes.
 //! After a restart of the coordinator a migration that has not switched is rolled
-//! back, one that has is watched to its end.
+//! back, one that has is watched to its end. When the guest resets on the way, its
+//! backend takes the volumes back, and the migration is begun anew with another
+//! machine at the destination (`plan/again.rs`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -97,14 +101,24 @@ impl MigrateVm {
 pub(super) fn drive(core: &Arc<Core>, handle: Handle, restarted: bool) {
     let core = Arc::clone(core);
     tokio::spawn(async move {
-        let driver = Driver { core, handle };
-        driver.run(restarted).await;
+        let mut restarted = restarted;
+        loop {
+            let attempt = handle.row().attempt;
+            let driver = Driver { core: Arc::clone(&core), handle: handle.clone(), attempt };
+            let Err(trouble) = driver.run(restarted).await else { return };
+            if !driver.another().await {
+                return driver.roll_back(trouble).await;
+            }
+            restarted = false;
+        }
     });
 }
 
 struct Driver {
     core: Arc<Core>,
     handle: Handle,
+    /// Which one it drives.
+    attempt: u32,
 }
 
 /// Why it does not go on.
@@ -120,9 +134,9 @@ impl Driver {
         row.driven.as_ref().and_then(|note| note["step"].as_str()).unwrap_or_default().to_owned()
     }
 
-    async fn run(&self, restarted: bool) {
+    async fn run(&self, restarted: bool) -> Result<(), Failed> {
         let switched = matches!(self.step().as_str(), "switch" | "activate" | "cleanup");
-        let result = if restarted && !switched {
+        if restarted && !switched {
             Err(trouble(
                 "the coordinator restarted before the switch, so the migration was rolled back",
             ))
@@ -130,10 +144,38 @@ impl Driver {
             self.watch_switch().await
         } else {
             self.begin().await
-        };
-        if let Err(trouble) = result {
-            self.roll_back(trouble).await;
         }
+    }
+
+    /// Whether another attempt follows; the source's monitor is ready for it then.
+    async fn another(&self) -> bool {
+        let mut shown = self.handle.watch();
+        let settled = |row: &Arc<Row>| row.attempt > self.attempt || !row.goes_again();
+        if shown.wait_for(settled).await.is_err() || self.row().attempt == self.attempt {
+            return false;
+        }
+        let Ok((source, destination)) = self.agents() else { return false };
+        let vm = self.row().vm.clone();
+        tracing::info!(vm, attempt = self.row().attempt, "the source came back; trying again");
+        self.note("again", json!({"attempt": self.row().attempt})).await;
+        for _ in 0..SILENT_MAX {
+            match source.vm(&vm).await {
+                Ok(view)
+                    if matches!(
+                        view.migration()["phase"].as_str(),
+                        Some("none" | "failed" | "cancelled")
+                    ) =>
+                {
+                    return true;
+                }
+                Ok(_) => {
+                    self.cancel(source, destination, &vm).await;
+                }
+                Err(error) => tracing::warn!(%error, vm, "the source does not say how it is"),
+            }
+            tokio::time::sleep(LOOK * 4).await;
+        }
+        false
     }
 
     async fn begin(&self) -> Result<(), Failed> {
@@ -143,19 +185,26 @@ impl Driver {
         self.watch_io(source, destination).await;
         self.note("incoming", json!({})).await;
         let uri = self.row().driven.as_ref().map_or(Value::Null, |note| note["uri"].clone());
+        // Both sides must say the same.
+        let view = source.vm(&vm).await.map_err(|error| error.trouble().clone())?;
+        let pauses = view.can_pause();
         destination
-            .monitor(&vm, "incoming", &json!({"uri": uri}))
+            .monitor(&vm, "incoming", &json!({"uri": uri, "pause_before_switchover": pauses}))
             .await
             .map_err(|error| error.trouble().clone())?;
         self.note("precopy", json!({})).await;
         let bandwidth = self.row().driven.as_ref().map_or(Value::Null, |n| n["bandwidth"].clone());
-        let outgoing = json!({"uri": uri, "pause_before_switchover": true,
+        let outgoing = json!({"uri": uri, "pause_before_switchover": pauses,
             "max_bandwidth_bytes_per_s": bandwidth});
         source.monitor(&vm, "migrate", &outgoing).await.map_err(|error| error.trouble().clone())?;
         // The machine stops, its rings with it, and the backend seals by itself.
         let mut silent = 0;
         loop {
             self.still_on()?;
+            // One that does not pause may be past it before we look.
+            if self.row().winner == Some(Winner::Destination) {
+                break;
+            }
             match source.vm(&vm).await {
                 Ok(view) => {
                     silent = 0;
@@ -172,10 +221,12 @@ impl Driver {
             tokio::time::sleep(LOOK).await;
         }
         self.note("switch", json!({})).await;
-        source
-            .monitor(&vm, "continue", &json!({}))
-            .await
-            .map_err(|error| error.trouble().clone())?;
+        if pauses {
+            source
+                .monitor(&vm, "continue", &json!({}))
+                .await
+                .map_err(|error| error.trouble().clone())?;
+        }
         self.watch_switch().await
     }
 
@@ -241,8 +292,8 @@ impl Driver {
             return;
         }
         let outcome = self.row().outcome();
-        if let (Ok((source, _)), Some(Winner::Source)) = (self.agents(), outcome) {
-            let _ = source.monitor(&row.vm, "cancel", &json!({})).await;
+        if let (Ok((source, destination)), Some(Winner::Source)) = (self.agents(), outcome) {
+            self.cancel(source, destination, &row.vm).await;
             self.resume(source, &row.vm).await;
         }
         if outcome == Some(Winner::Destination) {
@@ -251,6 +302,18 @@ impl Driver {
         self.over().await;
         let step = if outcome == Some(Winner::Destination) { "done" } else { "rolled-back" };
         self.note(step, json!({})).await;
+    }
+
+    /// Ends the copy of memory. A monitor without a cancel gives up when the other
+    /// side is gone, and its machine, which the source owns, goes on.
+    async fn cancel(&self, source: &Agent, destination: &Agent, vm: &str) {
+        if let Err(AgentError::Refused { trouble, .. }) =
+            source.monitor(vm, "cancel", &json!({})).await
+            && trouble.kind == "baton:vmm-unsupported"
+            && let Err(error) = destination.monitor(vm, "quit", &json!({})).await
+        {
+            tracing::warn!(%error, vm, "the destination's machine was not ended");
+        }
     }
 
     /// The source owns the volumes: it shall run again.
@@ -319,7 +382,9 @@ impl Driver {
 
     async fn until(&self, state: State) -> Result<(), Failed> {
         let mut shown = self.handle.watch();
-        let reached = |row: &Arc<Row>| row.state.reached(state) || row.back.is_some();
+        let reached = |row: &Arc<Row>| {
+            row.state.reached(state) || row.back.is_some() || row.attempt != self.attempt
+        };
         shown.wait_for(reached).await.map_err(|_| trouble("the coordinator is going away"))?;
         self.still_on()
     }
@@ -332,15 +397,19 @@ impl Driver {
 
     fn still_on(&self) -> Result<(), Failed> {
         let row = self.row();
+        let taken_back = || {
+            trouble("the source's machine was stopped and started again before the destination ran")
+        };
+        if row.attempt != self.attempt {
+            return Err(taken_back());
+        }
         match &row.back {
             None if row.fenced => Err(trouble("the volumes were fenced")),
             None => Ok(()),
             Some(_) if row.winner == Some(Winner::Destination) => Ok(()),
             Some(super::plan::Because::Failed(trouble)) => Err(trouble.clone()),
             Some(super::plan::Because::Cancelled) => Err(trouble("somebody cancelled it")),
-            Some(super::plan::Because::TakenBack) => {
-                Err(trouble("the source's machine was resumed before the destination ran"))
-            }
+            Some(super::plan::Because::TakenBack) => Err(taken_back()),
         }
     }
 

@@ -14,7 +14,7 @@ use super::agents::{Agent, DiskView, VmView};
 use super::core::{Core, unix_us};
 use super::fault::{Fault, owner_sentence};
 use super::keeper::Handle;
-use super::plan::{self, Member, Progress, Row, Seen, Standing, State, Trigger};
+use super::plan::{self, Member, Progress, Row, Seen, Standing, State, Trigger, Trouble};
 use super::storages::place_of;
 use crate::identity::is_name;
 
@@ -231,22 +231,7 @@ async fn plan(
             format!("{from} owns the volumes of `{vm}` and runs it; there is nothing to move"),
         ));
     }
-    if let Ok(there) = agent(core, &request.to)?.vm(vm).await
-        && (there.standing_word() == Some("serving") || there.run() == "running")
-    {
-        return Err(Fault::new(
-            StatusCode::CONFLICT,
-            "baton:destination-runs-vm",
-            "The destination runs the VM already",
-            format!(
-                "`{vm}` runs on {} already (machine: {}, backend: {}), and the source {from} owns the volumes; stop the one on {} first",
-                request.to,
-                there.run(),
-                there.standing_word().unwrap_or("none"),
-                request.to
-            ),
-        ));
-    }
+    nothing_runs_at(core, vm, &from, &request.to).await?;
     let key = plan::random_key().map_err(|error| {
         Fault::new(StatusCode::INTERNAL_SERVER_ERROR, "baton:failed", "No random bytes", error)
     })?;
@@ -280,6 +265,7 @@ async fn plan(
         activate: false,
         activate_ordered: false,
         finish: false,
+        last: false,
         loser_gone: false,
         trouble: None,
         driven,
@@ -287,6 +273,38 @@ async fn plan(
         term: core.term,
         reached: Vec::new(),
     })
+}
+
+/// The destination's agent answers, and says that the VM does not run there. Asked
+/// before anything is armed, so that a dead host costs the VM nothing.
+async fn nothing_runs_at(core: &Core, vm: &str, from: &str, to: &str) -> Result<(), Fault> {
+    let there = match agent(core, to)?.vm_patiently(vm, core.config.agent_patience).await {
+        Ok(there) => there,
+        // It will be told of the VM.
+        Err(error) if error.is_missing() => return Ok(()),
+        Err(error) => {
+            let Trouble { kind, detail } = error.trouble();
+            return Err(Fault::of(&Trouble {
+                kind: kind.clone(),
+                detail: format!(
+                    "{detail}; the source {from} owns the volumes of `{vm}`, which goes on there, and nothing was armed: see to baton-agent on {to} and ask again"
+                ),
+            }));
+        }
+    };
+    if there.standing_word() != Some("serving") && there.run() != "running" {
+        return Ok(());
+    }
+    Err(Fault::new(
+        StatusCode::CONFLICT,
+        "baton:destination-runs-vm",
+        "The destination runs the VM already",
+        format!(
+            "`{vm}` runs on {to} already (machine: {}, backend: {}), and the source {from} owns the volumes; stop the one on {to} first",
+            there.run(),
+            there.standing_word().unwrap_or("none"),
+        ),
+    ))
 }
 
 /// The VM as its source's agent tells it, and where it was found.

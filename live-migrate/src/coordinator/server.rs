@@ -10,7 +10,7 @@ use super::config::Config;
 use super::core::Core;
 use super::journal::{Found, Journal, JournalError};
 use super::storages::Storages;
-use super::{api, migrate};
+use super::{api, migrate, tidings};
 use crate::door::{Address, Door, DoorError, Peer};
 use crate::tls::{Credentials, CredentialsError};
 
@@ -86,6 +86,7 @@ pub async fn start(config: Config) -> Result<Coordinator, StartError> {
             migrate::drive(&core, handle, true);
         }
     }
+    tidings::listen(&core);
     let app = api::router(Arc::clone(&core)).into_make_service_with_connect_info::<Peer>();
     let serving = tokio::spawn(async move { axum::serve(door, app).await });
     Ok(Coordinator { address, term, core, serving })

@@ -377,18 +377,23 @@ impl StorageServer {
         }
     }
 
-    /// SETTLE.
+    /// SETTLE; the record's next epoch then.
     ///
     /// # Errors
     /// [`StorageError`].
-    pub async fn settle(&self, row: &Row, volume: &str, term: u64) -> Result<(), StorageError> {
+    pub async fn settle(
+        &self,
+        row: &Row,
+        volume: &str,
+        term: u64,
+    ) -> Result<Option<u64>, StorageError> {
         let mut body = attempt(row, term);
         if let Some(grant) = &row.proof {
             body["session"] = format!("{:016x}", grant.session).into();
             body["proof"] =
                 json!({"side": grant.winner.name(), "grant": grant.grant, "mac": grant.mac});
         }
-        self.post(volume, "settle", &body).await.map(drop)
+        Ok(self.post(volume, "settle", &body).await?["next_epoch"].as_u64())
     }
 
     /// FENCE: answered when nothing of the old owner can reach the volume any more.

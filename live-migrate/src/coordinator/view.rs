@@ -3,7 +3,28 @@
 use serde_json::{Value, json};
 
 use super::fault::owner_sentence;
-use super::plan::{Because, Row, Winner};
+use super::plan::{ATTEMPTS_MAX, Because, Row, Winner};
+
+/// Why a handoff whose source came back is, or is not, tried again.
+fn taken_back(row: &Row) -> String {
+    let what = format!(
+        "the source's machine was stopped and started again before the destination ran (its guest reset, or somebody continued it): `{}` goes on at {}",
+        row.vm, row.from
+    );
+    let next = if row.goes_again() {
+        format!("attempt {} follows", row.attempt + 1)
+    } else if row.attempt >= ATTEMPTS_MAX {
+        format!("this was the last of {ATTEMPTS_MAX} attempts; begin another handoff")
+    } else if row.can_be_tried_again() {
+        "no other attempt follows; begin another handoff".to_owned()
+    } else {
+        format!(
+            "an implicit handoff is not tried again, for the machine at {} may have the memory of this one; end it, and begin another handoff",
+            row.to
+        )
+    };
+    format!("{what}; {next}")
+}
 
 /// A row without key and proof.
 #[must_use]
@@ -22,9 +43,7 @@ pub fn handoff(row: &Row) -> Value {
         row.reached.iter().map(|(state, at)| (state.name().to_owned(), (*at).into())).collect();
     let because = row.back.as_ref().map(|because| match because {
         Because::Cancelled => json!({"type": "cancelled", "detail": "somebody cancelled it"}),
-        Because::TakenBack => {
-            json!({"type": "taken-back", "detail": "the source's machine was resumed before the destination ran"})
-        }
+        Because::TakenBack => json!({"type": "taken-back", "detail": taken_back(row)}),
         Because::Failed(trouble) => json!({"type": trouble.kind, "detail": trouble.detail}),
     });
     json!({

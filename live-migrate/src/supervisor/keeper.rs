@@ -200,6 +200,9 @@ impl Keeper {
         loop {
             let began = Instant::now();
             let answer = control.ask(&json!({"cmd": "status"}), Watchdog::period(hang)).await;
+            if let (Some(heard), Ok(status)) = (&self.settings.heard, &answer) {
+                let _ = heard.try_send((launch.vm.clone(), status.clone()));
+            }
             let seen = match answer {
                 Ok(_) | Err(ControlError::Refused { .. }) => Observation::Answered,
                 Err(ControlError::Silent { .. }) => Observation::Silent,

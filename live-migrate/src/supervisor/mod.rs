@@ -18,7 +18,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use serde_json::Value;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use utoipa::ToSchema;
 
@@ -56,6 +57,9 @@ pub struct Settings {
     pub stop_grace: Duration,
     /// Silence after which it is killed.
     pub hang: Duration,
+    /// Gets each status a backend gives, unread, with its VM's name. What does
+    /// not fit is left out: the next one follows.
+    pub heard: Option<mpsc::Sender<(String, Value)>>,
 }
 
 impl Settings {

@@ -153,7 +153,7 @@ impl Vmm for CloudHypervisor {
         Err(VmmError::Unsupported {
             vmm: NAME,
             what: "cancel a migration",
-            instead: "end the destination's monitor, and the source goes on by itself",
+            instead: "end the destination's monitor (quit): vm.send-migration then fails and the source resumes by itself; if it stays paused, resume it once the storage names the source",
         })
     }
 

@@ -40,10 +40,18 @@ fn pretended_backend() {
         let mut line = String::new();
         BufReader::new(&mut stream).read_line(&mut line).expect("question");
         let question: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+        if question["cmd"] == "status" {
+            let asked = control.with_extension("asked");
+            let count = std::fs::read(&asked).map_or(0, |count| count.len());
+            std::fs::write(&asked, vec![b'x'; count + 1]).expect("written");
+        }
+        let handoff = std::fs::read(control.with_extension("handoff")).unwrap_or_default();
+        let handoff: serde_json::Value = serde_json::from_slice(&handoff).unwrap_or_default();
         let drained = control.with_extension("drained").exists();
         let answer = match question["cmd"].as_str() {
             Some("status") => json!({
                 "pid": std::process::id(),
+                "handoff": handoff,
                 "owner": config["owner"].as_str(),
                 "standby": arguments.contains(&"--standby"),
                 "disks": names.iter().map(|name| json!({"name": name, "drained": drained})).collect::<Vec<_>>(),

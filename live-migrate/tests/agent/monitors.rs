@@ -73,6 +73,72 @@ async fn continue_is_refused_until_every_disk_is_drained() {
     }
 }
 
+/// Row 37 of the failure table: a guest whose volumes another host has goes on with
+/// its network until somebody stops it. One that only waits is left alone.
+#[tokio::test]
+async fn row_37_a_machine_that_lost_its_volumes_is_stopped_and_one_that_waits_is_not() {
+    if no_qemu("row_37_a_machine_that_lost_its_volumes_is_stopped_and_one_that_waits_is_not") {
+        return;
+    }
+    let command = format!("[vmm]\nincoming_command = {QEMU}\n{WEB}");
+    let command = command.replace(", \"-incoming\", \"defer\"", "");
+    let mut agent = Agent::with("exec_pretended \"$@\"", "hang_ms = 1000", &command);
+    agent.run().await;
+    // Starts it; it listens for nothing.
+    let _ = agent.post("/v1/vms/web/vmm/incoming", json!({"uri": "unix:/x"})).await;
+    agent.post("/v1/vms/web/vmm/resume", json!({})).await.expect("runs");
+    agent.start_backend("owner").await;
+    let handoff = agent.path("run/web/control.handoff");
+    let asked = || std::fs::read(agent.path("run/web/control.asked")).map_or(0, |text| text.len());
+    for standing in ["reclaiming", "activating", "sealed"] {
+        let waits = json!({"standing": standing, "parked": null});
+        std::fs::write(&handoff, waits.to_string()).expect("written");
+        let before = asked();
+        wait("the agent has heard it", async || asked() >= before + 3).await;
+        let view = agent.get("/v1/vms/web").await.expect("a view");
+        assert_eq!(view["vmm"]["run"], "running", "{standing}");
+    }
+    let events = agent.get("/v1/events").await.expect("events");
+    assert_eq!(events["events"], json!([]));
+    let lost = json!({"standing": "parked", "parked": "lost", "id": "ID", "attempt": 1});
+    std::fs::write(&handoff, lost.to_string()).expect("written");
+    let boot = events["boot"].as_str().expect("a boot");
+    let path = format!("/v1/events?boot={boot}&since=0&wait_ms=60000");
+    let events = agent.get(&path).await.expect("events");
+    let event = &events["events"][0];
+    assert_eq!((&event["kind"], &event["vm"]), (&json!("baton.vm.stopped"), &json!("web")));
+    assert_eq!(event["data"]["parked"], "lost");
+    assert!(event["detail"].as_str().expect("text").contains("do not resume it"), "{event}");
+    let view = agent.get("/v1/vms/web").await.expect("a view");
+    assert_eq!(view["vmm"]["run"], "paused");
+    // Resumed by mistake, it is stopped again.
+    agent.post("/v1/vms/web/vmm/resume", json!({})).await.expect("told");
+    wait("it is stopped again", async || {
+        agent.get("/v1/vms/web").await.expect("a view")["vmm"]["run"] == "paused"
+    })
+    .await;
+    agent.post("/v1/vms/web/vmm/quit", json!({})).await.expect("ended");
+}
+
+#[tokio::test]
+async fn row_37_a_machine_that_cannot_be_stopped_is_told_of_once() {
+    let mut agent = Agent::with(
+        "exec_pretended \"$@\"",
+        "hang_ms = 1000",
+        &WEB.replace("\"qemu\"", "\"none\""),
+    );
+    agent.run().await;
+    agent.start_backend("owner").await;
+    let lost = json!({"standing": "parked", "parked": "over"});
+    std::fs::write(agent.path("run/web/control.handoff"), lost.to_string()).expect("written");
+    let events = agent.get("/v1/events?wait_ms=60000").await.expect("events");
+    assert_eq!(events["events"][0]["kind"], "baton.vm.not-stopped");
+    let asked = || std::fs::read(agent.path("run/web/control.asked")).map_or(0, |text| text.len());
+    let before = asked();
+    wait("it is heard again", async || asked() >= before + 3).await;
+    assert_eq!(agent.get("/v1/events").await.expect("events")["latest"], 1);
+}
+
 #[tokio::test]
 async fn a_monitor_that_does_not_start_leaves_nothing() {
     let command =

@@ -17,7 +17,7 @@ enum Wish {
 /// Rows 1 to 4 of the failure table: killed at every write of its journal,
 /// before and after, it ends what it began.
 #[tokio::test]
-async fn rows_1_to_4_a_coordinator_killed_at_any_write_ends_what_it_began() {
+async fn row_01_to_04_a_coordinator_killed_at_any_write_ends_what_it_began() {
     for wish in [Wish::Move, Wish::Cancel] {
         let mut write = 1;
         loop {
@@ -84,7 +84,7 @@ async fn killed_at(wish: Wish, write: u64, when: &str) -> bool {
 
 /// Row 5 of the failure table.
 #[tokio::test]
-async fn row_5_the_older_of_two_coordinators_steps_down() {
+async fn row_05_the_older_of_two_coordinators_steps_down() {
     let cluster = Cluster::new().await;
     let mut old = cluster.coordinator("old", "").await;
     let first = id();

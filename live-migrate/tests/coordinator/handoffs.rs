@@ -73,7 +73,7 @@ async fn a_cancelled_handoff_leaves_everything_as_it_was() {
 
 /// Row 6 of the failure table.
 #[tokio::test]
-async fn row_6_the_same_request_again_is_the_same_handoff() {
+async fn row_06_the_same_request_again_is_the_same_handoff() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator("c", "").await;
     let id = id();
@@ -175,6 +175,48 @@ async fn events_are_numbered_and_can_be_resumed() {
     assert_eq!(rest, all[2..]);
 }
 
+/// Row 37 of the failure table: what an agent did by itself is told here, once.
+#[tokio::test]
+async fn row_37_what_an_agent_did_is_among_the_events_once() {
+    let cluster = Cluster::new().await;
+    let did = |at: u64| {
+        json!({"seq": at, "at_unix_us": at, "kind": "baton.vm.stopped", "vm": "web",
+            "detail": "it was stopped", "data": {"parked": "lost"}})
+    };
+    cluster.b.did.lock().expect("lock").push(did(1));
+    let first = cluster.coordinator("c", "").await;
+    wait("it is told", async || raw_events(&cluster).await.contains("\"baton.vm.stopped\"")).await;
+    drop(first);
+    // The next one is told all again, and knows what it has.
+    let coordinator = cluster.coordinator("c", "").await;
+    cluster.b.did.lock().expect("lock").push(did(2));
+    let mut text = String::new();
+    wait("both are told", async || {
+        text = raw_events(&cluster).await;
+        text.matches("\"baton.vm.stopped\"").count() >= 2
+    })
+    .await;
+    assert_eq!(text.matches("\"baton.vm.stopped\"").count(), 2, "{text}");
+    assert!(text.contains("\"host\":\"host-b\"") && text.contains("\"parked\":\"lost\""), "{text}");
+    drop(coordinator);
+}
+
+/// All that are kept, as they are sent at once.
+async fn raw_events(cluster: &Cluster) -> String {
+    let socket = cluster.dir.path().join("c.sock");
+    let mut stream = tokio::net::UnixStream::connect(socket).await.expect("connected");
+    stream.write_all(b"GET /v1/events?since=0 HTTP/1.1\r\nHost: c\r\n\r\n").await.expect("asked");
+    let mut text = Vec::new();
+    let mut chunk = [0; 4096];
+    let pause = Duration::from_millis(200);
+    while let Ok(Ok(read @ 1..)) =
+        tokio::time::timeout(pause, tokio::io::AsyncReadExt::read(&mut stream, &mut chunk)).await
+    {
+        text.extend_from_slice(&chunk[..read]);
+    }
+    String::from_utf8_lossy(&text).into_owned()
+}
+
 /// Reads events until one of a state.
 async fn events(cluster: &Cluster, query: &str, until: &str) -> Vec<Value> {
     let socket = cluster.dir.path().join("c.sock");
@@ -220,6 +262,74 @@ async fn row_17_a_source_that_comes_back_by_itself_settles_the_handoff() {
     assert_eq!((&row["state"], &row["because"]["type"]), (&json!("SETTLED"), &json!("taken-back")));
     assert_eq!(cluster.owner(), "host-a/web");
     assert_eq!(cluster.b.machine("web").backend, None);
+}
+
+/// Row 31 of the failure table: the guest resets in the copy of memory, twice. Each
+/// attempt has a backend of its own at the destination.
+#[tokio::test]
+async fn row_31_an_explicit_handoff_is_tried_again_with_another_backend() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let id = id();
+    let path = format!("/v1/vms/web/handoffs/{id}");
+    let body = json!({"to": "host-b", "mode": "explicit"});
+    coordinator.call(Method::PUT, &format!("{path}?wait=READY"), body).await.expect("READY");
+    for attempt in 2..=3 {
+        cluster.source_comes_back();
+        wait("the next attempt is ready", async || {
+            let row = coordinator.get(&path).await;
+            (&row["attempt"], &row["state"]) == (&json!(attempt), &json!("READY"))
+        })
+        .await;
+        assert_eq!(cluster.b.machine("web").stood_by, attempt, "a destination is good for one try");
+    }
+    assert_eq!(coordinator.post(&id, "switchover").await.expect("sealed")["state"], "SEALED");
+    let row = coordinator.post(&id, "activate").await.expect("active");
+    assert_eq!((&row["outcome"], &row["attempt"]), (&json!("destination"), &json!(3)));
+    coordinator.post(&id, "finish").await.expect("finished");
+    assert_eq!(cluster.owner(), "host-b/web");
+}
+
+#[tokio::test]
+async fn row_31_a_guest_that_resets_for_ever_stays_where_it_is() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let id = id();
+    let path = format!("/v1/vms/web/handoffs/{id}");
+    let body = json!({"to": "host-b", "mode": "explicit"});
+    coordinator.call(Method::PUT, &path, body).await.expect("asked");
+    for attempt in 1..=3 {
+        wait("ready", async || {
+            let row = coordinator.get(&path).await;
+            (&row["attempt"], &row["state"]) == (&json!(attempt), &json!("READY"))
+        })
+        .await;
+        cluster.source_comes_back();
+    }
+    let row = coordinator.over(&id).await;
+    assert_eq!((&row["outcome"], &row["attempt"]), (&json!("source"), &json!(3)));
+    let detail = row["because"]["detail"].as_str().expect("a sentence");
+    assert!(detail.contains("the last of 3 attempts; begin another handoff"), "{detail}");
+    assert_eq!(cluster.owner(), "host-a/web");
+}
+
+/// Row 32 of the failure table: an administrator stops and continues the source in
+/// an implicit handoff, whose destination nobody here can end.
+#[tokio::test]
+async fn row_32_an_implicit_handoff_ends_with_a_sentence_and_nothing_armed() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let id = id();
+    coordinator.prepare(&id).await.expect("READY");
+    cluster.source_comes_back();
+    let row = coordinator.over(&id).await;
+    assert_eq!((&row["state"], &row["attempt"]), (&json!("SETTLED"), &json!(1)));
+    let detail = row["because"]["detail"].as_str().expect("a sentence");
+    for part in ["`web` goes on at host-a", "is not tried again", "begin another handoff"] {
+        assert!(detail.contains(part), "{part}: {detail}");
+    }
+    assert_eq!(cluster.owner(), "host-a/web");
+    assert_eq!(cluster.b.machine("web").stood_by, 1);
 }
 
 #[tokio::test]

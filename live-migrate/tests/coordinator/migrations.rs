@@ -59,6 +59,82 @@ async fn a_destination_that_does_not_run_costs_nothing() {
     assert_eq!(cluster.b.machine("web").backend, None);
 }
 
+/// Row 31 of the failure table: the guest resets in the copy of memory. The migration
+/// is begun anew, with another machine and another backend at the destination.
+#[tokio::test]
+async fn row_31_a_guest_that_resets_moves_with_the_next_attempt() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    cluster.a.with("web", |machine| machine.resets = 1);
+    let row = migrate(&coordinator, &id()).await;
+    assert_eq!((&row["outcome"], &row["attempt"]), (&json!("destination"), &json!(2)), "{row:#}");
+    assert_eq!(cluster.owner(), "host-b/web");
+    assert_eq!(cluster.b.machine("web").run, "running");
+    assert_eq!(cluster.b.machine("web").stood_by, 2);
+    assert_eq!(cluster.a.machine("web").run, "gone");
+}
+
+#[tokio::test]
+async fn row_31_a_guest_that_resets_for_ever_is_rolled_back() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    cluster.a.with("web", |machine| machine.resets = 99);
+    let row = migrate(&coordinator, &id()).await;
+    assert_eq!((&row["outcome"], &row["attempt"]), (&json!("source"), &json!(3)), "{row:#}");
+    assert_eq!(row["migration"]["step"], "rolled-back");
+    assert_eq!(cluster.owner(), "host-a/web");
+    assert_eq!(cluster.a.machine("web").run, "running");
+    assert_eq!(cluster.b.machine("web").backend, None);
+}
+
+fn with_cloud_hypervisor(cluster: &Cluster) {
+    cluster.a.with("web", |machine| machine.definition["vmm"] = "cloud-hypervisor".into());
+}
+
+/// A monitor that switches by itself, and whose source is gone when it has.
+#[tokio::test]
+async fn cloud_hypervisor_is_not_asked_to_pause() {
+    let cluster = Cluster::new().await;
+    with_cloud_hypervisor(&cluster);
+    let coordinator = cluster.coordinator("c", "").await;
+    let row = migrate(&coordinator, &id()).await;
+    assert_eq!(
+        (&row["migration"]["step"], &row["outcome"]),
+        (&json!("done"), &json!("destination")),
+        "{row:#}"
+    );
+    assert_eq!(cluster.owner(), "host-b/web");
+    assert_eq!(cluster.b.machine("web").run, "running");
+}
+
+/// It has no cancel: its source fails, and is resumed, when the destination is gone.
+#[tokio::test]
+async fn cloud_hypervisors_destination_is_ended_when_it_does_not_run() {
+    let cluster = Cluster::new().await;
+    with_cloud_hypervisor(&cluster);
+    let coordinator = cluster.coordinator("c", "switch_timeout_ms = 300\n").await;
+    cluster.b.with("web", |machine| {
+        machine.definition = cluster.a.machine("web").definition;
+        machine.run = "gone";
+        machine.stuck = true;
+    });
+    let id = id();
+    let body = json!({"id": id, "to": "host-b"});
+    coordinator.call(Method::POST, "/v1/vms/web/migrations", body).await.expect("accepted");
+    coordinator.get(&format!("/v1/vms/web/handoffs/{id}?wait=SEALED&timeout=30s")).await;
+    // The copy hangs; a person loses patience.
+    let _ = coordinator.post(&id, "cancel").await;
+    let row = coordinator.over(&id).await;
+    assert_eq!(
+        (&row["migration"]["step"], &row["outcome"]),
+        (&json!("rolled-back"), &json!("source")),
+        "{row:#}"
+    );
+    assert_eq!(cluster.owner(), "host-a/web");
+    assert_eq!(cluster.a.machine("web").run, "running");
+    assert_eq!(cluster.b.machine("web").run, "gone");
+}
+
 #[tokio::test]
 async fn a_migration_that_nobody_can_address_is_refused() {
     let cluster = Cluster::new().await;

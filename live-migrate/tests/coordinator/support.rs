@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 
 use baton_live_migrate::client::{CallError, Client, Endpoint, Method};
 use baton_live_migrate::identity::{Identity, Role};
-use baton_protocol::access::{By, Input};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::world::{Agent, Storage, session};
+use super::world::{Agent, Storage};
 
 /// For whatever happens on a busy machine.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
@@ -153,10 +152,7 @@ impl Cluster {
     /// The source's machine is resumed before the destination runs.
     pub(crate) fn source_comes_back(&self) {
         self.seal();
-        let record = self.storages[0].record("root");
-        let attempt = record.handoff.expect("armed").plan.attempt;
-        let by = By::Backend { name: "host-a/web", session: session("host-a") };
-        self.storages[0].step("root", Input::Reclaim { attempt, by }).expect("reclaimed");
+        self.a.take_back(&self.a.machine("web").definition);
     }
 
     /// Who owns each volume, and that nothing is half-armed.

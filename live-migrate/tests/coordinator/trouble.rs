@@ -111,7 +111,8 @@ async fn row_29_a_volume_that_cannot_be_armed_takes_all_back() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator("c", "").await;
     // Somebody armed it behind this coordinator's back.
-    let data = cluster.storages[1].record("data").volume;
+    let record = cluster.storages[1].record("data");
+    let (data, next_epoch) = (record.volume, record.next_epoch);
     let plan = Plan {
         attempt: Try { id: HandoffId(99), attempt: 1 },
         vm: "web".to_owned(),
@@ -122,7 +123,7 @@ async fn row_29_a_volume_that_cannot_be_armed_takes_all_back() {
         mode: Mode::Fast,
         key: Key([1; 32]),
     };
-    let arm = Input::Arm { plan: &plan, term: 1, generation: 0 };
+    let arm = Input::Arm { plan: &plan, term: 1, next_epoch, generation: 0 };
     cluster.storages[1].step("data", arm).expect("armed");
     let id = id();
     let row = coordinator.prepare(&id).await.expect("asked");
@@ -136,7 +137,7 @@ async fn row_29_a_volume_that_cannot_be_armed_takes_all_back() {
 
 /// Row 7 of the failure table: the destination never comes up.
 #[tokio::test]
-async fn row_7_a_destination_that_does_not_come_up_fails_in_time() {
+async fn row_07_a_destination_that_does_not_come_up_fails_in_time() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator("c", "").await;
     cluster.b.with("web", |machine| {
@@ -152,6 +153,57 @@ async fn row_7_a_destination_that_does_not_come_up_fails_in_time() {
     assert_eq!((&row["state"], &row["outcome"]), (&json!("FAILED"), &json!("source")));
     assert_eq!(row["because"]["type"], "baton:not-ready");
     assert_eq!(cluster.owner(), "host-a/web");
+}
+
+/// Row 7 of the failure table: the destination's agent is dead, or hangs, before
+/// anything is armed.
+#[tokio::test]
+async fn row_07_a_destination_without_an_agent_is_refused_before_anything_is_armed() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "agent_patience_ms = 300\n").await;
+    let version = cluster.storages[0].record("root").version;
+    cluster.b.silent.store(true, Ordering::SeqCst);
+    let (problem, detail) = kind(coordinator.prepare(&id()).await);
+    assert_eq!(problem, "baton:agent-unreachable");
+    for part in ["host-b", "tried for 300 ms", "host-a owns the volumes of `web`", "ask again"] {
+        assert!(detail.contains(part), "{part}: {detail}");
+    }
+    assert_eq!(coordinator.get("/v1/handoffs").await["handoffs"], json!([]));
+    assert_eq!(cluster.storages[0].record("root").version, version, "nothing was armed");
+    assert_eq!(cluster.owner(), "host-a/web");
+}
+
+/// Row 7 of the failure table: it dies, or refuses, once the volumes are armed.
+#[tokio::test]
+async fn row_07_a_destination_that_is_lost_in_prepare_is_given_up_at_once() {
+    for refuses in [true, false] {
+        let cluster = Cluster::new().await;
+        let danger = "agent_patience_ms = 300\nready_timeout_ms = 3600000\n";
+        let coordinator = cluster.coordinator("c", danger).await;
+        let storage = &cluster.storages[1];
+        storage.hang_on("arm");
+        let id = id();
+        let path = format!("/v1/vms/web/handoffs/{id}");
+        let body = json!({"to": "host-b"});
+        coordinator.call(Method::PUT, &path, body).await.expect("asked");
+        cluster.b.refuses.store(refuses, Ordering::SeqCst);
+        cluster.b.silent.store(!refuses, Ordering::SeqCst);
+        storage.thaw();
+        // Nothing waits for the hour that it may take to get ready.
+        let row = coordinator.get(&format!("{path}?wait=ACTIVE&timeout=60s")).await;
+        assert_eq!(row["outcome"], "source", "{row:#}");
+        let (kind, detail) = (&row["because"]["type"], row["because"]["detail"].to_string());
+        assert_eq!(
+            kind,
+            if refuses { "baton:not-from-outside" } else { "baton:agent-unreachable" }
+        );
+        for part in ["host-a owns the volumes", "see to host-b and ask again"] {
+            assert!(detail.contains(part), "{part}: {detail}");
+        }
+        cluster.b.silent.store(false, Ordering::SeqCst);
+        assert_eq!(coordinator.over(&id).await["state"], "FAILED");
+        assert_eq!(cluster.owner(), "host-a/web", "nothing is left armed");
+    }
 }
 
 /// A server that hangs while it is armed, and arms after all when it thaws.

@@ -15,7 +15,7 @@ use axum::routing::{get, post, put};
 use axum::{Json, Router, middleware};
 use baton_protocol::access::{AccessRecord, By, Input, Phase, Refusal};
 use baton_protocol::handoff::{HandoffId, Key, Members, Mode, Plan, Proof, Side, Try};
-use baton_protocol::{SessionId, VolumeId};
+use baton_protocol::{Epoch, SessionId, VolumeId};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -167,6 +167,7 @@ fn refused(refusal: &Refusal) -> Response {
 fn view(record: &AccessRecord) -> Value {
     json!({
         "volume": record.volume.to_string(), "version": record.version, "epoch": record.epoch.0,
+        "next_epoch": record.next_epoch.0,
         "phase": record.phase.name(), "barred": record.barred,
         "coordinator_term": record.coordinator_term,
         "owner": record.owner.as_ref().map(|o| json!({"name": o.name, "session": o.session.to_string()})),
@@ -334,6 +335,10 @@ pub(crate) struct Machine {
     pub(crate) handoff: Option<Value>,
     /// An incoming migration that never starts to run.
     pub(crate) stuck: bool,
+    /// So often its guest resets in the copy of memory.
+    pub(crate) resets: u32,
+    /// Standby backends started so far.
+    pub(crate) stood_by: u32,
 }
 
 /// A host's agent, with its backends and machines.
@@ -344,6 +349,10 @@ pub(crate) struct Agent {
     storages: Vec<Arc<Storage>>,
     peers: Mutex<Vec<Arc<Agent>>>,
     pub(crate) silent: AtomicBool,
+    /// Takes no VM from outside.
+    pub(crate) refuses: AtomicBool,
+    /// What it did by itself.
+    pub(crate) did: Mutex<Vec<Value>>,
 }
 
 impl Agent {
@@ -356,8 +365,11 @@ impl Agent {
             storages: storages.to_vec(),
             peers: Mutex::default(),
             silent: AtomicBool::new(false),
+            refuses: AtomicBool::new(false),
+            did: Mutex::default(),
         });
         let app = Router::new()
+            .route("/v1/events", get(agent_events))
             .route("/v1/vms", get(agent_list))
             .route("/v1/vms/{vm}", get(agent_show).put(agent_define))
             .route("/v1/vms/{vm}/backend", put(agent_start).delete(agent_stop))
@@ -383,6 +395,20 @@ impl Agent {
 
     pub(crate) fn machine(&self, vm: &str) -> Machine {
         self.lock().get(vm).cloned().unwrap_or_default()
+    }
+
+    /// What it has sent arrives: the machine that waits for it runs, if it can.
+    fn switch_peers(&self, vm: &str) -> bool {
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut moved = false;
+        for peer in peers {
+            let there = peer.machine(vm);
+            if there.run == "incoming" && !there.stuck && peer.activate(vm, &there.definition) {
+                peer.with(vm, |m| (m.run, m.phase) = ("running", "completed"));
+                moved = true;
+            }
+        }
+        moved
     }
 
     /// The VM's volumes, by its definition.
@@ -433,6 +459,15 @@ impl Agent {
         }
     }
 
+    /// The source's rings start again: the backend asks the anchor.
+    pub(crate) fn take_back(&self, definition: &Value) {
+        let Some((storage, name)) = self.volumes(definition).into_iter().next() else { return };
+        let attempt = storage.record(&name).handoff.expect("armed").plan.attempt;
+        let me = format!("{}/web", self.host);
+        let by = By::Backend { name: &me, session: session(&self.host) };
+        storage.step(&name, Input::Reclaim { attempt, by }).expect("reclaimed");
+    }
+
     /// The machine's rings start: the backend asks the anchor.
     pub(crate) fn activate(&self, vm: &str, definition: &Value) -> bool {
         let volumes = self.volumes(definition);
@@ -459,6 +494,21 @@ fn shown(agent: &Agent, vm: &str, machine: &Machine) -> Value {
         "vmm": {"run": machine.run, "migration": {"phase": machine.phase}}})
 }
 
+async fn agent_events(
+    State(agent): State<Arc<Agent>>,
+    Query(query): Query<HashMap<String, String>>,
+) -> Json<Value> {
+    let since: usize = query["since"].parse().expect("a number");
+    loop {
+        let did = agent.did.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if did.len() > since || query["boot"] != "1" {
+            let events = did.get(since.min(did.len())..).unwrap_or_default();
+            return Json(json!({"boot": "1", "latest": did.len(), "events": events}));
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 async fn agent_list(State(agent): State<Arc<Agent>>) -> Json<Value> {
     let vms: Vec<Value> = agent.lock().iter().map(|(vm, m)| shown(&agent, vm, m)).collect();
     Json(json!({"host": agent.host, "vms": vms}))
@@ -474,13 +524,16 @@ async fn agent_define(
     State(agent): State<Arc<Agent>>,
     Path(vm): Path<String>,
     Json(definition): Json<Value>,
-) -> Json<Value> {
+) -> Answer {
+    if agent.refuses.load(Ordering::SeqCst) {
+        return Err(problem(403, "baton:not-from-outside", "a disk is of this host").into());
+    }
     agent.with(&vm, |machine| {
         machine.definition = definition;
         machine.run = "gone";
         machine.phase = "none";
     });
-    Json(json!({}))
+    Ok(Json(json!({})))
 }
 
 async fn agent_start(
@@ -490,6 +543,7 @@ async fn agent_start(
 ) -> Answer {
     let standby = body["role"] == "standby";
     agent.with(&vm, |machine| {
+        machine.stood_by += u32::from(standby && machine.backend.is_none());
         machine.backend.get_or_insert(if standby { "standby" } else { "owner" });
     });
     Ok(Json(json!({"run": "running"})))
@@ -525,29 +579,50 @@ async fn agent_order(
 async fn agent_monitor(
     State(agent): State<Arc<Agent>>,
     Path((vm, what)): Path<(String, String)>,
+    Json(body): Json<Value>,
 ) -> Answer {
     let machine = agent.machine(&vm);
+    let pauses = machine.definition["vmm"] != "cloud-hypervisor";
+    let unsupported = || problem(409, "baton:vmm-unsupported", "it cannot");
     let set = |run, phase| agent.with(&vm, |m| (m.run, m.phase) = (run, phase));
     match what.as_str() {
+        "migrate" | "incoming" if !pauses && body["pause_before_switchover"] != false => {
+            return Err(unsupported().into());
+        }
         "incoming" => set("incoming", "none"),
+        "continue" | "cancel" if !pauses => return Err(unsupported().into()),
+        "migrate" if !pauses => {
+            agent.seal(&machine.definition);
+            // Ends with the answer of the other side.
+            set("switching", "active");
+            if agent.switch_peers(&vm) {
+                set("gone", "completed");
+            }
+        }
         "migrate" => {
             agent.seal(&machine.definition);
-            set("switching", "pre-switchover");
+            if machine.resets > 0 {
+                agent.take_back(&machine.definition);
+                agent.with(&vm, |m| m.resets -= 1);
+                set("running", "active");
+            } else {
+                set("switching", "pre-switchover");
+            }
         }
         "continue" => {
             set("migrated", "completed");
-            let peers = agent.peers.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            for peer in peers {
-                let there = peer.machine(&vm);
-                if there.run == "incoming" && !there.stuck && peer.activate(&vm, &there.definition)
-                {
-                    peer.with(&vm, |m| (m.run, m.phase) = ("running", "completed"));
-                }
-            }
+            agent.switch_peers(&vm);
         }
         "cancel" => agent.with(&vm, |m| m.phase = "cancelled"),
         "resume" => set("running", "cancelled"),
-        "quit" => set("gone", "none"),
+        "quit" => {
+            set("gone", "none");
+            // The other side of a copy that nobody cancels fails.
+            let peers = agent.peers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            for peer in peers.iter().filter(|peer| peer.machine(&vm).phase == "active") {
+                peer.with(&vm, |m| (m.run, m.phase) = ("paused", "failed"));
+            }
+        }
         other => return Err(problem(404, "baton:no-such-route", other).into()),
     }
     Ok(Json(json!({"run": agent.machine(&vm).run})))

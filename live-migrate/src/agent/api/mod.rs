@@ -10,18 +10,21 @@ mod refusals;
 mod vms;
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use axum::extract::rejection::JsonRejection;
-use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
+use axum::extract::rejection::{JsonRejection, QueryRejection};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Query, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post, put};
 use axum::{Json, Router};
+use serde::Deserialize;
 use utoipa::OpenApi;
 
 use super::Agent;
 use super::definition::VmDefinition;
+use super::events::EventList;
 use super::facts::HostFacts;
 use crate::door::Peer;
 use crate::identity::Role;
@@ -29,6 +32,8 @@ use crate::problem::Problem;
 
 /// A definition of 256 disks fits.
 const BODY_BYTES_MAX: usize = 256 << 10;
+/// A caller that waits longer asks again.
+const WAIT_MS_MAX: u64 = 60_000;
 /// Who may.
 const CALLERS: [Role; 2] = [Role::Coordinator, Role::Operator];
 
@@ -59,6 +64,7 @@ const CALLERS: [Role; 2] = [Role::Coordinator, Role::Operator];
         monitors::resume,
         monitors::stop,
         monitors::quit,
+        events,
         health,
         document
     )
@@ -68,7 +74,7 @@ struct Document;
 type Method = fn() -> MethodRouter<Arc<Agent>>;
 
 /// Path, methods, handlers.
-const ROUTES: [(&str, &[&str], Method); 19] = [
+const ROUTES: [(&str, &[&str], Method); 20] = [
     ("/v1/host", &["get"], || get(host)),
     ("/v1/vms", &["get"], || get(vms::list)),
     ("/v1/vms/{vm}", &["get", "put", "delete"], || {
@@ -88,6 +94,7 @@ const ROUTES: [(&str, &[&str], Method); 19] = [
     ("/v1/vms/{vm}/vmm/resume", &["post"], || post(monitors::resume)),
     ("/v1/vms/{vm}/vmm/stop", &["post"], || post(monitors::stop)),
     ("/v1/vms/{vm}/vmm/quit", &["post"], || post(monitors::quit)),
+    ("/v1/events", &["get"], || get(events)),
     ("/healthz", &["get"], || get(health)),
     ("/openapi.json", &["get"], || get(document)),
 ];
@@ -155,6 +162,37 @@ fn find(agent: &Agent, name: &str) -> Result<VmDefinition, Problem> {
 #[utoipa::path(get, path = "/v1/host", responses((status = 200, body = HostFacts)))]
 async fn host(State(agent): State<Arc<Agent>>) -> Json<HostFacts> {
     Json(agent.facts.clone())
+}
+
+/// Which events.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EventsOptions {
+    /// Of which start of the agent the cursor is.
+    #[serde(default)]
+    boot: String,
+    /// The last event seen.
+    #[serde(default)]
+    since: u64,
+    /// At most this long while there is none, milliseconds.
+    #[serde(default)]
+    wait_ms: u64,
+}
+
+/// What the agent did by itself: `baton.vm.stopped`, `baton.vm.not-stopped`.
+#[utoipa::path(get, path = "/v1/events", params(("boot" = Option<String>, Query), ("since" = Option<u64>, Query),
+    ("wait_ms" = Option<u64>, Query, description = "at most 60000")),
+    responses((status = 200, body = EventList), (status = 400, body = Problem)))]
+async fn events(
+    State(agent): State<Arc<Agent>>,
+    options: Result<Query<EventsOptions>, QueryRejection>,
+) -> Result<Json<EventList>, Problem> {
+    let Query(EventsOptions { boot, since, wait_ms }) =
+        options.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
+    if wait_ms > WAIT_MS_MAX {
+        return Err(Problem::bad_request(format!("wait_ms is at most {WAIT_MS_MAX}")));
+    }
+    Ok(Json(agent.events.after(&boot, since, Duration::from_millis(wait_ms)).await))
 }
 
 /// `ok` while the agent serves.

@@ -16,13 +16,10 @@ use serde_json::{Value, json};
 
 use super::super::definition::VmDefinition;
 use super::super::{Agent, STATUS_LIMIT};
-use super::{body, find};
+use super::{WAIT_MS_MAX, body, find};
 use crate::problem::Problem;
 use crate::supervisor::control::{Control, not_drained};
 use crate::vmm::{Incoming, Outgoing, Vmm, VmmStatus};
-
-/// A caller that waits longer asks again.
-const WAIT_MS_MAX: u64 = 60_000;
 
 /// How long to wait.
 #[derive(Debug, Default, Deserialize)]

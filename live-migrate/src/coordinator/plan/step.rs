@@ -35,8 +35,9 @@ pub enum Input {
     Proved(Grant),
     /// The proof is not the anchor's latest.
     ProofStale,
-    /// A member knows who won.
-    Settled(usize),
+    /// A member knows who won, and what its record says the next epoch is; `None`
+    /// from one that did not know the handoff.
+    Settled(usize, Option<u64>),
     /// The source's backend was ordered to seal.
     SealOrdered,
     /// The destination's backend was ordered to activate.
@@ -207,9 +208,14 @@ impl Row {
             Input::ReclaimForeign => self.see(0, Seen::Nothing, 0),
             Input::Abdicated => self.abdicated = true,
             Input::ProofStale => self.proof = None,
-            Input::Settled(place) => {
+            Input::Settled(place, next_epoch) => {
                 if self.winner.is_some() {
-                    self.with(place, |member| member.progress = Progress::Settled);
+                    self.with(place, |member| {
+                        member.progress = Progress::Settled;
+                        // What another try shows. Without it somebody else was at the volume,
+                        // and the record refuses what is out of date.
+                        member.next_epoch = next_epoch.unwrap_or(member.next_epoch);
+                    });
                 }
             }
             Input::SealOrdered => self.seal_ordered = true,
@@ -217,6 +223,7 @@ impl Row {
             Input::LoserGone | Input::LoserLeft(_) if self.winner.is_none() => {}
             Input::LoserGone => self.loser_gone = true,
             Input::LoserLeft(trouble) => {
+                self.last |= self.goes_again();
                 self.loser_gone = true;
                 self.trouble = Some(trouble);
             }
@@ -228,7 +235,7 @@ impl Row {
             }
             Input::Cancel => match self.winner {
                 Some(Winner::Destination) => return Err(Refusal::LostRace),
-                Some(Winner::Source) => {}
+                Some(Winner::Source) => self.last |= self.goes_again(),
                 None if self.state.is_over() => {}
                 None => {
                     self.back.get_or_insert(Because::Cancelled);
@@ -297,11 +304,17 @@ impl Row {
             let settled = |m: &super::Member| {
                 matches!(m.progress, Progress::Settled | Progress::Refused | Progress::Planned)
             };
-            if self.members.iter().all(settled) {
+            let over = self.members.iter().all(settled);
+            if over && (self.go_again() || self.goes_again()) {
+                return;
+            }
+            if over {
                 let failed = matches!(self.back, Some(Because::Failed(_)));
                 let source = self.winner == Some(Winner::Source);
                 self.state = if failed && source { State::Failed } else { State::Settled };
-                self.trouble = None;
+                if !self.last {
+                    self.trouble = None;
+                }
             }
             return;
         }

@@ -1,3 +1,5 @@
+use baton_protocol::handoff::HandoffId;
+
 use super::*;
 
 fn row() -> Row {
@@ -40,6 +42,7 @@ fn row() -> Row {
         activate: false,
         activate_ordered: false,
         finish: false,
+        last: false,
         loser_gone: false,
         trouble: None,
         driven: None,
@@ -83,6 +86,15 @@ fn states() -> Vec<(&'static str, Row)> {
     let all = after(row(), armed);
     let ready = after(all.clone(), &[Standing(super::Standing::Ready)]);
     let explicit = after(Row { trigger: Trigger::Explicit, ..row() }, armed);
+    let taken_back = after(
+        explicit.clone(),
+        &[Standing(super::Standing::Ready), Seen(0, super::Seen::Reclaimed, 6)],
+    );
+    let nearly_again = after(
+        taken_back.clone(),
+        &[Proved(grant(Winner::Source)), Settled(1, Some(7)), Settled(0, Some(7))],
+    );
+    let last = Row { attempt: ATTEMPTS_MAX, ..nearly_again.clone() };
     let explicit = after(explicit, &[Standing(super::Standing::Ready), Switchover, SealOrdered]);
     let seal = [Seen(0, super::Seen::Sealed, 4), Seen(1, super::Seen::Sealed, 4)];
     let sealed = after(ready.clone(), &seal);
@@ -91,9 +103,12 @@ fn states() -> Vec<(&'static str, Row)> {
     let reclaimed = after(cancelling.clone(), &[Reclaimed(grant(Winner::Source))]);
     let refused = after(half.clone(), &[CannotArm(1, trouble("baton:not-owner"))]);
     let active = after(sealed.clone(), &[Seen(0, super::Seen::Active, 5)]);
-    let settled =
-        after(active.clone(), &[Proved(grant(Winner::Destination)), Settled(1), Settled(0)]);
-    let failed = after(refused.clone(), &[Reclaimed(grant(Winner::Source)), Settled(0), LoserGone]);
+    let settled = after(
+        active.clone(),
+        &[Proved(grant(Winner::Destination)), Settled(1, Some(7)), Settled(0, Some(7))],
+    );
+    let failed =
+        after(refused.clone(), &[Reclaimed(grant(Winner::Source)), Settled(0, Some(7)), LoserGone]);
     vec![
         ("new", new),
         ("started", started),
@@ -107,6 +122,9 @@ fn states() -> Vec<(&'static str, Row)> {
         ("cancelling, unknown", unknown),
         ("one refused", refused),
         ("RECLAIMED", reclaimed),
+        ("RECLAIMED explicit, taken back", taken_back),
+        ("RECLAIMED explicit, taken back, all settled", nearly_again),
+        ("RECLAIMED explicit, taken back, last attempt", last),
         ("ACTIVE", active),
         ("SETTLED", settled),
         ("FAILED", failed),
@@ -140,8 +158,8 @@ fn inputs() -> Vec<(&'static str, Input)> {
         ("abdicated", Abdicated),
         ("proof", Proved(grant(Winner::Destination))),
         ("proof stale", ProofStale),
-        ("settled 0", Settled(0)),
-        ("settled 1", Settled(1)),
+        ("settled 0", Settled(0, Some(7))),
+        ("settled 1", Settled(1, Some(7))),
         ("loser gone", LoserGone),
         ("loser left", LoserLeft(trouble("baton:agent-unreachable"))),
         ("late", Late),
@@ -156,6 +174,9 @@ fn inputs() -> Vec<(&'static str, Input)> {
 
 fn line(row: &Row, outputs: &[Output]) -> String {
     let mut text = row.state.name().to_owned();
+    if row.attempt > 1 {
+        text.push_str(&format!(" attempt={}", row.attempt));
+    }
     for (flag, word) in [
         (row.back.is_some() && row.winner.is_none(), "back"),
         (row.unknown, "unknown"),
@@ -250,9 +271,75 @@ fn row_29_one_refusal_takes_everything_back() {
     let row = after(fresh(), &[Input::Start, Input::Armed(0)]);
     let step = row.step(Input::CannotArm(1, trouble("baton:not-owner"))).expect("granted");
     assert!(step.outputs.contains(&Output::Begin(Action::Reclaim)));
-    let row = after(step.row, &[Input::Reclaimed(grant(Winner::Source)), Input::Settled(0)]);
+    let row =
+        after(step.row, &[Input::Reclaimed(grant(Winner::Source)), Input::Settled(0, Some(7))]);
     assert_eq!((row.state, row.outcome()), (State::Failed, Some(Winner::Source)));
     assert!(row.is_over(), "{:?}", row.due());
+}
+
+/// Rows 31 and 32 of the failure table: the source sealed and came back by itself.
+fn taken_back(row: Row) -> Row {
+    let started = [Input::Start, Input::Armed(0), Input::Armed(1)];
+    let row = after(row, &started);
+    let row = after(row, &[Input::Standing(Standing::Ready)]);
+    assert_eq!(row.state, State::Ready);
+    let row = after(row, &[Input::Seen(0, Seen::Sealed, 4), Input::Seen(0, Seen::Reclaimed, 6)]);
+    after(
+        row,
+        &[
+            Input::Proved(grant(Winner::Source)),
+            Input::Settled(1, Some(7)),
+            Input::Settled(0, Some(7)),
+        ],
+    )
+}
+
+#[test]
+fn row_31_another_attempt_begins_when_nothing_is_left_of_the_one_before() {
+    let row = taken_back(Row { trigger: Trigger::Explicit, ..fresh() });
+    assert_eq!((row.attempt, row.state), (1, State::Reclaimed));
+    assert_eq!(row.due(), [Action::StopDestination], "a destination is good for one try");
+    let step = row.step(Input::LoserGone).expect("granted");
+    assert_eq!((step.row.attempt, step.row.state), (2, State::Preparing));
+    assert_eq!(step.row.outcome(), Some(Winner::Source));
+    assert!(step.outputs.contains(&Output::Begin(Action::Arm(0))), "{:?}", step.outputs);
+    // As the first: nothing of it is known any more.
+    let again = Row { attempt: 1, version: 0, ..step.row };
+    assert_eq!(again.due(), after(fresh(), &[Input::Start]).due());
+}
+
+#[test]
+fn row_31_attempts_have_an_end() {
+    let mut row = Row { trigger: Trigger::Explicit, ..fresh() };
+    for attempt in 1..ATTEMPTS_MAX {
+        row = after(taken_back(row), &[Input::LoserGone]);
+        assert_eq!((row.attempt, row.state), (attempt + 1, State::Preparing));
+    }
+    let row = after(taken_back(row), &[Input::LoserGone]);
+    assert_eq!((row.attempt, row.state), (ATTEMPTS_MAX, State::Settled));
+    assert!(row.is_over(), "{:?}", row.due());
+}
+
+#[test]
+fn row_32_there_is_no_other_attempt_where_the_old_machine_may_still_run() {
+    let trouble = || trouble("baton:agent-unreachable");
+    let explicit = || taken_back(Row { trigger: Trigger::Explicit, ..fresh() });
+    for (why, row) in [
+        ("implicit: nobody ends it", after(taken_back(fresh()), &[Input::LoserGone])),
+        ("it could not be ended", after(explicit(), &[Input::LoserLeft(trouble())])),
+        ("cancelled", after(explicit(), &[Input::Cancel, Input::LoserGone])),
+        ("finished", after(explicit(), &[Input::Finish, Input::LoserGone])),
+    ] {
+        assert_eq!((row.attempt, row.state), (1, State::Settled), "{why}");
+        assert_eq!(row.outcome(), Some(Winner::Source), "{why}");
+        assert!(row.is_over(), "{why}: {:?}", row.due());
+    }
+    let driven = Row { driven: Some(serde_json::json!({})), ..fresh() };
+    assert_eq!(
+        after(taken_back(driven), &[Input::LoserGone]).attempt,
+        2,
+        "the coordinator ends it"
+    );
 }
 
 /// Nobody is abdicated for who may have activated.
@@ -282,7 +369,7 @@ fn a_member_that_never_answered_is_settled_when_the_destination_wins() {
     let row = after(fresh(), &[Input::Start, Input::Armed(0)]);
     let row = after(row, &won);
     assert_eq!(row.due(), [Action::Settle(1)]);
-    let row = after(row, &[Input::Settled(1), Input::Settled(0)]);
+    let row = after(row, &[Input::Settled(1, Some(7)), Input::Settled(0, Some(7))]);
     assert_eq!((row.state, row.due()), (State::Settled, vec![]));
 }
 

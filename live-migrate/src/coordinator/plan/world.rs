@@ -2,8 +2,8 @@
 //! of coordinator and servers, and backends that do as they like.
 
 use baton_protocol::access::{AccessRecord, By, Input as Ask, Phase, Refusal as No, Store};
-use baton_protocol::handoff::{Key, Mode, Plan, Proof, Side};
-use baton_protocol::{SessionId, VolumeId};
+use baton_protocol::handoff::{Key, Mode, Plan, Proof, Side, Try};
+use baton_protocol::{Epoch, SessionId, VolumeId};
 use proptest::prelude::*;
 
 use super::tests::fresh;
@@ -18,14 +18,14 @@ struct World {
     records: Vec<AccessRecord>,
     /// What a restart of its server leaves of each: nothing that could wait.
     disks: Vec<AccessRecord>,
-    /// ARMs that may still arrive.
-    late: Vec<usize>,
+    /// ARMs that may still arrive: the try they are of, and the member.
+    late: Vec<(Try, usize)>,
     activated: bool,
     destination_alive: bool,
 }
 
 impl World {
-    fn new(owned: &[bool]) -> Self {
+    fn new(owned: &[bool], trigger: Trigger) -> Self {
         let records: Vec<_> = owned
             .iter()
             .enumerate()
@@ -35,9 +35,12 @@ impl World {
                 AccessRecord::new(VolumeId(n as u64 + 1)).step(ask).expect("free").record
             })
             .collect();
-        let mut row = fresh();
+        let mut row = Row { trigger, ..fresh() };
         let member = row.members[0].clone();
-        row.members = (1..=owned.len() as u64).map(|id| Member { id, ..member.clone() }).collect();
+        let next_epoch = records[0].next_epoch.0;
+        row.members = (1..=owned.len() as u64)
+            .map(|id| Member { id, next_epoch, ..member.clone() })
+            .collect();
         let disks = records.clone();
         let mut world = Self {
             row,
@@ -53,13 +56,18 @@ impl World {
 
     fn tell(&mut self, input: Input) {
         if let Ok(step) = self.row.step(input) {
+            let again = step.row.attempt > self.row.attempt;
+            assert!(
+                !(again && self.row.stood && self.destination_alive),
+                "another try with the destination of this one"
+            );
             self.row = step.row;
         }
     }
 
-    fn plan(&self) -> Plan {
+    fn plan(&self, attempt: Try) -> Plan {
         Plan {
-            attempt: self.row.attempt(),
+            attempt,
             vm: "web".to_owned(),
             from: "a/web".to_owned(),
             to: "b/web".to_owned(),
@@ -79,9 +87,10 @@ impl World {
         Ok(())
     }
 
-    fn arm(&mut self, place: usize) -> Result<(), No> {
-        let plan = self.plan();
-        self.ask(place, Ask::Arm { plan: &plan, term: TERM, next_epoch: Epoch(2), generation: 0 })
+    fn arm(&mut self, attempt: Try, place: usize) -> Result<(), No> {
+        let plan = self.plan(attempt);
+        let next_epoch = Epoch(self.row.members[place].next_epoch);
+        self.ask(place, Ask::Arm { plan: &plan, term: TERM, next_epoch, generation: 0 })
     }
 
     fn grant(&self) -> Option<Grant> {
@@ -120,7 +129,7 @@ impl World {
     fn carry_out(&mut self, action: Action, answered: bool) {
         let attempt = self.row.attempt();
         let input = match action {
-            Action::Arm(place) => match self.arm(place) {
+            Action::Arm(place) => match self.arm(attempt, place) {
                 Ok(()) => Input::Armed(place),
                 Err(No::HandoffInProgress(other)) if other == attempt => Input::Armed(place),
                 Err(No::NoSuchHandoff(_)) => Input::Armed(place),
@@ -179,12 +188,18 @@ impl World {
                     (grant.session(), proof)
                 });
                 match self.ask(place, Ask::Settle { attempt, term: TERM, proof }) {
-                    Ok(()) | Err(No::NoSuchHandoff(_)) => Input::Settled(place),
+                    Ok(()) => Input::Settled(place, Some(self.records[place].next_epoch.0)),
+                    Err(No::NoSuchHandoff(_)) => Input::Settled(place, None),
                     Err(No::BadProof) => Input::ProofStale,
                     Err(error) => panic!("settle {place}: {error}"),
                 }
             }
-            Action::StopSource | Action::StopDestination => Input::LoserGone,
+            Action::StopDestination => {
+                // The next standby is another process.
+                self.destination_alive = false;
+                Input::LoserGone
+            }
+            Action::StopSource => Input::LoserGone,
             Action::Countdown | Action::OrderSeal | Action::OrderActivate => return,
         };
         if answered {
@@ -293,9 +308,11 @@ proptest! {
     #[test]
     fn every_handoff_ends_and_leaves_nothing_behind(
         owned in prop::collection::vec(prop::bool::weighted(0.9), 1..4),
+        explicit in any::<bool>(),
         moves in moves(),
     ) {
-        let mut world = World::new(&owned);
+        let trigger = if explicit { Trigger::Explicit } else { Trigger::Implicit };
+        let mut world = World::new(&owned, trigger);
         let members = owned.len();
         for next in moves {
             let attempt = world.row.attempt();
@@ -308,13 +325,13 @@ proptest! {
                 }
                 Move::Delay(place) => {
                     if world.row.due().contains(&Action::Arm(place % members)) {
-                        world.late.push(place % members);
+                        world.late.push((attempt, place % members));
                     }
                 }
                 Move::Deliver(n) => {
                     if !world.late.is_empty() {
-                        let place = world.late.remove(n % world.late.len());
-                        let _ = world.arm(place);
+                        let (attempt, place) = world.late.remove(n % world.late.len());
+                        let _ = world.arm(attempt, place);
                     }
                 }
                 Move::CoordinatorRestarts => world.tell(Input::Start),
@@ -331,8 +348,8 @@ proptest! {
             }
         }
         world.ends();
-        for place in std::mem::take(&mut world.late) {
-            let _ = world.arm(place);
+        for (attempt, place) in std::mem::take(&mut world.late) {
+            let _ = world.arm(attempt, place);
         }
         for record in &world.records {
             prop_assert!(record.handoff.is_none(), "left armed: {record:?}");
@@ -341,6 +358,8 @@ proptest! {
             prop_assert_eq!(world.row.outcome(), None);
             return Ok(());
         }
+        prop_assert!(world.row.attempt <= ATTEMPTS_MAX);
+        prop_assert!(explicit || world.row.attempt == 1);
         let winner = world.row.winner.expect("decided");
         let owner = if winner == Winner::Source { "a/web" } else { "b/web" };
         for (record, owned) in world.records.iter().zip(&owned) {
