@@ -9,7 +9,7 @@ mod inventory;
 mod machine;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::door::{Address, Door, DoorError, Peer};
@@ -61,6 +61,8 @@ pub(crate) struct Agent {
     inventory: Inventory,
     supervisor: Supervisor,
     machines: machine::Machines,
+    /// Held while a backend's configuration is replaced: callers that ask at once use the same new file.
+    configuring: Mutex<()>,
 }
 
 /// A running agent. Dropping it leaves backends and monitors running.
@@ -109,7 +111,8 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     });
     let facts = HostFacts::gather(&config.host).await;
     let machines = machine::Machines::default();
-    let agent = Arc::new(Agent { config, facts, inventory, supervisor, machines });
+    let configuring = Mutex::default();
+    let agent = Arc::new(Agent { config, facts, inventory, supervisor, machines, configuring });
     agent.take_over();
     let service = api::router(agent).into_make_service_with_connect_info::<Peer>();
     let task = tokio::spawn(async move {
@@ -153,6 +156,7 @@ impl Agent {
         );
         let config = at("toml");
         let new = at("toml.new");
+        let _alone = self.configuring.lock().unwrap_or_else(PoisonError::into_inner);
         std::fs::write(&new, toml)?;
         std::fs::rename(&new, &config)?;
         Ok(Launch {
