@@ -1,5 +1,5 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo demo-splitbrain test faults bench bench-cost bench-handoff check
+.PHONY: help build demo demo-splitbrain test faults bench bench-cost bench-idle bench-handoff check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
@@ -8,6 +8,7 @@ help:
 	@echo 'make faults  every process of a migration killed and frozen at every message (an hour)'
 	@echo 'make bench   side by side with qemu-storage-daemon, as a table of ratios'
 	@echo 'make bench-cost   instructions, system calls and allocations of a request, against what is stored (a minute after the build)'
+	@echo 'make bench-idle   what 100 backends with idle guests cost a host'
 	@echo 'make bench-handoff   what moving a disk costs the guest, as a table (minutes; writes docs/performance.md)'
 	@echo 'make check   formatting and lints'
 	@echo 'make build   the programs, in target/release'
@@ -33,6 +34,10 @@ bench:
 
 bench-cost:
 	@scripts/bench-cost.sh $(if $(BLESS),--bless)
+
+bench-idle:
+	cargo build --release --workspace --bins
+	BATON_BIN_DIR=$${CARGO_TARGET_DIR:-target}/release cargo run --release --quiet -p baton-integration --bin baton-bench -- idle
 
 bench-handoff:
 	@scripts/bench-handoff.sh

@@ -204,6 +204,13 @@ impl Daemon {
         Ok(kib * 1024)
     }
 
+    /// CPU time of all its threads, to the nanosecond, with those that have ended.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let pid = Pid::from_raw(i32::try_from(self.pid())?);
+        let time = nix::time::ClockId::pid_cpu_clock_id(pid)?.now()?;
+        Ok(Duration::from(time))
+    }
+
     /// Voluntary and other context switches of all threads so far: unchanged means that nothing woke up.
     pub fn context_switches(&self) -> Result<u64> {
         let mut total = 0;

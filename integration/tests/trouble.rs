@@ -60,6 +60,18 @@ fn twenty_kills_of_the_backend_lose_nothing() {
 }
 
 #[test]
+fn a_clean_end_gives_the_volume_back_and_raises_no_alarm() {
+    let mut stack = Stack::new("clean", 13);
+    for _ in 0..8 {
+        assert!(stack.backend.daemon.terminate(SOON).unwrap().success());
+        assert_eq!(stack.storage.show("v").unwrap()["access"]["phase"], "free");
+        let log = stack.backend.daemon.log();
+        assert!(!log.contains("ERROR") && !log.contains("WARN"), "{log}");
+        stack.backend.restart().unwrap();
+    }
+}
+
+#[test]
 fn kills_of_the_storage_server_are_a_pause() {
     if skip_without_qemu("kills_of_the_storage_server_are_a_pause") {
         return;

@@ -10,5 +10,6 @@ pub mod compare;
 pub mod cost;
 pub mod cpu;
 pub mod handoff;
+pub mod idle;
 pub mod load;
 pub mod stack;

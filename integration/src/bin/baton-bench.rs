@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail};
 use baton_integration::bench::compare::{CompareConfig, compare, table};
 use baton_integration::bench::cost;
 use baton_integration::bench::cpu::hold_cpus_awake;
+use baton_integration::bench::idle;
 use baton_integration::bench::load::{Job, Outcome, Pattern, run};
 use baton_integration::bench::stack::Kind;
 use clap::{Args, Parser, Subcommand};
@@ -33,6 +34,24 @@ enum Command {
     Compare(CompareArgs),
     /// Count what a request costs: instructions, system calls, allocations
     Cost(CostArgs),
+    /// Watch backends with idle guests: CPU, wake-ups, memory
+    Idle(IdleArgs),
+}
+
+#[derive(Debug, Args)]
+struct IdleArgs {
+    /// Backends, each with a guest and a volume of its own
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    backends: u16,
+    /// Queues of each guest's disk
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    queues: u16,
+    /// Seconds to watch
+    #[arg(long, default_value_t = 30.0)]
+    seconds: f64,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -143,6 +162,7 @@ fn main() -> ExitCode {
     let done = match (cli.command, cli.load) {
         (Some(Command::Compare(args)), _) => run_compare(args),
         (Some(Command::Cost(args)), _) => run_cost(args),
+        (Some(Command::Idle(args)), _) => run_idle(args),
         (None, Some(args)) => run_load(args),
         (None, None) => Err(anyhow::anyhow!("give --socket, or the command compare; see --help")),
     };
@@ -238,6 +258,13 @@ fn run_cost(args: CostArgs) -> Result<ExitCode> {
         "baton-bench: if that is meant to be, store it with `make bench-cost BLESS=1` and say why in the commit"
     );
     Ok(ExitCode::FAILURE)
+}
+
+fn run_idle(args: IdleArgs) -> Result<ExitCode> {
+    let idle = idle::measure(usize::from(args.backends), args.queues, seconds(args.seconds)?)?;
+    let text = if args.json { serde_json::to_string_pretty(&idle)? } else { idle::table(&idle) };
+    writeln!(std::io::stdout(), "{text}")?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// What the programs were built with, most likely.

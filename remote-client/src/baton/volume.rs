@@ -469,7 +469,10 @@ fn control(link: &mut Link, shared: &Shared) {
             }
         }
         shared.tell(grown);
-        shared.tell_of_handoff(of_handoff);
+        // What happens to a volume that is being given back is not news: this process asked for it.
+        if release_until.is_none() {
+            shared.tell_of_handoff(of_handoff);
+        }
         if unreachable && resolved.elapsed() >= RESOLVE_PAUSE {
             shared.endpoint.refresh();
             resolved = Instant::now();
