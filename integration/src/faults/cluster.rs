@@ -62,6 +62,25 @@ impl Kept {
 
     /// Asks something; an answer that is no success is an error with its text.
     pub fn call(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
+        self.client().call(method, path, body)
+    }
+
+    /// Somebody who asks it, whichever process it is at that moment.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        Client { address: self.address }
+    }
+}
+
+/// Asks a daemon that is [`Kept`].
+#[derive(Clone, Copy, Debug)]
+pub struct Client {
+    address: SocketAddr,
+}
+
+impl Client {
+    /// See [`Kept::call`].
+    pub fn call(self, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
         let config = ureq::Agent::config_builder().timeout_global(Some(HTTP_TIMEOUT));
         let agent: ureq::Agent = config.http_status_as_error(false).build().into();
         let url = format!("http://{}{path}", self.address);

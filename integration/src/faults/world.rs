@@ -13,6 +13,7 @@ use crate::baton::Environment;
 use crate::daemon::Daemon;
 use crate::handoff::{Begin, Fleet, Host};
 use anyhow::{Context, Result};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -104,8 +105,22 @@ pub struct World {
 impl World {
     /// Starts the servers, the agents, the coordinator, and the backend and the VMM of the source.
     pub fn start(dir: &Path, case: Case, hits: &Path) -> Result<Self> {
-        let env = |actors: &[Actor]| environment(case, actors, hits);
-        let fleet = Fleet::start_in(dir, case.volumes, case.volumes, DISK_BYTES, |n| {
+        Self::begin(dir, case.volumes, hits, |actors| environment(case, actors, hits))
+    }
+
+    /// The same processes with no point at which anybody stops.
+    pub fn undisturbed(dir: &Path, volumes: usize) -> Result<Self> {
+        let hits = dir.join("hits");
+        Self::begin(dir, volumes, &hits, |_| hits_only(&hits))
+    }
+
+    fn begin(
+        dir: &Path,
+        volumes: usize,
+        hits: &Path,
+        env: impl Fn(&[Actor]) -> Environment,
+    ) -> Result<Self> {
+        let fleet = Fleet::start_in(dir, volumes, volumes, DISK_BYTES, |n| {
             env(&[if n == 0 { Actor::Anchor } else { Actor::Other }])
         })?;
         let host = |side: Side| {
@@ -130,6 +145,13 @@ impl World {
         world.host(Side::Source).own()?;
         world.start_vmm(Side::Source)?;
         Ok(world)
+    }
+
+    /// Starts one more coordinator, with a journal of its own in `dir`.
+    pub fn rival(&self, dir: &Path) -> Result<Kept> {
+        fs::create_dir_all(dir)?;
+        let named = [Side::Source, Side::Destination].map(|side| (side.host(), self.host(side)));
+        coordinator(dir, &self.fleet, named, &hits_only(&self.hits))
     }
 
     /// Starts a VMM on a host, whose backend runs; an earlier one is killed.

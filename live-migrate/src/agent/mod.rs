@@ -11,7 +11,7 @@ mod machine;
 mod zombie;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::door::{Address, Door, DoorError, Peer};
@@ -65,6 +65,8 @@ pub(crate) struct Agent {
     machines: machine::Machines,
     events: events::Events,
     zombies: zombie::Told,
+    /// Held while a backend's configuration is replaced: callers that ask at once use the same new file.
+    configuring: Mutex<()>,
 }
 
 /// A running agent. Dropping it leaves backends and monitors running.
@@ -118,8 +120,17 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let facts = HostFacts::gather(&config.host).await;
     let machines = machine::Machines::default();
     let (events, zombies) = (events::Events::new(), zombie::Told::default());
-    let agent = Agent { config, facts, inventory, supervisor, machines, events, zombies };
-    let agent = Arc::new(agent);
+    let configuring = Mutex::default();
+    let agent = Arc::new(Agent {
+        config,
+        facts,
+        inventory,
+        supervisor,
+        machines,
+        events,
+        zombies,
+        configuring,
+    });
     let zombies = tokio::spawn(zombie::watch(Arc::clone(&agent), heard));
     agent.take_over();
     let service = api::router(agent).into_make_service_with_connect_info::<Peer>();
@@ -164,6 +175,7 @@ impl Agent {
         );
         let config = at("toml");
         let new = at("toml.new");
+        let _alone = self.configuring.lock().unwrap_or_else(PoisonError::into_inner);
         std::fs::write(&new, toml)?;
         std::fs::rename(&new, &config)?;
         Ok(Launch {

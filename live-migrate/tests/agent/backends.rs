@@ -35,6 +35,19 @@ async fn a_backend_is_started_shown_and_stopped() {
     agent.delete("/v1/vms/web/backend").await.expect("what is stopped stays so");
 }
 
+/// A coordinator that was killed, the one in its place, and a person: none of them is in the others' way.
+#[tokio::test]
+async fn who_asks_at_the_same_moment_gets_the_same_backend() {
+    let agent = Agent::start().await;
+    let pid = pid_of(&agent.start_backend("owner").await);
+    let ask = async || {
+        for _ in 0..50 {
+            assert_eq!(pid_of(&agent.start_backend("owner").await), pid);
+        }
+    };
+    tokio::join!(ask(), ask(), ask(), ask(), ask(), ask(), ask(), ask());
+}
+
 #[tokio::test]
 async fn backends_outlive_the_agent_and_are_found_again() {
     let mut agent = Agent::start().await;

@@ -72,9 +72,10 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Tells the control connection.
+    /// Tells the control connection: at once, or when it asks.
     pub(crate) fn tell(&mut self, event: baton_protocol::Event) {
         self.server.last_event = event.id;
+        self.server.latest = Some(event);
         for live in self.live.values_mut() {
             if live.connection.parked.is_some() {
                 self.server.tell_event(&mut live.connection, event);

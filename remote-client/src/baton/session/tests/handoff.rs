@@ -29,15 +29,18 @@ fn plan(from: &str, to: &str, anchor: VolumeId, mode: Mode) -> Plan {
     }
 }
 
+fn arm(server: &mut Server, plan: &Plan) {
+    let next_epoch = server.record.as_ref().expect("claimed").next_epoch;
+    server.step(Input::Arm { plan, term: 1, next_epoch, generation: 1 }).expect("owned");
+}
+
 /// A server whose volume is armed, owned by the source.
 fn armed(from: (&str, SessionId), to: &str, mode: Mode) -> Server {
     let mut server = Server::new(8192);
     server.record = Some(AccessRecord::new(VolumeId(0xabc)));
     server.step(Input::Claim { name: from.0, session: from.1 }).expect("free");
     let plan = plan(from.0, to, VolumeId(0xabc), mode);
-    server
-        .step(Input::Arm { plan: &plan, term: 1, next_epoch: server.next_epoch, generation: 1 })
-        .expect("owned");
+    arm(&mut server, &plan);
     server
 }
 
@@ -313,9 +316,7 @@ fn no_request_ever_carries_an_epoch_that_nobody_had() {
         server.record = Some(record);
         server.step(Input::Claim { name: "host/vm", session: ME }).expect("free");
         let plan = plan("host/vm", "other/vm", VolumeId(0xabc), Mode::Base);
-        server
-            .step(Input::Arm { plan: &plan, term: 1, next_epoch: server.next_epoch, generation: 1 })
-            .expect("owned");
+        arm(&mut server, &plan);
         let mut p = pair(server, AccessMode::Owner, false);
         p.write(1, 0, &pattern(512, 1));
         p.send(cut);

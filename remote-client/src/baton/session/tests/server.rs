@@ -27,6 +27,8 @@ pub(crate) struct Server {
     pub(crate) payload_max: u32,
     pub(crate) window_requests: u32,
     pub(crate) last_event: u64,
+    /// The event that a connection learns as soon as it asks, if it does not know it.
+    pub(crate) latest: Option<Event>,
     /// Durability generation; zero: the server does not say.
     pub(crate) generation: u64,
     /// Answer every HELLO with this.
@@ -108,6 +110,7 @@ impl Server {
             payload_max: 1 << 20,
             window_requests: 1024,
             last_event: 0,
+            latest: None,
             generation: 1,
             refuse: None,
             refuse_requests: None,
@@ -132,6 +135,7 @@ impl Server {
         self.windows.clear();
         self.ran.clear();
         self.last_event = 0;
+        self.latest = None;
     }
 
     /// Takes bytes of one connection.
@@ -197,6 +201,10 @@ impl Server {
         }
         if h.opcode == Opcode::Event {
             c.parked = Some((h.seq, h.offset));
+            // It may have happened between WELCOME and this request.
+            if let Some(event) = self.latest.filter(|event| event.id > h.offset) {
+                self.tell_event(c, event);
+            }
             return;
         }
         if arrival == Arrival::Done && h.opcode.is_mutation() {
