@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::handoff::MemberHandle;
+use crate::inflight::MadeHere;
 use crate::log_limit::LogLimit;
 use crate::queue::Disk;
 use crate::queue::mailbox::QueueHandle;
@@ -95,6 +96,7 @@ impl DiskServer {
             size_bytes: AtomicU64::new(geometry.size_bytes),
             read_only: options.read_only || geometry.read_only,
             id: geometry.id,
+            inflight_made: MadeHere::default(),
             status: DiskStatus::new(options.num_queues),
             member,
         });
@@ -213,7 +215,9 @@ impl DiskServer {
             Ok(Reply::Number(value)) => connection.reply(number, &value.to_le_bytes(), None)?,
             Ok(Reply::Bytes(body)) => connection.reply(number, &body, None)?,
             Ok(Reply::WithFd(body, fd)) => connection.reply(number, &body, Some(fd.as_fd()))?,
-            Err(refused) if has_own_answer(number) => return Err(refused.into()),
+            Err(refused) if has_own_answer(number) || refused.ends_connection() => {
+                return Err(refused.into());
+            }
             Err(refused) => {
                 if let Some(suppressed) = refusals.permit() {
                     tracing::warn!(disk = self.disk.name, suppressed, "{}", chain(&refused));

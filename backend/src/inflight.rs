@@ -13,10 +13,11 @@
 //! marks, record the used index. A used index that differs from the recorded
 //! one on restart means the kill fell between, and the linked batch is cleared.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::memory::Mapping;
 use crate::vhost_user::message::InflightDescription;
@@ -32,6 +33,39 @@ const WRITE_THROUGH: u64 = 1 << 63;
 /// Bytes of one ring's part.
 fn ring_bytes(queue_size: u16) -> usize {
     (HEADER_BYTES + ENTRY_BYTES * usize::from(queue_size)).next_multiple_of(64)
+}
+
+/// In-flight regions that this process has made, the latest ones.
+///
+/// A front-end keeps its region over a reconnect. So one that brings a region that
+/// was not made here has run on an earlier process.
+#[derive(Debug, Default)]
+pub struct MadeHere(Mutex<VecDeque<(libc::dev_t, libc::ino_t)>>);
+
+impl MadeHere {
+    /// A front-end asks for one when it first starts: more than ever try.
+    const MAX: usize = 64;
+
+    /// This one was.
+    pub fn add(&self, fd: &OwnedFd) {
+        let Ok(id) = identity(fd) else { return };
+        let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if made.len() == Self::MAX {
+            made.pop_front();
+        }
+        made.push_back(id);
+    }
+
+    /// Whether this one was.
+    #[must_use]
+    pub fn has(&self, fd: &OwnedFd) -> bool {
+        let made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        identity(fd).is_ok_and(|id| made.contains(&id))
+    }
+}
+
+fn identity(fd: &OwnedFd) -> nix::Result<(libc::dev_t, libc::ino_t)> {
+    nix::sys::stat::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino))
 }
 
 /// The whole region, for all rings of a device.

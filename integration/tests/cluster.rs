@@ -112,7 +112,7 @@ fn what_cannot_be_done_is_refused_and_changes_nothing() {
     refused(&cluster, &migrate(VM, "host-a"), 1, "owns the volumes");
 
     cluster.hosts[1].agent.kill().unwrap();
-    refused(&cluster, &migrate(VM, "host-b"), 1, "host-b");
+    refused(&cluster, &migrate(VM, "host-b"), 4, "the source host-a owns the volumes");
     // Whoever was armed is disarmed, and the guest has noticed nothing.
     cluster.wait_owner("host-a").unwrap();
     let why = cluster.does(&["handoff", "why", VM]).unwrap();

@@ -435,3 +435,36 @@ fn no_sync_between_the_stop_and_the_first_answer() {
     assert_eq!((syncs.before_decision, syncs.before_first_io), (0, 0), "{syncs:?}");
     assert!(syncs.later > 0, "the decision is stored all the same: {syncs:?}");
 }
+
+/// It would go on with the memory and the requests of then, as soon as the new backend is granted the volumes.
+#[test]
+fn row_08_a_machine_of_an_earlier_try_is_turned_away() {
+    let mut scene = Scene::new(1, 1, "fast");
+    let mut old = scene.start_there();
+    let stale = block(0xee);
+    old[0].queue(0).submit(&Request::Write { sector: 0, data: &stale }).unwrap();
+    old[0].queue(0).kick().unwrap();
+    scene.fleet.reclaim(&scene.attempt).unwrap();
+    scene.fleet.settle(&scene.attempt).unwrap();
+    scene.destination.wait_standing("parked").unwrap();
+
+    // The next try has a backend of its own, at the same socket.
+    scene.destination.daemon.kill().unwrap();
+    scene.destination.restart().unwrap();
+    scene.attempt = scene.fleet.arm("host-a/vm", "host-b/vm").unwrap();
+    scene.destination.wait_standing("ready").unwrap();
+    for _ in 0..3 {
+        let turned_away = old[0].reconnect().and_then(|()| old[0].capacity());
+        assert!(turned_away.is_err(), "{turned_away:?}");
+    }
+    assert!(scene.destination.daemon.log().contains("the old machine must not run here"));
+    assert_eq!(scene.destination.standing().unwrap(), "ready", "its rings were not started");
+
+    scene.write_more();
+    scene.stop();
+    let mut new = scene.start_there();
+    Scene::check(&mut new);
+    // The machine that is at home here may come back.
+    new[0].reconnect().unwrap();
+    Scene::check(&mut new);
+}

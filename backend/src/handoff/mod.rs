@@ -43,6 +43,8 @@ struct State {
     role: Role,
     /// What each member's server said last.
     views: Vec<Option<(u64, AccessRecord)>>,
+    /// Whether each member was another's when this process first saw it.
+    foreign: Vec<Option<bool>>,
     /// The last handoff that named this VM.
     last: Option<(Try, Side)>,
     /// Members whose rings run, and those that have stopped but not drained.
@@ -134,6 +136,7 @@ impl VmHandoff {
             standing: role.standing(),
             role,
             views: vec![None; members.len()],
+            foreign: vec![None; members.len()],
             last: None,
             running: vec![false; members.len()],
             draining: vec![false; members.len()],
@@ -278,6 +281,11 @@ impl VmHandoff {
                 state.last = Some((plan.attempt, side));
             }
         }
+        state.foreign[member].get_or_insert_with(|| {
+            let owned = record.owner.as_ref().is_some_and(|owner| owner.name == self.owner);
+            let leaves = record.handoff.as_ref().is_some_and(|h| h.plan.from == self.owner);
+            !owned && !leaves
+        });
         state.views[member] = Some((boot_id, record.clone()));
     }
 
@@ -383,6 +391,14 @@ impl MemberHandle {
     /// New requests of the disk wait for the storage's word.
     pub(crate) fn is_held(&self) -> bool {
         self.vm.state().role.is_held(self.at)
+    }
+
+    /// The machine of this process comes from another host, with its memory: one
+    /// that has been here before is of an earlier try, and its memory is of then.
+    /// Also as long as the storage has not said whose the volume is.
+    pub(crate) fn awaits_machine(&self) -> bool {
+        let claimed = self.vm.members[self.at].port().claimed().is_some();
+        !claimed && self.vm.state().foreign[self.at].unwrap_or(true)
     }
 
     /// They wait for ever, and that was said.

@@ -25,7 +25,7 @@ use baton_remote_client::Volume;
 
 use crate::dirty_log::DirtyLog;
 use crate::handoff::MemberHandle;
-use crate::inflight::InflightRing;
+use crate::inflight::{InflightRing, MadeHere};
 use crate::status::DiskStatus;
 use crate::virtio_blk::request::ID_BYTES;
 use crate::virtqueue::RingAddresses;
@@ -51,6 +51,8 @@ pub struct Disk {
     pub read_only: bool,
     /// Device ID string.
     pub id: [u8; ID_BYTES],
+    /// In-flight regions that front-ends got from this process.
+    pub inflight_made: MadeHere,
     /// For who only looks.
     pub status: DiskStatus,
     /// Its place in the VM's handoff, if the volume can be handed over.

@@ -51,10 +51,24 @@ pub enum Refused {
     /// A descriptor that is missing.
     #[error("ring {0} came without a kick event, and this back-end does not poll")]
     NoKick(u32),
+    /// A machine that ran here before an earlier try: it would go on with the memory of then.
+    #[error(
+        "the front-end brings requests of an earlier backend, but this one waits for a machine that comes with its memory; the old machine must not run here any more: end it"
+    )]
+    EarlierMachine,
     /// Device state that is not empty.
     #[error("the front-end loads device state, of which this device has none")]
     DeviceState,
     /// A request this back-end does not have.
     #[error("vhost-user request {0} is not supported")]
     Unknown(u32),
+}
+
+impl Refused {
+    /// The front-end must not go on as if nothing had happened, and would: it need
+    /// not ask how the request ended.
+    #[must_use]
+    pub const fn ends_connection(&self) -> bool {
+        matches!(self, Self::EarlierMachine)
+    }
 }

@@ -275,6 +275,10 @@ impl<'a> Session<'a> {
             Request::SetConfig { offset, payload } => self.set_config(offset, &payload)?,
             Request::GetInflightFd(wanted) => return self.make_inflight(wanted),
             Request::SetInflightFd(description, fd) => {
+                let awaits = self.disk.member.as_ref().is_some_and(MemberHandle::awaits_machine);
+                if awaits && !self.disk.inflight_made.has(&fd) {
+                    return Err(Refused::EarlierMachine);
+                }
                 let region = InflightRegion::map(&fd, description)
                     .map_err(|source| Refused::Map { what: "the in-flight region", source })?;
                 self.writeback &= !region.is_write_through();
@@ -424,6 +428,7 @@ impl<'a> Session<'a> {
         let (region, fd, made) = InflightRegion::create(num_queues, queue_size)
             .map_err(|source| Refused::Map { what: "an in-flight region", source })?;
         region.set_write_through(!self.writeback);
+        self.disk.inflight_made.add(&fd);
         self.inflight = Some(Arc::new(region));
         let mut body = [made.mmap_size.to_le_bytes(), made.mmap_offset.to_le_bytes()].concat();
         body.extend(num_queues.to_le_bytes());

@@ -31,6 +31,8 @@ use crate::watch::{Violation, Watch};
 const LIVENESS: Time = 1500 * MS;
 /// How long an operator waits for what cannot be decided.
 const OPERATOR: Time = 500 * MS;
+/// No world takes longer, unless nobody gets out of it: 10 minutes.
+const END: Time = 600_000 * MS;
 /// The longest that something goes wrong.
 const FAULT_MAX: Time = 90 * MS;
 
@@ -216,6 +218,10 @@ impl World {
     fn play(&mut self) {
         while let Some((at, event)) = self.stage.agenda.next() {
             self.stage.now = at;
+            if at > END {
+                self.stage.watch.broken("end", "a guest does not go on, whatever is tried".into());
+                return;
+            }
             if let Some(thaws) = self.frozen_until(&event).filter(|thaws| *thaws > at) {
                 self.stage.agenda.put(thaws, event);
                 continue;
