@@ -7,14 +7,20 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// An error of the metadata engine. Boxed: the engine's own type is large.
+/// Why the metadata could not be read or written.
 #[derive(Debug, Error)]
-#[error(transparent)]
-pub struct MetaError(Box<redb::Error>);
+pub enum MetaError {
+    /// Boxed: the engine's own type is large.
+    #[error(transparent)]
+    Engine(Box<redb::Error>),
+    /// The change is durable and may be there after a restart, although its caller is told that it failed.
+    #[error("cannot note in pool.dat that the change is durable")]
+    Mark(#[source] io::Error),
+}
 
 impl<E: Into<redb::Error>> From<E> for MetaError {
     fn from(source: E) -> Self {
-        Self(Box::new(source.into()))
+        Self::Engine(Box::new(source.into()))
     }
 }
 
@@ -56,6 +62,10 @@ pub enum OpenError {
     ExtentSize { path: PathBuf, found: u64, expected: u64 },
     #[error("{} belongs to another pool than the files beside it; restore files of one pool together", path.display())]
     ForeignFile { path: PathBuf },
+    #[error(
+        "{} is at change {found} although change {acknowledged} was acknowledged: its disk lost a write, damaged the last one, or the file was put back from a copy; restore all files of the pool together from the newest copy", path.display()
+    )]
+    RolledBack { path: PathBuf, found: u64, acknowledged: u64 },
     #[error("cannot read or write the metadata in {}; check the disk under it", path.display())]
     Metadata {
         path: PathBuf,

@@ -58,6 +58,27 @@ impl PoolHeader {
     }
 }
 
+pub(super) const MARK_BYTES: usize = 32;
+/// Where marks lie in slot 0: change numbers in turn, each on a page of its own.
+pub(super) const MARK_OFFSETS: [u64; 2] = [4096, 8192];
+const MARK_MAGIC: [u8; 8] = *b"BATNMARK";
+
+/// Change `change` of meta.redb was acknowledged. The checksum starts from the pool's id.
+pub(super) fn encode_mark(change: u64, pool_id: &PoolId) -> [u8; MARK_BYTES] {
+    let mut bytes = [0; MARK_BYTES];
+    bytes[0..8].copy_from_slice(&MARK_MAGIC);
+    bytes[8..16].copy_from_slice(&change.to_le_bytes());
+    let crc = pool_crc(pool_id, &bytes[..28]);
+    bytes[28..32].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
+/// `None` if this is no mark, a damaged one or another pool's.
+pub(super) fn decode_mark(bytes: &[u8; MARK_BYTES], pool_id: &PoolId) -> Option<u64> {
+    let whole = bytes[0..8] == MARK_MAGIC && u32_at(bytes, 28) == pool_crc(pool_id, &bytes[..28]);
+    whole.then(|| u64_at(bytes, 8))
+}
+
 pub(super) const RECORD_BYTES: usize = 32;
 /// First two bytes of every journal record; the third is the kind.
 const RECORD_MAGIC: [u8; 2] = *b"XM";
@@ -85,7 +106,7 @@ impl Record {
         bytes[8..16].copy_from_slice(&self.volume.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.seq.to_le_bytes());
         bytes[24..28].copy_from_slice(&self.slot.to_le_bytes());
-        let crc = record_crc(pool_id, &bytes);
+        let crc = pool_crc(pool_id, &bytes[..28]);
         bytes[28..32].copy_from_slice(&crc.to_le_bytes());
         bytes
     }
@@ -96,7 +117,7 @@ impl Record {
         if bytes[0..2] != RECORD_MAGIC
             || !kind_fits
             || bytes[3] != 0
-            || u32_at(bytes, 28) != record_crc(pool_id, bytes)
+            || u32_at(bytes, 28) != pool_crc(pool_id, &bytes[..28])
         {
             return None;
         }
@@ -109,8 +130,9 @@ impl Record {
     }
 }
 
-fn record_crc(pool_id: &PoolId, bytes: &[u8; RECORD_BYTES]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(pool_id), &bytes[..28])
+/// Bytes of another pool fail it.
+fn pool_crc(pool_id: &PoolId, bytes: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(pool_id), bytes)
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -165,7 +187,23 @@ mod tests {
     }
 
     #[test]
+    fn golden_mark() {
+        let bytes = encode_mark(0x0102_0304_0506_0708, &ID);
+        assert_eq!(bytes[..16], *b"BATNMARK\x08\x07\x06\x05\x04\x03\x02\x01");
+        assert_eq!(bytes[16..28], [0; 12]);
+        assert_eq!(decode_mark(&bytes, &ID), Some(0x0102_0304_0506_0708));
+        assert_eq!(decode_mark(&bytes, &[8; 16]), None, "another pool's mark");
+        assert_eq!(decode_mark(&[0; MARK_BYTES], &ID), None);
+    }
+
+    #[test]
     fn any_flipped_bit_is_noticed() {
+        let mark = encode_mark(9, &ID);
+        for bit in 0..MARK_BYTES * 8 {
+            let mut bad = mark;
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(decode_mark(&bad, &ID), None, "bit {bit}");
+        }
         let record = Record { seq: 9, volume: 5, extent: 3, slot: 0 }.encode(&ID);
         for bit in 0..RECORD_BYTES * 8 {
             let mut bad = record;

@@ -1,6 +1,6 @@
 //! `meta.redb`: volumes, access records, the extent map as of the last checkpoint, and what the pool is.
 //!
-//! Every change is one durable transaction. Does not know the journal's files, slots' contents or running I/O.
+//! Every change is one durable transaction with a number, which `mark` keeps outside this file. Does not know the journal's files, slots' contents or running I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -10,6 +10,7 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTran
 use super::error::MetaError;
 use super::generation::DurabilityRow;
 use super::layout::{EXTENT_BYTES, FORMAT_VERSION, PoolId};
+use super::mark::Mark;
 
 /// Names and numbers: see the keys below.
 const FORMAT: TableDefinition<'_, &str, u64> = TableDefinition::new("format");
@@ -33,6 +34,8 @@ const KEY_POOL_ID_HIGH: &str = "pool_id_high";
 const KEY_APPLIED_SEQ: &str = "applied_seq";
 /// A checkpoint in several transactions is under way: the journal must still reach this record.
 const KEY_CHECKPOINT_SEQ: &str = "checkpoint_seq";
+/// Number of the last change of this file. Absent in pools made before there was one, until their first change.
+const KEY_CHANGE: &str = "change";
 
 /// Rows per transaction of long work: about 10 ms, so that an access record never waits long for its turn.
 pub(super) const ROWS_PER_TXN: usize = if cfg!(test) { 16 } else { 4096 };
@@ -42,6 +45,8 @@ const CACHE_BYTES: usize = 16 << 20;
 #[derive(Debug)]
 pub(super) struct Meta {
     db: Database,
+    /// `None` until `keep_mark`: while a pool is made, there is nothing that was acknowledged.
+    mark: Option<Mark>,
 }
 
 /// What the format table says, before anything else is believed.
@@ -73,7 +78,7 @@ impl Meta {
     /// Makes a new database with nothing but the format in it.
     pub(super) fn create(path: &Path, pool_id: &PoolId) -> Result<Self, MetaError> {
         let db = builder().create(path)?;
-        let meta = Self { db };
+        let meta = Self { db, mark: None };
         let (low, high) = halves(pool_id);
         meta.change(|txn| {
             let mut format = txn.open_table(FORMAT)?;
@@ -92,7 +97,19 @@ impl Meta {
 
     pub(super) fn open(path: &Path) -> Result<Self, MetaError> {
         let db = builder().open(path)?;
-        Ok(Self { db })
+        Ok(Self { db, mark: None })
+    }
+
+    /// From now on every change is noted in `mark`.
+    pub(super) fn keep_mark(&mut self, mark: Mark) {
+        self.mark = Some(mark);
+    }
+
+    /// Number of the last change; 0 in a pool of an older server.
+    pub(super) fn last_change(&self) -> Result<u64, MetaError> {
+        let txn = self.db.begin_read()?;
+        let format = txn.open_table(FORMAT)?;
+        Ok(format.get(KEY_CHANGE)?.map_or(0, |value| value.value()))
     }
 
     /// `None` if the database is sound but not ours.
@@ -212,6 +229,14 @@ impl Meta {
         forgotten.unwrap();
     }
 
+    /// Makes it look like a pool of a server that did not number its changes.
+    #[cfg(test)]
+    pub(super) fn forget_changes(&self) {
+        let txn = self.db.begin_write().unwrap();
+        txn.open_table(FORMAT).unwrap().remove(KEY_CHANGE).unwrap();
+        txn.commit().unwrap();
+    }
+
     /// After this the volume does not exist; its rows in the extents table mean nothing and wait for `purge`.
     pub(super) fn delete_volume(&self, id: u64) -> Result<(), MetaError> {
         self.change(|txn| {
@@ -290,15 +315,21 @@ impl Meta {
         }
     }
 
-    /// One durable transaction.
+    /// One durable transaction, and then the mark, so that who is told of it can rely on finding it again.
     fn change(
         &self,
         work: impl FnOnce(&WriteTransaction) -> Result<(), MetaError>,
     ) -> Result<(), MetaError> {
         let txn = self.db.begin_write()?;
         work(&txn)?;
+        let number = {
+            let mut format = txn.open_table(FORMAT)?;
+            let last = format.get(KEY_CHANGE)?.map_or(0, |value| value.value());
+            format.insert(KEY_CHANGE, last + 1)?;
+            last + 1
+        };
         txn.commit()?;
-        Ok(())
+        self.mark.as_ref().map_or(Ok(()), |mark| mark.durable(number)).map_err(MetaError::Mark)
     }
 }
 

@@ -12,6 +12,7 @@
 //! | `slots` | which slots are free and may be handed out |
 //! | `journal` | map changes since the last checkpoint |
 //! | `meta` | redb: volumes, access records, checkpointed map |
+//! | `mark` | whether redb is as new as it was |
 //! | `pool_file` | bytes and space of `pool.dat` |
 //! | `core` | what volumes share: mapping, unmapping, sync, checkpoint |
 //! | `volume`, `read_plan` | byte ranges of one volume |
@@ -27,6 +28,7 @@ mod generation;
 mod journal;
 mod layout;
 mod lock;
+mod mark;
 mod meta;
 mod pool_file;
 mod probe;

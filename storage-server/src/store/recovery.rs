@@ -21,6 +21,7 @@ use super::layout::{
     POOL_FILE, POOL_HEADER_BYTES, PoolHeader, PoolId, Record,
 };
 use super::lock::try_lock;
+use super::mark::Mark;
 use super::meta::{Loaded, Meta};
 use super::pool_file::{PoolFile, slot_offset};
 use super::slots::Slots;
@@ -40,8 +41,10 @@ pub(super) fn open(
         create(dir, &files, &pool)?;
     }
     let pool_id = check_header(&files.pool, &pool)?;
+    let mark = pool.try_clone().and_then(|pool| Mark::read(pool, pool_id));
+    let mark = mark.map_err(file("read", &files.pool))?;
     let pool = PoolFile::new(pool).map_err(file("read", &files.pool))?;
-    let meta = open_meta(&files.meta, &pool_id)?;
+    let meta = open_meta(&files.meta, &pool_id, mark)?;
     let journal = Journal::new(open_journal(&files)?, pool_id);
     let read = |n: usize| journal.read(n).map_err(file("read", &files.journal[n]));
     let runs = [read(0)?, read(1)?];
@@ -213,15 +216,20 @@ fn check_format(path: &Path, version: u64, extent_bytes: u64) -> Result<(), Open
     Ok(())
 }
 
-fn open_meta(path: &Path, pool_id: &PoolId) -> Result<Meta, OpenError> {
+fn open_meta(path: &Path, pool_id: &PoolId, mark: Mark) -> Result<Meta, OpenError> {
     let error = |source| OpenError::Metadata { path: path.to_owned(), source };
-    let meta = Meta::open(path).map_err(error)?;
+    let mut meta = Meta::open(path).map_err(error)?;
     let format = meta.format().map_err(error)?;
     let format = format.ok_or_else(|| damaged(path, "it does not say its format"))?;
     check_format(path, format.version, format.extent_bytes)?;
     if format.pool_id != *pool_id {
         return Err(OpenError::ForeignFile { path: path.to_owned() });
     }
+    let (found, acknowledged) = (meta.last_change().map_err(error)?, mark.change());
+    if found < acknowledged {
+        return Err(OpenError::RolledBack { path: path.to_owned(), found, acknowledged });
+    }
+    meta.keep_mark(mark);
     Ok(meta)
 }
 

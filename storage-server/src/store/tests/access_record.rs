@@ -1,7 +1,6 @@
 //! F7: a torn or old metadata page. Whatever happens to the file that holds the
 //! access records, an opening store gives back the record that was acknowledged
-//! last, or refuses with a sentence; never one from before. Two tests show where
-//! that does not hold yet; `docs/on-disk.md` section 7 says so.
+//! last, or refuses with a sentence; never one from before.
 
 use super::*;
 use crate::store::layout::META_FILE;
@@ -69,7 +68,6 @@ fn f7_a_damaged_page_gives_no_older_right_back() {
 }
 
 #[test]
-#[ignore = "known hole: after a kill the engine falls back to the commit before a damaged one"]
 fn f7_a_page_damaged_after_a_kill_gives_no_older_right_back() {
     damage_every_page(false);
 }
@@ -115,7 +113,6 @@ fn f7_a_truncated_file_gives_no_older_right_back() {
 
 /// A page of the file as it was before the second record, in the file as it is now.
 #[test]
-#[ignore = "known hole: an old header (a lost write) gives the commit before it back"]
 fn f7_an_old_page_gives_no_older_right_back() {
     let (dir, store, volume) = with_volume(8, MIB);
     let id = volume.id();

@@ -6,6 +6,7 @@ mod model;
 mod opening;
 mod power_loss;
 mod races;
+mod rollback;
 mod space;
 
 use std::fs;
