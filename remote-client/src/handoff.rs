@@ -75,6 +75,10 @@ pub trait HandoffPort: Send + Sync + Debug {
     /// Shows the anchor's decision on the control connection.
     fn open(&self, open: Open);
 
+    /// As [`HandoffPort::open`], but a little later: nobody waits for it, and the
+    /// guest waits for its other disks meanwhile. [`HandoffPort::go`] does it by itself.
+    fn open_later(&self, open: Open);
+
     /// Takes effect on each queue as soon as it rests: what is submitted
     /// afterwards waits for [`HandoffPort::go`].
     fn hold(&self);

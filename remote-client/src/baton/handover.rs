@@ -39,6 +39,7 @@ pub(crate) struct Course {
 enum Errand {
     Ask(Try, Asked),
     Open(Open),
+    OpenLater(Open),
 }
 
 /// See the module's documentation.
@@ -107,6 +108,7 @@ impl Errands {
                 Errand::Ask(attempt, Asked::Seal) => self.seal = Some(attempt),
                 Errand::Ask(attempt, ask) => session.ask(now, attempt, ask),
                 Errand::Open(open) => session.open(now, open),
+                Errand::OpenLater(open) => session.open_later(now, open),
             }
         }
         if !course.held {
@@ -249,6 +251,10 @@ impl HandoffPort for Shared {
 
     fn open(&self, open: Open) {
         self.send_for(Errand::Open(open));
+    }
+
+    fn open_later(&self, open: Open) {
+        self.send_for(Errand::OpenLater(open));
     }
 
     fn hold(&self) {

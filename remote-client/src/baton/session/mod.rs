@@ -406,18 +406,29 @@ impl Session {
             State::Backoff { until } => Some(until),
             State::Connecting { since } => Some(since + self.timing.connect),
             State::Hello { since } => Some(since + self.timing.hello),
-            State::Ready { .. } if !self.was_live => None,
-            State::Ready { .. } => Some(match self.pinged {
-                Some(at) => at + self.timing.dead_after,
-                None => self.heard + self.timing.ping_after,
-            }),
+            State::Ready { .. } => {
+                [self.silent_at(), self.kept_back_until()].into_iter().flatten().min()
+            }
             State::Idle | State::Fenced | State::Lost => None,
         }
     }
 
+    /// When a server that owes an answer has been silent for too long: for a PING, or for good.
+    fn silent_at(&self) -> Option<Instant> {
+        self.was_live.then(|| match self.pinged {
+            Some(at) => at + self.timing.dead_after,
+            None => self.heard + self.timing.ping_after,
+        })
+    }
+
     /// Acts on whatever deadline has passed. May be called at any time.
     pub(crate) fn on_timer(&mut self, now: Instant) {
-        if self.deadline().is_none_or(|deadline| now < deadline) {
+        if let State::Ready { .. } = self.state {
+            self.catch_up(now);
+            if self.silent_at().is_none_or(|at| now < at) {
+                return;
+            }
+        } else if self.deadline().is_none_or(|deadline| now < deadline) {
             return;
         }
         match self.state {
