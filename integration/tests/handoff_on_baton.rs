@@ -149,6 +149,8 @@ fn a_vm_moves_with_its_writes_and_back_again() {
         let status = scene.destination.status().unwrap();
         let timings = &status["handoff"]["timings"];
         assert!(timings["first_io_us"].is_u64() && timings["activate_us"].is_u64(), "{timings}");
+        let welcomed = &status["handoff"]["members"][0]["welcomed_us"];
+        assert!(welcomed.as_u64().is_some_and(|us| us > 0), "{welcomed}");
         let log = scene.source.daemon.log();
         assert_eq!(log.matches("stop this VM").count(), 1, "said once, for all disks: {log}");
         assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");

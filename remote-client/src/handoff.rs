@@ -7,6 +7,7 @@
 
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
 
 use baton_protocol::access::AccessRecord;
 use baton_protocol::handoff::role::Asked;
@@ -63,6 +64,10 @@ pub trait HandoffPort: Send + Sync + Debug {
     /// What the claim at opening was granted; `None` in standby. Does not change
     /// with a handoff.
     fn claimed(&self) -> Option<Epoch>;
+
+    /// How long the server took to welcome the control connection: in standby a
+    /// round trip, for who claimed the volume also what that took.
+    fn welcomed_after(&self) -> Duration;
 
     /// Sets who is told. The record as it stands is told soon.
     fn listen(&self, listener: HandoffListener);

@@ -117,6 +117,8 @@ struct ShownMember {
     epoch: Option<Epoch>,
     held: bool,
     boot_id: Option<String>,
+    /// How long the server took to welcome the control connection, µs.
+    welcomed_us: u64,
 }
 
 impl VmHandoff {
@@ -215,6 +217,12 @@ impl VmHandoff {
                 epoch: view.map(|(_, record)| record.epoch),
                 held: state.role.is_held(at),
                 boot_id: view.map(|(boot_id, _)| format!("{boot_id:016x}")),
+                welcomed_us: member
+                    .port()
+                    .welcomed_after()
+                    .as_micros()
+                    .try_into()
+                    .unwrap_or(u64::MAX),
             }
         });
         Shown {

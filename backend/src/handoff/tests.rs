@@ -1,6 +1,7 @@
 //! What the role's orders come to at the volumes, on a VM of two disks. The records are real ones.
 
 use std::sync::Mutex;
+use std::time::Duration;
 
 use baton_protocol::access::{AccessRecord, Input as RecordInput};
 use baton_protocol::handoff::{Answer, HandoffId, Key, Members, Mode, Outcome, Plan, Side, Try};
@@ -76,6 +77,10 @@ impl HandoffPort for Told {
 
     fn claimed(&self) -> Option<Epoch> {
         None
+    }
+
+    fn welcomed_after(&self) -> Duration {
+        Duration::ZERO
     }
 
     fn listen(&self, listener: HandoffListener) {

@@ -11,7 +11,7 @@
 //! Decides nothing. Lives in the volume's hub, under its lock.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_protocol::access::AccessRecord;
 use baton_protocol::handoff::role::Asked;
@@ -232,6 +232,10 @@ impl HandoffPort for Shared {
 
     fn claimed(&self) -> Option<Epoch> {
         (self.mode() == AccessMode::Owner).then_some(self.grant().epoch)
+    }
+
+    fn welcomed_after(&self) -> Duration {
+        Shared::welcomed_after(self)
     }
 
     fn listen(&self, listener: HandoffListener) {

@@ -184,6 +184,8 @@ pub(crate) struct Session {
     pinged: Option<Instant>,
     /// The server owed an answer when last looked.
     was_live: bool,
+    /// From HELLO to WELCOME of this connection.
+    welcomed_after: Option<Duration>,
     /// Number of the last event known.
     event: u64,
     completed: Vec<Completion>,
@@ -221,6 +223,7 @@ impl Session {
             heard: now,
             pinged: None,
             was_live: false,
+            welcomed_after: None,
             event: 0,
             completed: Vec::with_capacity(depth),
             notices: VecDeque::new(),
@@ -257,6 +260,11 @@ impl Session {
     /// Whether the driver should hold a socket.
     pub(crate) fn has_socket(&self) -> bool {
         self.is_open() || matches!(self.state, State::Connecting { .. })
+    }
+
+    /// How long the server took to welcome the last connection: in standby, where it writes nothing, a round trip.
+    pub(crate) fn welcomed_after(&self) -> Option<Duration> {
+        self.welcomed_after
     }
 
     pub(crate) fn in_flight(&self) -> usize {
@@ -461,6 +469,9 @@ impl Session {
         if self.table.longest() > welcome.payload_bytes_max {
             // Requests were cut for a server that took more.
             return self.dropped(now, Violation::Welcome("payload limit").into());
+        }
+        if let State::Hello { since } = self.state {
+            self.welcomed_after = Some(now.saturating_duration_since(since));
         }
         self.state = State::Ready { since: now };
         // Until the decision was shown it is the other side's epoch.
