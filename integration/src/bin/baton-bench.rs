@@ -113,7 +113,7 @@ struct CompareArgs {
     #[arg(long, value_enum, default_value = "baton")]
     a: Kind,
     /// The stack it is measured against; the same as --a shows how well this machine can tell
-    #[arg(long, value_enum, default_value = "qsd")]
+    #[arg(long, value_enum, default_value = "qsd-nbdkit")]
     b: Kind,
     /// Restarts of both stacks
     #[arg(long)]
