@@ -237,7 +237,8 @@ impl HandshakeError {
             Error::NoCertificatesPresented => Self::NoCertificate,
             Error::InvalidCertificate(cause) => Self::of_certificate(cause),
             Error::AlertReceived(alert) => match alert {
-                AlertDescription::UnknownCA => {
+                // It knows the issuer's name with another key.
+                AlertDescription::UnknownCA | AlertDescription::DecryptError => {
                     Self::Refused("our certificate is of another authority than it believes")
                 }
                 AlertDescription::CertificateExpired => {
