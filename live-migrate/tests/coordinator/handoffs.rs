@@ -173,6 +173,15 @@ async fn events_are_numbered_and_can_be_resumed() {
     let seen = all[1]["id"].as_str().expect("a cursor");
     let rest = events(&cluster, &format!("since={seen}"), "SETTLED").await;
     assert_eq!(rest, all[2..]);
+    // A cursor of a journal that was lost: told at once, not silent until the numbers meet.
+    let id = super::support::id();
+    let asked = async {
+        coordinator.prepare(&id).await.expect("READY");
+        coordinator.post(&id, "cancel").await.expect("cancelled");
+    };
+    let (told, ()) = tokio::join!(events(&cluster, "since=1000", "SETTLED"), asked);
+    assert_eq!(told[0]["type"], "baton.events.lost");
+    assert_eq!(told[1]["data"]["state"], "PREPARING");
 }
 
 /// Row 37 of the failure table: what an agent did by itself is told here, once.

@@ -3,7 +3,8 @@
 //!
 //! The log is bounded ([`EVENTS_MAX`]): who comes back with a cursor older than
 //! the oldest event kept gets `baton.events.lost` first, and must look at
-//! `/v1/handoffs` and `/v1/vms` anew.
+//! `/v1/handoffs` and `/v1/vms` anew. So does who comes with a cursor that is
+//! newer than the newest: the journal was lost in between.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -67,10 +68,19 @@ pub(super) async fn events(
         None => query(since)?.since,
     };
     let latest = core.journal.latest();
+    let newest = *latest.borrow();
     let resumed = cursor.is_some();
-    let cursor = cursor.unwrap_or_else(|| *latest.borrow());
-    let tail =
-        Tail { journal: core.journal.clone(), latest, cursor, ready: VecDeque::new(), resumed };
+    let mut ready = VecDeque::new();
+    let cursor = match cursor {
+        // The journal was lost and begun anew: that number's event will be another one.
+        Some(cursor) if cursor > newest => {
+            ready.push_back(lost(cursor.saturating_add(1), newest));
+            newest
+        }
+        Some(cursor) => cursor,
+        None => newest,
+    };
+    let tail = Tail { journal: core.journal.clone(), latest, cursor, ready, resumed };
     Ok(Sse::new(unfold(tail, next)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
 }
 
@@ -86,11 +96,7 @@ async fn next(mut tail: Tail) -> Option<(Result<SseEvent, Infallible>, Tail)> {
         match read.await.ok()? {
             Ok((events, oldest)) => {
                 if tail.resumed && tail.cursor.saturating_add(1) < oldest {
-                    let lost =
-                        json!({"from": tail.cursor + 1, "to": oldest - 1, "kept": EVENTS_MAX});
-                    let lost = cloud_event("baton.events.lost", oldest - 1, "", None, &lost);
-                    let event = SseEvent::default().event("baton.events.lost");
-                    tail.ready.push_back(event.data(lost.to_string()));
+                    tail.ready.push_back(lost(tail.cursor + 1, oldest - 1));
                 }
                 tail.resumed = false;
                 if let Some(last) = events.last() {
@@ -109,6 +115,13 @@ async fn next(mut tail: Tail) -> Option<(Result<SseEvent, Infallible>, Tail)> {
             }
         }
     }
+}
+
+/// Who hears it has missed events, and looks anew.
+fn lost(from: u64, to: u64) -> SseEvent {
+    let data = json!({"from": from, "to": to, "kept": EVENTS_MAX});
+    let data = cloud_event("baton.events.lost", to, "", None, &data);
+    SseEvent::default().event("baton.events.lost").data(data.to_string())
 }
 
 fn sent(event: &Event) -> SseEvent {
