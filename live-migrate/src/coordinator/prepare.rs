@@ -231,6 +231,16 @@ async fn plan(
             format!("{from} owns the volumes of `{vm}` and runs it; there is nothing to move"),
         ));
     }
+    if driven.is_some() && view.monitor_is_foreign() {
+        return Err(Fault::new(
+            StatusCode::CONFLICT,
+            "baton:vmm-unsupported",
+            "The VM's monitor cannot do this",
+            format!(
+                "{from} owns the volumes of `{vm}`, which goes on there, and nothing was armed: its definition says vmm = \"none\", so somebody else drives its monitor; migrate it there (`virsh migrate`), or set vmm to qemu or cloud-hypervisor"
+            ),
+        ));
+    }
     nothing_runs_at(core, vm, &from, &request.to).await?;
     let key = plan::random_key().map_err(|error| {
         Fault::new(StatusCode::INTERNAL_SERVER_ERROR, "baton:failed", "No random bytes", error)
