@@ -141,8 +141,8 @@ pub fn owner_sentence(row: &Row) -> String {
             row.to, row.vm, row.from
         ),
         None if row.fenced => format!(
-            "the volumes of `{}` were fenced: GET /v1/vms/{}/access says who may have them",
-            row.vm, row.vm
+            "the volumes of `{0}` were fenced: `baton handoff why {0}` (GET /v1/vms/{0}/access) says who may have them; start it nowhere else",
+            row.vm
         ),
         None => format!(
             "the anchor's server restarted and cannot say yet who owns the volumes of `{}`: resume neither side; it ends by itself when the destination's backend answers, and if that is gone for good, fence the VM",

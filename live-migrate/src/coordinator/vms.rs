@@ -42,6 +42,10 @@ pub struct FencedVolume {
     pub storage: String,
     /// Nothing of the dead host can reach it any more.
     pub fenced: bool,
+    /// It was the dead host's, and this call took it.
+    pub taken: bool,
+    /// Whose it was already, if it was not the dead host's: the VM may run nowhere else.
+    pub belongs_to: Option<String>,
     /// Its epoch afterwards.
     pub epoch: u64,
     /// What happened.
@@ -274,7 +278,9 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
     }
     if let Some(handle) = core.latest(vm) {
         let row = handle.row();
-        if !row.state.is_over() && row.from == dead_host && row.winner.is_none() {
+        // One that is over must not go on saying that the dead host owns the volumes.
+        let stale = row.state.is_over() && results.iter().any(|result| result.taken);
+        if stale || (!row.state.is_over() && row.from == dead_host && row.winner.is_none()) {
             let _ = handle.ask(Input::Fenced).await;
         }
     }
@@ -292,6 +298,8 @@ async fn fence_one(
         volume: volume.name.clone(),
         storage: volume.server.name.clone(),
         fenced: false,
+        taken: false,
+        belongs_to: None,
         epoch: 0,
         detail: String::new(),
     };
@@ -307,6 +315,7 @@ async fn fence_one(
     if current != Some(owner) {
         result.fenced = true;
         result.epoch = record.epoch;
+        result.belongs_to = current.map(str::to_owned);
         result.detail = match current {
             Some(other) => format!("belongs to `{other}`"),
             None => "belongs to nobody".to_owned(),
@@ -316,6 +325,7 @@ async fn fence_one(
     match volume.server.fence(&volume.name, core.term, reason, nominee).await {
         Ok(epoch) => {
             result.fenced = true;
+            result.taken = true;
             result.epoch = epoch;
             result.detail = format!("taken from `{owner}`");
         }

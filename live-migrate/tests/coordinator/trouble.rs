@@ -294,6 +294,49 @@ async fn row_36_a_fence_takes_all_volumes_and_spares_the_next_owner() {
     );
     // Asked again, it does not take the volumes from who has them now.
     let epoch = cluster.storages[0].record("root").epoch;
-    coordinator.call(Method::POST, path, fence).await.expect("again");
+    let again = coordinator.call(Method::POST, path, fence).await.expect("again");
     assert_eq!(cluster.storages[0].record("root").epoch, epoch);
+    assert_eq!(
+        (&again["volumes"][0]["taken"], &again["volumes"][0]["belongs_to"]),
+        (&json!(false), &json!("host-b/web"))
+    );
+}
+
+/// A handoff that is over tells who owns the volumes until a fence takes them.
+#[tokio::test]
+async fn after_a_fence_the_last_handoff_names_no_owner() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let handoff = id();
+    coordinator.prepare(&handoff).await.expect("READY");
+    coordinator.post(&handoff, "cancel").await.expect("cancelled");
+    assert_eq!(coordinator.over(&handoff).await["outcome"], "source");
+    let path = "/v1/vms/web:fence";
+    // Of a host that has nothing of it: that changes nothing, and says whose they are.
+    let fence = json!({"dead_host": "host-b", "reason": "the wrong one"});
+    let done = coordinator.call(Method::POST, path, fence).await.expect("fenced");
+    assert_eq!(done["volumes"][0]["belongs_to"], "host-a/web");
+    assert_eq!(coordinator.over(&handoff).await["outcome"], "source");
+    let fence =
+        json!({"dead_host": "host-a", "reason": "a test", "force": true, "nominee": "host-b"});
+    coordinator.call(Method::POST, path, fence).await.expect("fenced");
+    let row = coordinator.over(&handoff).await;
+    let owner = row["owner"].as_str().expect("a sentence");
+    assert_eq!((&row["outcome"], &row["state"]), (&json!("unknown"), &json!("SETTLED")));
+    assert!(owner.contains("were fenced") && owner.contains("why web"), "{owner}");
+}
+
+/// Nothing is armed for a machine that nobody here can move.
+#[tokio::test]
+async fn a_machine_that_somebody_else_drives_is_not_migrated() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    cluster.a.with("web", |machine| machine.definition["vmm"] = json!("none"));
+    let body = json!({"id": id(), "to": "host-b"});
+    let asked = coordinator.call(Method::POST, "/v1/vms/web/migrations", body).await;
+    let (problem, detail) = kind(asked);
+    assert_eq!(problem, "baton:vmm-unsupported");
+    assert!(detail.contains("host-a owns") && detail.contains("nothing was armed"), "{detail}");
+    assert_eq!(coordinator.get("/v1/handoffs").await["handoffs"], json!([]));
+    assert_eq!(cluster.storages[0].record("root").epoch.0, 1);
 }

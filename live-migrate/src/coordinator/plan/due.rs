@@ -38,7 +38,8 @@ impl Row {
     #[must_use]
     pub fn due(&self) -> Vec<Action> {
         let mut due = Vec::new();
-        if self.fenced {
+        // Fenced in the middle; after its end the loser's backend is still to be stopped.
+        if self.fenced && self.state == State::Failed {
             return due;
         }
         let of = |progress: Progress| {

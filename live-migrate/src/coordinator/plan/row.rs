@@ -80,7 +80,7 @@ pub struct Row {
     pub unknown: bool,
     /// The anchor knows that the destination never activated.
     pub abdicated: bool,
-    /// The volumes were taken by a fence in the middle of it.
+    /// The volumes were taken by a fence, in the middle of it or after it.
     pub fenced: bool,
     /// Explicit: the caller said `:switchover`.
     pub switchover: bool,
@@ -151,8 +151,9 @@ impl Row {
     #[must_use]
     pub fn outcome(&self) -> Option<Winner> {
         match self.winner {
+            _ if self.fenced => None,
             Some(winner) => Some(winner),
-            None if self.unknown || self.fenced => None,
+            None if self.unknown => None,
             None => Some(Winner::Source),
         }
     }

@@ -259,7 +259,10 @@ impl Row {
                 self.activate = true;
             }
             Input::Fenced => {
-                if !self.state.is_over() {
+                if self.state.is_over() {
+                    // What it decided is not what is any more.
+                    self.fenced = true;
+                } else {
                     self.end_by_fence();
                 }
             }
