@@ -12,6 +12,7 @@ use super::journal::{Found, Journal, JournalError};
 use super::storages::Storages;
 use super::{api, migrate, tidings};
 use crate::door::{Address, Door, DoorError, Peer};
+use crate::identity::{Identity, Role};
 use crate::tls::{Credentials, CredentialsError};
 
 /// Why it does not run.
@@ -23,6 +24,11 @@ pub enum StartError {
     /// The certificates.
     #[error(transparent)]
     Credentials(#[from] CredentialsError),
+    /// They are another's.
+    #[error(
+        "the certificate is {0}'s, and no agent obeys that one; give the coordinator its own, baton://coordinator/NAME"
+    )]
+    WrongRole(Identity),
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -65,6 +71,11 @@ pub async fn start(config: Config) -> Result<Coordinator, StartError> {
         Some(files) => Some(Arc::new(Credentials::load(files)?)),
         None => None,
     };
+    if let Some(credentials) = &credentials
+        && credentials.identity().role != Role::Coordinator
+    {
+        return Err(StartError::WrongRole(credentials.identity().clone()));
+    }
     let storages = Storages::new(&config, credentials.as_ref());
     let agents = Agents::new(&config, credentials.as_ref());
     // The door first: an address in use must not cost the other one its term.

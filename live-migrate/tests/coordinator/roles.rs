@@ -39,7 +39,15 @@ async fn operators_may_all_and_hosts_only_what_concerns_them() {
         own.key.display()
     );
     let file = dir.path().join("c.toml");
-    std::fs::write(&file, text).expect("written");
+    std::fs::write(&file, &text).expect("written");
+    // With a host's certificate no agent would obey it: said at the start.
+    let wrong = files(dir.path(), &ca, "h", "baton://host/host-a");
+    let other = dir.path().join("h.toml");
+    let text = text.replace("c.pem", "h.pem").replace("c.key", "h.key");
+    assert!(text.contains(&wrong.cert.display().to_string()));
+    std::fs::write(&other, text).expect("written");
+    let refused = server::start(Config::load(&other).expect("good")).await.expect_err("a host's");
+    assert!(refused.to_string().contains("baton://host/host-a"), "{refused}");
     let coordinator = server::start(Config::load(&file).expect("good")).await.expect("it starts");
     let endpoint: Endpoint =
         format!("https://{}", coordinator.address).parse().expect("an endpoint");
