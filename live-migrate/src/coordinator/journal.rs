@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -49,7 +49,10 @@ pub enum JournalError {
         found: u64,
     },
     /// Anything else.
-    #[error("the journal {} failed: {what}", path.display())]
+    #[error(
+        "the journal {} cannot be used: {what}; see to its disk and permissions, or name another file with `journal`: handoffs under way are in it",
+        path.display()
+    )]
     Failed {
         /// Which.
         path: PathBuf,
@@ -264,6 +267,13 @@ impl Writer {
 }
 
 fn open(path: &Path) -> Result<Database, JournalError> {
+    if let Some(directory) = path.parent().filter(|directory| !directory.exists()) {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .map_err(|error| Fault::Io(error).at(path))?;
+    }
     // Keys of handoffs are in it.
     let file = std::fs::OpenOptions::new()
         .read(true)
@@ -463,13 +473,24 @@ mod tests {
         assert_eq!(*journal.latest().borrow(), 3 * (EVENTS_MAX / 2));
     }
 
+    /// As the example of docs/operations.md is tried out, without systemd's StateDirectory.
+    #[test]
+    fn its_directory_is_made_for_its_owner_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("coordinator/journal.redb");
+        Journal::open(&path, 0, None).expect("new");
+        let made = path.parent().expect("a parent").metadata().expect("made").permissions();
+        assert_eq!(made.mode() & 0o777, 0o700);
+    }
+
     #[test]
     fn what_is_not_a_journal_is_named() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("j");
         std::fs::write(&path, vec![7; 10_000]).expect("written");
         let error = Journal::open(&path, 0, None).expect_err("not one").to_string();
-        assert!(error.contains("failed"), "{error}");
+        assert!(error.contains("cannot be used") && error.contains("name another"), "{error}");
         let error = Journal::open(dir.path(), 0, None).expect_err("a directory").to_string();
         assert!(error.contains(&dir.path().display().to_string()), "{error}");
     }
