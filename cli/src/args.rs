@@ -1,6 +1,7 @@
 //! What is said on the command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use baton_live_migrate::client::Endpoint;
 use baton_live_migrate::identity::is_name;
@@ -137,7 +138,7 @@ pub(crate) enum HandoffCommand {
     /// Take all volumes of a VM from a dead host
     #[command(long_about = "Take all volumes of a VM from a dead host.\n\n\
         When this returns 0, nothing of that host can reach any of the volumes any more, and the VM \
-        may be started elsewhere. Otherwise it may not.")]
+        may be started elsewhere. Otherwise it may not: 1 also where another host owns them.")]
     Fence {
         #[command(flatten)]
         vm: Vm,
@@ -339,14 +340,31 @@ fn host(text: &str) -> Result<String, String> {
     }
 }
 
+/// The longest time the coordinator takes.
+const TIME_MAX: Duration = Duration::from_secs(3600);
+
 fn time(text: &str) -> Result<String, String> {
-    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = &text[number.len()..];
-    if number.parse::<u32>().is_ok() && matches!(unit, "ms" | "s" | "m") {
-        Ok(text.to_owned())
-    } else {
-        Err("write a time such as 500ms, 30s or 2m".to_owned())
+    match parsed(text) {
+        Some(time) if !time.is_zero() && time <= TIME_MAX => Ok(text.to_owned()),
+        _ => Err("write a time such as 500ms, 30s or 2m, more than nothing and at most an hour"
+            .to_owned()),
     }
+}
+
+/// A time that [`time`] has let pass.
+pub(crate) fn duration(text: &str) -> Duration {
+    parsed(text).unwrap_or_default()
+}
+
+fn parsed(text: &str) -> Option<Duration> {
+    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit_ms = match &text[number.len()..] {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60_000,
+        _ => return None,
+    };
+    Some(Duration::from_millis(u64::from(number.parse::<u32>().ok()?) * unit_ms))
 }
 
 fn reason(text: &str) -> Result<String, String> {
@@ -365,6 +383,16 @@ mod tests {
     #[test]
     fn the_command_tree_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn times_are_more_than_nothing_and_at_most_an_hour() {
+        for (text, ms) in [("1ms", 1), ("30s", 30_000), ("60m", 3_600_000)] {
+            assert_eq!(time(text).map(|text| duration(&text)), Ok(Duration::from_millis(ms)));
+        }
+        for bad in ["", "5", "s", "0s", "0ms", "61m", "-1s", "1h", "1.5s", "99999999999s"] {
+            assert!(time(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

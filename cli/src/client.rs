@@ -61,8 +61,8 @@ impl fmt::Display for Server {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CallError {
     /// The server understood and refused.
-    #[error("{title}: {detail}")]
-    Refused { title: String, detail: String },
+    #[error("{title}: {detail} ({kind})")]
+    Refused { kind: String, title: String, detail: String },
     /// Nobody there.
     #[error(
         "cannot reach the storage server at {server} ({source}); is it running, and is --server or BATON_SERVER its admin address?"
@@ -84,6 +84,8 @@ pub(crate) enum CallError {
 /// RFC 9457.
 #[derive(Debug, Deserialize)]
 struct Problem {
+    #[serde(rename = "type", default)]
+    kind: String,
     title: String,
     #[serde(default)]
     detail: String,
@@ -170,10 +172,14 @@ impl Client {
                 .map_err(|_| self.foreign("an answer that is not JSON"));
         }
         match serde_json::from_str::<Problem>(&text) {
-            Ok(Problem { title, detail }) if status.is_client_error() => {
-                Err(CallError::Refused { title, detail })
+            // Every path of this command is one of a storage server's.
+            Ok(Problem { kind, .. }) if kind == "baton:no-such-route" => {
+                Err(self.foreign("it has no volumes"))
             }
-            Ok(Problem { title, detail }) => {
+            Ok(Problem { kind, title, detail }) if status.is_client_error() => {
+                Err(CallError::Refused { kind, title, detail })
+            }
+            Ok(Problem { title, detail, .. }) => {
                 let detail = format!("{title}: {detail}");
                 Err(CallError::Failed { server: self.server.clone(), detail })
             }

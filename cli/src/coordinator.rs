@@ -4,7 +4,7 @@ use std::io::Read;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use baton_live_migrate::client::{CallError, Client, Method};
+use baton_live_migrate::client::{CallError, Client, Endpoint, Method};
 use baton_live_migrate::identity::{Identity, IdentityError, Role};
 use baton_live_migrate::problem::Problem;
 use baton_live_migrate::tls::{Credentials, CredentialsError, TlsFiles};
@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::args::Coordinated;
 
-/// Long polls ask for less.
+/// Long polls ask for less; what an operator wants to wait is added.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Why a command did not work.
@@ -25,15 +25,33 @@ pub(crate) enum CoordinatorError {
     /// The name of the coordinator.
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    /// The call.
-    #[error("{}", Problem::described(.0))]
-    Call(#[from] CallError),
+    /// It refused, or failed, and says so.
+    #[error("{}{}", Problem::described(.0), stable_type(.0))]
+    Call(CallError),
+    /// Called without certificates.
+    #[error(
+        "{0} needs certificates; give --tls-ca, --tls-cert and --tls-key, or set BATON_TLS_CA, BATON_TLS_CERT and BATON_TLS_KEY"
+    )]
+    NoCredentials(Endpoint),
+    /// Another daemon of ours.
+    #[error(
+        "what answers at {0} is not a coordinator; check the address: --coordinator, or BATON_COORDINATOR"
+    )]
+    Foreign(Endpoint),
     /// No runtime, no random bytes.
     #[error("this host has not what the command needs: {0}")]
     Host(#[from] std::io::Error),
     /// A VM without a handoff.
     #[error("VM `{0}` has no handoff; prepare one, or name its id")]
     NoHandoff(String),
+}
+
+/// What programs go by, behind the sentence for people.
+fn stable_type(error: &CallError) -> String {
+    match error {
+        CallError::Refused { kind, .. } => format!(" ({kind})"),
+        _ => String::new(),
+    }
 }
 
 impl CoordinatorError {
@@ -50,6 +68,7 @@ impl CoordinatorError {
 pub(crate) struct Coordinator {
     runtime: tokio::runtime::Runtime,
     client: Client,
+    endpoint: Endpoint,
 }
 
 impl Coordinator {
@@ -64,19 +83,24 @@ impl Coordinator {
         let who = Identity::new(Role::Coordinator, &common.coordinator_name)?;
         let client = Client::new(who, common.coordinator.clone(), credentials, ANSWER_TIMEOUT);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        Ok(Self { runtime, client })
+        Ok(Self { runtime, client, endpoint: common.coordinator.clone() })
     }
 
     pub(crate) fn get(&self, path: &str) -> Result<Value, CoordinatorError> {
-        self.call(Method::GET, path, None)
+        self.call(Method::GET, path, None, Duration::ZERO)
     }
 
     pub(crate) fn put(&self, path: &str, body: &Value) -> Result<Value, CoordinatorError> {
-        self.call(Method::PUT, path, Some(body))
+        self.call(Method::PUT, path, Some(body), Duration::ZERO)
     }
 
     pub(crate) fn post(&self, path: &str, body: Option<&Value>) -> Result<Value, CoordinatorError> {
-        self.call(Method::POST, path, body)
+        self.call(Method::POST, path, body, Duration::ZERO)
+    }
+
+    /// Orders something whose outcome the coordinator itself waits for, so long.
+    pub(crate) fn order(&self, path: &str, wait: Duration) -> Result<Value, CoordinatorError> {
+        self.call(Method::POST, path, None, wait)
     }
 
     /// The last handoff of a VM.
@@ -92,8 +116,18 @@ impl Coordinator {
         method: Method,
         path: &str,
         body: Option<&Value>,
+        wait: Duration,
     ) -> Result<Value, CoordinatorError> {
-        Ok(self.runtime.block_on(self.client.call(method, path, body))?)
+        let limit = ANSWER_TIMEOUT + wait;
+        let answer = self.runtime.block_on(self.client.call_within(method, path, body, limit));
+        answer.map_err(|error| match error {
+            CallError::NoCredentials { endpoint } => CoordinatorError::NoCredentials(endpoint),
+            // Every path of this command is one of a coordinator's.
+            CallError::Refused { kind, .. } if kind == "baton:no-such-route" => {
+                CoordinatorError::Foreign(self.endpoint.clone())
+            }
+            other => CoordinatorError::Call(other),
+        })
     }
 }
 

@@ -2,12 +2,12 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_protocol::handoff::HandoffId;
 use serde_json::{Value, json};
 
-use crate::args::{Coordinated, HandoffCommand, Patience, Route, VmCommand, Which};
+use crate::args::{Coordinated, HandoffCommand, Patience, Route, VmCommand, Which, duration};
 use crate::coordinator::{Coordinator, CoordinatorError, new_id};
 use crate::{EXIT_REFUSED, Failure, phases, print_text, report, vm_view};
 
@@ -20,6 +20,8 @@ pub(crate) const EXIT_UNKNOWN: u8 = 20;
 const LOOK: Duration = Duration::from_millis(100);
 /// Looks that fail in a row before the command gives up; the migration goes on.
 const SILENT_MAX: u32 = 100;
+/// A little longer than a handoff may take to prepare, to see how it ended.
+const SETTLING: Duration = Duration::from_secs(60);
 
 pub(crate) fn vm(command: VmCommand) -> Result<u8, Failure> {
     match command {
@@ -37,10 +39,15 @@ pub(crate) fn vm(command: VmCommand) -> Result<u8, Failure> {
                 }
             }
             let coordinator = Coordinator::new(&common)?;
+            // Afterwards would be too late to ask for another name.
+            report.as_deref().map(check_report).transpose()?;
             coordinator.post(&format!("/v1/vms/{}/migrations", vm.name), Some(&body))?;
             let row = follow(&coordinator, &vm.name, id, common.json)?;
-            if let Some(file) = report {
-                write_report(&file, &row)?;
+            if let Some(file) = report
+                && let Err(error) = std::fs::write(&file, report::page(&row))
+            {
+                // The status says where the VM runs, whatever becomes of the page.
+                eprintln!("baton: cannot write the report to {}: {error}", file.display());
             }
             show(&common, &row, phases::text)?;
             Ok(match row["outcome"].as_str() {
@@ -60,6 +67,12 @@ pub(crate) fn handoff(command: HandoffCommand) -> Result<u8, Failure> {
             let row = prepare(&coordinator, &vm.name, id, &route, (explicit, wait))?;
             show(&common, &row, vm_view::handoff)?;
             let late = wait && row["state"] == "PREPARING";
+            if late && !is_lost(&row) {
+                eprintln!(
+                    "baton: it is not READY yet and goes on: look with `baton handoff status {0}`, or end it with `baton handoff cancel {0}`",
+                    vm.name
+                );
+            }
             Ok(if late || is_lost(&row) { EXIT_REFUSED } else { 0 })
         }
         HandoffCommand::Status { which, common } => {
@@ -82,13 +95,17 @@ pub(crate) fn handoff(command: HandoffCommand) -> Result<u8, Failure> {
         HandoffCommand::Drill { vm, route, common } => drill(&vm.name, &route, &common),
         HandoffCommand::Fence { vm, dead_host, reason, force, nominee, common } => {
             let mut body = json!({"dead_host": dead_host, "reason": reason, "force": force});
-            if let Some(nominee) = nominee {
-                body["nominee"] = nominee.into();
+            if let Some(nominee) = &nominee {
+                body["nominee"] = nominee.as_str().into();
             }
             let path = format!("/v1/vms/{}:fence", vm.name);
             let answer = Coordinator::new(&common)?.post(&path, Some(&body))?;
             show(&common, &answer, vm_view::fenced)?;
-            Ok(0)
+            Ok(if vm_view::others(&answer, nominee.as_deref()).is_empty() {
+                0
+            } else {
+                EXIT_REFUSED
+            })
         }
     }
 }
@@ -119,9 +136,17 @@ fn prepare(
     if let Some(from) = &route.from {
         body["from"] = from.clone().into();
     }
-    // A little longer than it may take, to see how it ended.
-    let wait = if wait { "?wait=READY&timeout=90s" } else { "" };
-    coordinator.put(&format!("/v1/vms/{vm}/handoffs/{id}{wait}"), &body)
+    let path = format!("/v1/vms/{vm}/handoffs/{id}");
+    if !wait {
+        return coordinator.put(&path, &body);
+    }
+    let end = Instant::now() + duration(&route.timeout) + SETTLING;
+    let path = format!("{path}?wait=READY&timeout=60s");
+    let mut row = coordinator.put(&path, &body)?;
+    while row["state"] == "PREPARING" && !is_lost(&row) && Instant::now() < end {
+        row = coordinator.get(&path)?;
+    }
+    Ok(row)
 }
 
 /// It failed, or is being taken back.
@@ -138,7 +163,8 @@ fn end(
 ) -> Result<u8, Failure> {
     let coordinator = Coordinator::new(common)?;
     let path = path(&coordinator, which)?;
-    let answer = coordinator.post(&format!("{path}:{verb}?timeout={}", patience.timeout), None);
+    let answer = coordinator
+        .order(&format!("{path}:{verb}?timeout={}", patience.timeout), duration(&patience.timeout));
     let row = match answer {
         Ok(row) => row,
         Err(error) => {
@@ -216,7 +242,14 @@ fn progress(line: &str, live: bool) {
     let _ = err.flush();
 }
 
-fn write_report(file: &Path, row: &Value) -> Result<(), Failure> {
-    std::fs::write(file, report::page(row))
-        .map_err(|source| Failure::Report { file: file.to_owned(), source })
+/// Leaves what is there as it is.
+fn check_report(file: &Path) -> Result<(), Failure> {
+    let new = !file.exists();
+    let opened = std::fs::OpenOptions::new().append(true).create(true).open(file);
+    opened.map_err(|source| Failure::Report { file: file.to_owned(), source })?;
+    if new {
+        // A refused migration has no report.
+        let _ = std::fs::remove_file(file);
+    }
+    Ok(())
 }

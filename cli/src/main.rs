@@ -44,7 +44,7 @@ enum Failure {
     Call(#[from] CallError),
     #[error(transparent)]
     Coordinator(#[from] CoordinatorError),
-    #[error("cannot write the report to {}: {source}; the migration is over all the same", file.display())]
+    #[error("cannot write the report to {}: {source}; nothing was asked for: name a file that can be written", file.display())]
     Report { file: PathBuf, source: io::Error },
     #[error("nothing was deleted")]
     Declined,
@@ -58,13 +58,13 @@ impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
             Self::Call(CallError::Refused { .. }) | Self::Declined => EXIT_REFUSED,
-            Self::NobodyToAsk => EXIT_USAGE,
+            Self::NobodyToAsk | Self::Report { .. } => EXIT_USAGE,
             Self::Call(CallError::Unreachable { .. } | CallError::Silent { .. }) => {
                 EXIT_UNREACHABLE
             }
-            Self::Call(CallError::Foreign { .. } | CallError::Failed { .. })
-            | Self::Output(_)
-            | Self::Report { .. } => EXIT_FAILED,
+            Self::Call(CallError::Foreign { .. } | CallError::Failed { .. }) | Self::Output(_) => {
+                EXIT_FAILED
+            }
             Self::Coordinator(error) => coordinator_exit_code(error),
         }
     }
@@ -80,8 +80,10 @@ fn coordinator_exit_code(error: &CoordinatorError) -> u8 {
         CoordinatorError::NoHandoff(_) => EXIT_REFUSED,
         CoordinatorError::Credentials(_)
         | CoordinatorError::Identity(_)
-        | CoordinatorError::Call(CallError::NoCredentials { .. }) => EXIT_USAGE,
-        CoordinatorError::Call(_) | CoordinatorError::Host(_) => EXIT_FAILED,
+        | CoordinatorError::NoCredentials(_) => EXIT_USAGE,
+        CoordinatorError::Call(_) | CoordinatorError::Foreign(_) | CoordinatorError::Host(_) => {
+            EXIT_FAILED
+        }
     }
 }
 

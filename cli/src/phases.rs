@@ -11,7 +11,7 @@ use crate::view;
 const STEPS: [(&str, &str); 7] = [
     ("prepare", "arming volumes, starting the standby backend"),
     ("incoming", "starting the destination's machine"),
-    ("precopy", "copying memory, the VM runs"),
+    ("precopy", "copying memory"),
     ("switch", "the VM stands still, volumes are sealed"),
     ("activate", "the destination takes over"),
     ("cleanup", "cleaning up behind it"),

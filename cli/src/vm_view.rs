@@ -55,8 +55,12 @@ pub(crate) fn handoff(row: &Value) -> String {
     }
     let header = ["VOLUME", "SERVER", "EPOCH", "RECORD", "PROGRESS", ""].map(str::to_owned);
     let members = items(&row["members"]).iter().map(|member| {
-        let [volume, storage, epoch, phase, progress] =
+        let [volume, storage, epoch, mut phase, progress] =
             ["volume", "storage", "epoch", "phase", "progress"].map(|key| text(&member[key]));
+        if progress == "settled" {
+            // What it was seen as last is from before that; it is nobody's handoff any more.
+            phase = "owned".to_owned();
+        }
         let anchor = if member["anchor"] == true { "anchor" } else { "" };
         [volume, storage, epoch, phase, progress, anchor.to_owned()]
     });
@@ -176,12 +180,28 @@ pub(crate) fn fenced(answer: &Value) -> String {
     let rows = items(&answer["volumes"])
         .iter()
         .map(|volume| ["volume", "storage", "epoch", "detail"].map(|key| text(&volume[key])));
+    let (host, vm) = (text(&answer["dead_host"]), text(&answer["vm"]));
+    let next = match others(answer, None).as_slice() {
+        [] => "it may be started elsewhere".to_owned(),
+        [owner] => format!("it belongs to {owner} and may run nowhere else"),
+        more => format!("its volumes belong to {}: see `baton handoff why {vm}`", more.join(", ")),
+    };
     format!(
-        "{}nothing on {} can reach the volumes of {} any more; it may be started elsewhere\n",
+        "{}nothing on {host} can reach the volumes of {vm} any more; {next}\n",
         table(std::iter::once(header).chain(rows), [Left, Left, Right, Left]),
-        text(&answer["dead_host"]),
-        text(&answer["vm"])
     )
+}
+
+/// Whose the volumes are that were not the dead host's, but for the nominated host.
+pub(crate) fn others(answer: &Value, nominee: Option<&str>) -> Vec<String> {
+    let nominee = nominee.map(|host| format!("{host}/{}", text(&answer["vm"])));
+    let mut owners: Vec<String> = items(&answer["volumes"])
+        .iter()
+        .filter_map(|volume| volume["belongs_to"].as_str().map(str::to_owned))
+        .filter(|owner| Some(owner) != nominee.as_ref())
+        .collect();
+    owners.dedup();
+    owners
 }
 
 /// A rehearsal.
@@ -233,6 +253,13 @@ mod tests {
         {
             assert!(text.contains(part), "{part}: {text}");
         }
+    }
+
+    #[test]
+    fn a_settled_member_is_not_shown_as_armed() {
+        let member = json!({"volume": "data", "phase": "armed", "progress": "settled"});
+        let shown = handoff(&json!({"members": [member]}));
+        assert!(shown.contains("owned") && !shown.contains("armed"), "{shown}");
     }
 
     #[test]

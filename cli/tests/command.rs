@@ -97,7 +97,7 @@ fn a_refusal_is_printed_as_the_server_put_it() {
     let (address, server) = answer_once(http("409 Conflict", body));
     let output = baton(&address, &["volume", "create", "v", "--size", "1G"]);
     assert_eq!(output.status.code(), Some(1));
-    assert_eq!(stderr(&output), "baton: volume exists: choose another name\n");
+    assert_eq!(stderr(&output), "baton: volume exists: choose another name (t)\n");
     let asked = server.join().expect("served");
     assert!(asked.starts_with("POST /v1/volumes HTTP/1.1\r\n"), "{asked}");
     let body: String = asked.split("\r\n\r\n").nth(1).expect("a body").split_whitespace().collect();
@@ -109,6 +109,8 @@ fn what_is_not_a_storage_server_is_status_4() {
     for answer in [
         http("200 OK", "<html"),
         http("404 Not Found", "not found"),
+        // A coordinator, or an agent.
+        http("404 Not Found", r#"{"type":"baton:no-such-route","title":"There is nothing here"}"#),
         http("500 Oops", r#"{"title":"pool failed","detail":"the disk broke"}"#),
         "HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
         "SSH-2.0-nonsense\r\n\r\n",
@@ -120,6 +122,21 @@ fn what_is_not_a_storage_server_is_status_4() {
         assert_eq!(stderr(&output).lines().count(), 1, "{}", stderr(&output));
         server.join().expect("served");
     }
+}
+
+#[test]
+fn what_is_not_a_coordinator_is_status_4() {
+    let body = r#"{"type":"baton:no-such-route","title":"There is nothing here"}"#;
+    let (address, server) = answer_once(http("404 Not Found", body));
+    let url = format!("http://{address}");
+    let output = baton("127.0.0.1:1", &["vm", "list", "--coordinator", &url]);
+    assert_eq!(output.status.code(), Some(4), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains(&format!("{url} is not a coordinator")),
+        "{}",
+        stderr(&output)
+    );
+    server.join().expect("served");
 }
 
 #[test]

@@ -131,7 +131,7 @@ fn a_migration_that_fails_is_status_1_and_says_why() {
     assert_eq!(cluster.a.machine("web").run, "running");
     contains(
         &cluster.prints(1, &["vm", "migrate", "web", "--to", "host-x"]),
-        &["no host `host-x`"],
+        &["no host `host-x`", "(baton:unknown-host)"],
     );
 }
 
@@ -191,6 +191,17 @@ fn an_owner_that_nobody_can_name_is_status_20() {
     assert_eq!(cluster.storage.record("root").barred.as_deref(), Some("host-a/web"));
 }
 
+/// At 0 the VM may be started elsewhere: not when it is another host's.
+#[test]
+fn a_fence_of_a_host_that_owns_nothing_is_status_1_and_says_whose_it_is() {
+    let cluster = Cluster::start();
+    let fence = ["handoff", "fence", "web", "--dead-host", "host-b", "--reason", "a test"];
+    let text = cluster.prints(1, &fence);
+    contains(&text, &["it belongs to host-a/web and may run nowhere else"]);
+    assert!(!text.contains("started elsewhere"), "{text}");
+    assert_eq!(cluster.storage.record("root").epoch.0, 1);
+}
+
 #[test]
 fn a_coordinator_that_is_not_there_is_status_3_and_mistakes_are_status_2() {
     let cluster = Cluster::start();
@@ -201,13 +212,20 @@ fn a_coordinator_that_is_not_there_is_status_3_and_mistakes_are_status_2() {
             2,
             "plaintext leaves this host",
         ),
-        (vec!["vm", "list", "--coordinator", "https://h:1"], 2, "needs certificates"),
+        (vec!["vm", "list", "--coordinator", "https://h:1"], 2, "BATON_TLS_CERT"),
+        // Refused before the VM is moved.
+        (
+            vec!["vm", "migrate", "web", "--to", "host-b", "--report", "/nowhere/x.html"],
+            2,
+            "nothing was asked for",
+        ),
         (vec!["vm", "migrate", "a/b", "--to", "c"], 2, "a name has"),
         (vec!["handoff", "fence", "web", "--dead-host", "host-a", "--reason", " "], 2, "say why"),
         (vec!["handoff", "prepare", "web", "--to", "b", "--timeout", "soon"], 2, "30s"),
     ] {
         contains(&cluster.prints(code, &args), &[part]);
     }
+    assert_eq!(cluster.storage.record("root").epoch.0, 1);
     cluster.storage.silent.store(true, Ordering::SeqCst);
     contains(
         &cluster.prints(4, &["handoff", "drill", "web", "--to", "host-b"]),
