@@ -179,7 +179,8 @@ async fn events_are_numbered_and_can_be_resumed() {
         coordinator.prepare(&id).await.expect("READY");
         coordinator.post(&id, "cancel").await.expect("cancelled");
     };
-    let (told, ()) = tokio::join!(events(&cluster, "since=1000", "SETTLED"), asked);
+    let both = async { tokio::join!(events(&cluster, "since=1000", "SETTLED"), asked) };
+    let (told, ()) = tokio::time::timeout(Duration::from_secs(60), both).await.expect("in time");
     assert_eq!(told[0]["type"], "baton.events.lost");
     assert_eq!(told[1]["data"]["state"], "PREPARING");
 }
