@@ -22,6 +22,7 @@
 //! | `agenda`, `network`, `stage` | virtual time, connections, what all processes share |
 //! | `server`, `backend`, `vm`, `coordinator` | the processes |
 //! | [`fault`] | what goes wrong |
+//! | [`ending`] | how handoffs end, and why |
 //! | [`bug`] | what the world must notice if the glue is broken |
 //! | `watch` | rules judged at once |
 //! | [`history`], [`checker`] | what the guests saw, and whether it can be |
@@ -32,6 +33,7 @@ mod backend;
 pub mod bug;
 pub mod checker;
 mod coordinator;
+pub mod ending;
 pub mod fault;
 pub mod history;
 mod network;

@@ -25,6 +25,9 @@ macro_rules! note {
 }
 pub(crate) use note;
 
+/// As which coordinator an operator calls and is answered.
+pub(crate) const BY_OPERATOR: usize = usize::MAX;
+
 /// As what a connection introduces itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Greeting {
@@ -78,8 +81,8 @@ pub(crate) enum Call {
     Reclaim(Try),
     Abdicate(Try),
     Settle(Try, Option<(SessionId, Proof)>),
-    /// An operator gives the volume to this owner name.
-    Fence(String),
+    /// An operator gives the volume to this owner name, by force.
+    Fence { nominee: String, seen: (Option<String>, Epoch) },
 }
 
 /// What it is answered.
@@ -112,7 +115,8 @@ pub(crate) enum Event {
     BackendStarts { host: usize },
     Rings { backend: usize, member: usize, on: bool },
     Image { round: u64, image: Image },
-    Guest { host: usize },
+    /// The guest at a place does something.
+    Guest { place: usize },
     Orchestrator,
     Fault(Fault),
 }
@@ -144,6 +148,17 @@ pub(crate) enum DeadBackend {
     TakesForDone,
 }
 
+/// Who had the anchor decide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DecidedBy {
+    Nobody,
+    /// A backend whose rings ran, or that had to.
+    Rings,
+    /// A destination that an agent had ordered to.
+    Order,
+    Coordinator,
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Stage {
@@ -160,6 +175,8 @@ pub(crate) struct Stage {
     pub(crate) setting: Setting,
     /// Values whose write a server has carried out.
     pub(crate) carried: HashSet<Value>,
+    /// By whom the handoff was decided.
+    pub(crate) by: DecidedBy,
     /// The destination has just won: hosts of source and destination.
     pub(crate) activated: Option<[usize; 2]>,
     /// The coordinators' next messages are lost, or doubled.
@@ -224,8 +241,7 @@ impl Stage {
             return;
         }
         let delay = self.between(50, 2 * MS);
-        // A fence is an act of force: a late one fences whoever has come since.
-        if self.doubling > 0 && !matches!(call, Call::Fence(_)) {
+        if self.doubling > 0 {
             self.doubling -= 1;
             // As late as in the handoffs after this one.
             let late = if self.chance(0.3) {

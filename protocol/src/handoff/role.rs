@@ -227,6 +227,13 @@ impl Role {
         self.focus().map(|focus| focus.attempt)
     }
 
+    /// Whether this process has seen the try undecided, so that it can promise for
+    /// every incarnation before it that none activated.
+    #[must_use]
+    pub fn has_witnessed(&self, attempt: Try) -> bool {
+        self.witnessed == Some(attempt)
+    }
+
     /// How the VM stands.
     #[must_use]
     pub fn standing(&self) -> Standing {

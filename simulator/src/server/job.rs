@@ -1,7 +1,7 @@
 //! Changes of a volume's access record, one after the other: judged, stored,
 //! drained, put in force, told.
 
-use baton_protocol::access::{By, Input, Phase, Refusal, Step, Store};
+use baton_protocol::access::{By, Input, Phase, Refusal, Seen, Step, Store};
 use baton_protocol::handoff::role::Asked;
 use baton_protocol::handoff::{Ask, HandoffRequest, Open, Outcome, Side, Try};
 use baton_protocol::{Epoch, QueueId, Seq, SessionId};
@@ -10,7 +10,7 @@ use super::{Server, Volume, WaitingSeal, answer, host_of, owner_name};
 use crate::agenda::MS;
 use crate::bug::Bug;
 use crate::fault::Point;
-use crate::stage::{Call, Event, Greeting, Refused, Reply, Stage, ToClient, note};
+use crate::stage::{Call, DecidedBy, Event, Greeting, Refused, Reply, Stage, ToClient, note};
 
 /// What somebody wants of the record.
 #[derive(Clone, Debug)]
@@ -51,6 +51,7 @@ fn reached_by(input: &Input<'_>) -> Option<Point> {
         Input::Abdicate { .. } => Some(Point::Abdicated),
         Input::Open { .. } => Some(Point::Opened),
         Input::Settle { .. } => Some(Point::Settled),
+        Input::Fence { .. } => Some(Point::Fenced),
         _ => None,
     }
 }
@@ -70,7 +71,8 @@ impl Volume {
             Call::Reclaim(_) => stage.reached(Point::ReclaimArrived),
             Call::Abdicate(_) => stage.reached(Point::AbdicateArrived),
             Call::Settle(..) => stage.reached(Point::SettleArrived),
-            Call::View | Call::Fence(_) => {}
+            Call::Fence { .. } => stage.reached(Point::FenceArrived),
+            Call::View => {}
         }
         self.jobs.push_back(Job::Call { coordinator, term, call });
         self.work(stage, server);
@@ -203,9 +205,11 @@ impl Volume {
                 let (term, by) = (*term, By::Coordinator { term: *term });
                 match call {
                     Call::View => (Ok(None), None),
-                    // Twice would fence the nominee that has claimed since.
-                    Call::Fence(name) if self.belongs_to(name) => (Ok(None), None),
-                    Call::Fence(name) => step(Input::Fence { term: None, nominee: Some(name) }),
+                    Call::Fence { nominee, seen: (owner, next_epoch) } => {
+                        let seen = Seen { owner: owner.as_deref(), next_epoch: *next_epoch };
+                        let seen = (!stage.has(Bug::LateFence)).then_some(seen);
+                        step(Input::Fence { term: None, nominee: Some(nominee), seen })
+                    }
                     Call::Arm { plan, next_epoch } => {
                         let planned = if stage.has(Bug::LateArm) {
                             self.record.next_epoch
@@ -238,6 +242,15 @@ impl Volume {
             if is == Phase::Reclaimed && was != is {
                 stage.reached(Point::Reclaimed);
             }
+            if was != is && matches!(is, Phase::Active | Phase::Reclaimed) && self.is_anchor() {
+                stage.by = match job {
+                    Job::Call { .. } => DecidedBy::Coordinator,
+                    _ => DecidedBy::Rings,
+                };
+            }
+            if let Job::Call { call: Call::Fence { nominee, .. }, .. } = &job {
+                stage.watch.fenced(self.number, host_of(nominee));
+            }
             self.watch(stage);
             let (number, record) = (self.number, &self.record);
             note!(
@@ -252,6 +265,11 @@ impl Volume {
         self.gate = self.record.admits().owner;
         self.finish(stage, server, &job, None);
         self.tell(stage, server);
+    }
+
+    fn is_anchor(&self) -> bool {
+        let volume = self.record.volume;
+        self.record.handoff.as_ref().is_some_and(|handoff| handoff.plan.anchor == volume)
     }
 
     /// What is about to be told.
@@ -307,7 +325,7 @@ impl Volume {
                     Call::Reclaim(attempt) | Call::Abdicate(attempt) | Call::Settle(attempt, _) => {
                         Some(*attempt)
                     }
-                    Call::View | Call::Fence(_) => None,
+                    Call::View | Call::Fence { .. } => None,
                 };
                 let attempt = attempt.or(self.record.handoff.as_ref().map(|h| h.plan.attempt));
                 let decided = attempt.and_then(|attempt| {

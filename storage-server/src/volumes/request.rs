@@ -90,7 +90,7 @@ impl Request {
             Self::Rejoin { session, epoch } => Input::Rejoin { session: *session, epoch: *epoch },
             Self::Release { session, epoch } => Input::Release { session: *session, epoch: *epoch },
             Self::Fence { term, nominee } => {
-                Input::Fence { term: *term, nominee: nominee.as_deref() }
+                Input::Fence { term: *term, nominee: nominee.as_deref(), seen: None }
             }
             Self::Arm { plan, term, next_epoch } => Input::Arm {
                 plan,

@@ -601,7 +601,7 @@ fn inputs(bench: &Bench) -> Vec<(&'static str, Input)> {
         record: Box::new(record.without_keys()),
     };
     let now = bench.records[OTHER].clone();
-    let fence = RecordInput::Fence { term: None, nominee: None };
+    let fence = RecordInput::Fence { term: None, nominee: None, seen: None };
     let fenced = now.step(fence).expect("always").record;
     let answered = |member, ask, outcome| Input::Answered {
         member,

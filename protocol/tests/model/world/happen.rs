@@ -163,7 +163,7 @@ impl World {
                 self.judge(scope, member, Input::Settle { attempt, term: TERM, proof })?.ok()?;
             }
             Action::Fence { member } => {
-                let fence = Input::Fence { term: Some(TERM), nominee: Some(THIRD) };
+                let fence = Input::Fence { term: Some(TERM), nominee: Some(THIRD), seen: None };
                 self.judge(scope, member, fence)?.ok()?;
                 self.server(member).fenced = true;
             }
