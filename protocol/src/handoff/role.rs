@@ -234,6 +234,13 @@ impl Role {
         self.witnessed == Some(attempt)
     }
 
+    /// Whether this process is good for no other try than it knows of: it has had
+    /// a volume, or has heard of the try in which it is the destination.
+    #[must_use]
+    pub fn is_bound(&self) -> bool {
+        self.bound.is_some() || self.had_any()
+    }
+
     /// How the VM stands.
     #[must_use]
     pub fn standing(&self) -> Standing {

@@ -143,6 +143,11 @@ impl Backend {
         self.role.standing()
     }
 
+    /// It would not take the next handoff to its host for its own.
+    pub(crate) fn is_bound(&self) -> bool {
+        self.role.is_bound()
+    }
+
     /// It has seen this try before anything could be decided.
     pub(crate) fn has_witnessed(&self, attempt: Try) -> bool {
         self.role.has_witnessed(attempt)

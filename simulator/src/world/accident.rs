@@ -2,7 +2,7 @@
 
 use baton_protocol::handoff::role::Order as RoleOrder;
 
-use super::{FAULT_MAX, HANG_MAX, LEFT_MAX, Migration, World};
+use super::{FAULT_MAX, HANG_LONG, HANG_SHORT, LEFT_MAX, Migration, World};
 use crate::agenda::{MS, Time};
 use crate::coordinator::{Coordinator, Stand};
 use crate::fault::{Fault, Point, Trap};
@@ -183,7 +183,13 @@ impl World {
     fn hang_host(&mut self, host: usize) -> bool {
         let may = self.may_lose(host);
         if may {
-            let thaws = self.stage.now + self.stage.between(FAULT_MAX, HANG_MAX);
+            let [long, longest] = HANG_LONG;
+            let hangs = if self.stage.rng.bool() {
+                self.stage.between(FAULT_MAX, HANG_SHORT)
+            } else {
+                self.stage.between(long, longest)
+            };
+            let thaws = self.stage.now + hangs;
             self.hosts_now[host].hangs_until = thaws;
             self.vms[host].frozen_until = thaws;
             self.freeze_backend(host, thaws);

@@ -39,8 +39,13 @@ const OPERATOR: Time = 500 * MS;
 const END: Time = 600_000 * MS;
 /// The longest that something goes wrong.
 const FAULT_MAX: Time = 90 * MS;
-/// The longest that a host hangs: far longer than an operator waits.
-const HANG_MAX: Time = 2500 * MS;
+/// The longest that a host hangs whose handoff ends without it.
+const HANG_SHORT: Time = 400 * MS;
+/// The longest that a host hangs: longer than an operator waits, and after he has
+/// acted.
+const HANG_LONG: [Time; 2] = [OPERATOR + 100 * MS, 1200 * MS];
+/// More handoffs in a world in which somebody still hangs.
+const ROUNDS_MORE: u64 = 6;
 /// Machines in a world, with those that were left to themselves.
 const LEFT_MAX: usize = 6;
 

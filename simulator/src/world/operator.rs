@@ -176,7 +176,14 @@ impl World {
     }
 
     /// The host's machine and backend go on apart from the host.
+    ///
+    /// Not a backend that has heard nothing yet: with a machine that runs it would
+    /// take the next handoff to this host for its own, and nothing but its agent
+    /// can tell it apart (rule 5 of `docs/handoff.md`).
     pub(super) fn set_aside(&mut self, host: usize) {
+        if self.current[host].is_some_and(|number| !self.backends[number].is_bound()) {
+            self.kill_backend(host);
+        }
         let place = self.vms.len();
         let mut vm = std::mem::replace(&mut self.vms[host], Vm::new(host, self.volumes.len()));
         vm.over_since = Some(self.stage.history.tick());
@@ -186,7 +193,10 @@ impl World {
             self.backends[number].place = place;
         }
         self.current.push(backend);
-        note!(self.stage, "what was on host {host} is left to itself, as machine {place}");
+        note!(
+            self.stage,
+            "backend {backend:?} and what else was on host {host} are left to themselves, machine {place}"
+        );
         self.stage.after(0, Event::Guest { place });
     }
 

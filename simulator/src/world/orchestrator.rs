@@ -6,7 +6,7 @@ use baton_protocol::VolumeId;
 use baton_protocol::handoff::role::{Order, Standing};
 use baton_protocol::handoff::{HandoffId, Key, Members, Plan, Side, Try};
 
-use super::{Host, LIVENESS, Migration, OPERATOR, World};
+use super::{Host, LIVENESS, Migration, OPERATOR, ROUNDS_MORE, World};
 use crate::agenda::{MS, Time};
 use crate::coordinator::{Row, Stand};
 use crate::ending::Ending;
@@ -196,7 +196,9 @@ impl World {
         let vm = &self.vms[winner];
         self.round_from = self.stage.now.min(self.round_from.max(since));
         if vm.answered.iter().zip(before).all(|(now, before)| *now > before + 1) {
-            if self.round == self.rounds {
+            if self.round >= self.rounds + ROUNDS_MORE
+                || (self.round >= self.rounds && !self.does_anybody_hang())
+            {
                 return true;
             }
             self.begin(winner);
@@ -211,6 +213,11 @@ impl World {
             self.calm_from = self.stage.now;
         }
         false
+    }
+
+    /// A machine that was left to itself and has not noticed yet.
+    fn does_anybody_hang(&self) -> bool {
+        self.vms[2..].iter().any(|vm| vm.frozen_until + 20 * MS > self.stage.now)
     }
 
     /// The next handoff is planned.
