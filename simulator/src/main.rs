@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use baton_simulator::bug::Bug;
+use baton_simulator::coverage::Coverage;
 use baton_simulator::ending::{Ending, Endings};
 use baton_simulator::fault::{Fault, Hits, Point};
 use baton_simulator::run;
@@ -26,6 +27,9 @@ struct Args {
     /// Put this bug into the world: it must be found.
     #[arg(long)]
     bug: Option<Bug>,
+    /// Say how often each pair of state and event was reached.
+    #[arg(long)]
+    coverage: bool,
     /// Go on after a broken rule, and count.
     #[arg(long)]
     keep_going: bool,
@@ -50,7 +54,7 @@ fn play(args: &Args, out: &mut impl Write) -> io::Result<ExitCode> {
         });
     }
     let (mut hits, mut handoffs, mut endings) = (Hits::default(), 0, Endings::default());
-    let mut broken = 0u64;
+    let (mut coverage, mut broken) = (Coverage::default(), 0u64);
     for seed in args.seed.. {
         if handoffs >= args.handoffs {
             break;
@@ -59,6 +63,7 @@ fn play(args: &Args, out: &mut impl Write) -> io::Result<ExitCode> {
         hits.add(&report.hits);
         handoffs += report.handoffs;
         endings.add(&report.endings);
+        coverage.add(&report.coverage);
         if let Some(violation) = report.violation {
             let step = report.trace.steps();
             writeln!(out, "seed={seed} step={step} {violation}")?;
@@ -84,7 +89,11 @@ fn play(args: &Args, out: &mut impl Write) -> io::Result<ExitCode> {
     for ((point, hits), sprung) in Point::ALL.iter().zip(hits.points).zip(hits.sprung) {
         writeln!(out, "  {hits:8} {point:?}, {sprung} with a fault")?;
     }
-    let missing: Vec<String> = hits.missing().into_iter().chain(endings.missing()).collect();
+    if args.coverage {
+        writeln!(out, "reached:")?;
+        write!(out, "{coverage}")?;
+    }
+    let missing = [hits.missing(), endings.missing(), coverage.missing()].concat();
     missing.iter().try_for_each(|what| writeln!(out, "never happened: {what}"))?;
     if broken > 0 {
         writeln!(out, "{broken} worlds with a broken rule")?;

@@ -10,6 +10,7 @@ use baton_protocol::{Epoch, QueueId, Seq, SessionId};
 
 use crate::agenda::{Agenda, MS, Time};
 use crate::bug::Bug;
+use crate::coverage::Coverage;
 use crate::fault::{Fault, Hits, Point, Trap};
 use crate::history::{History, Kind, Value};
 use crate::network::{Connection, Network};
@@ -82,7 +83,10 @@ pub(crate) enum Call {
     Abdicate(Try),
     Settle(Try, Option<(SessionId, Proof)>),
     /// An operator gives the volume to this owner name, by force.
-    Fence { nominee: String, seen: (Option<String>, Epoch) },
+    Fence {
+        nominee: String,
+        seen: (Option<String>, Epoch),
+    },
 }
 
 /// What it is answered.
@@ -100,23 +104,70 @@ pub(crate) struct Reply {
 /// Something that happens to one process.
 #[derive(Debug)]
 pub(crate) enum Event {
-    ToServer { connection: usize, message: ToServer },
-    ToClient { connection: usize, message: ToClient },
-    Executed { volume: usize, boot: u64, token: u64 },
-    Stored { volume: usize, boot: u64 },
-    Persist { volume: usize, boot: u64 },
-    ServerStarts { server: usize },
-    Call { coordinator: usize, term: u64, volume: usize, call: Call },
-    Reply { coordinator: usize, reply: Reply },
-    CoordinatorTick { coordinator: usize },
-    CoordinatorStarts { coordinator: usize },
-    Connect { backend: usize, member: usize, link: usize },
-    Check { backend: usize },
-    BackendStarts { host: usize },
-    Rings { backend: usize, member: usize, on: bool },
-    Image { round: u64, image: Image },
+    ToServer {
+        connection: usize,
+        message: ToServer,
+    },
+    ToClient {
+        connection: usize,
+        message: ToClient,
+    },
+    Executed {
+        volume: usize,
+        boot: u64,
+        token: u64,
+    },
+    Stored {
+        volume: usize,
+        boot: u64,
+    },
+    Persist {
+        volume: usize,
+        boot: u64,
+    },
+    ServerStarts {
+        server: usize,
+    },
+    Call {
+        coordinator: usize,
+        term: u64,
+        volume: usize,
+        call: Call,
+    },
+    Reply {
+        coordinator: usize,
+        reply: Reply,
+    },
+    CoordinatorTick {
+        coordinator: usize,
+    },
+    CoordinatorStarts {
+        coordinator: usize,
+    },
+    Connect {
+        backend: usize,
+        member: usize,
+        link: usize,
+    },
+    Check {
+        backend: usize,
+    },
+    BackendStarts {
+        host: usize,
+    },
+    Rings {
+        backend: usize,
+        member: usize,
+        on: bool,
+    },
+    Image {
+        round: u64,
+        image: Image,
+    },
     /// The guest at a place does something.
-    Guest { place: usize },
+    Guest {
+        place: usize,
+    },
     Orchestrator,
     Fault(Fault),
 }
@@ -170,6 +221,7 @@ pub(crate) struct Stage {
     pub(crate) history: History,
     pub(crate) network: Network,
     pub(crate) hits: Hits,
+    pub(crate) coverage: Coverage,
     pub(crate) traps: Vec<Trap>,
     pub(crate) bug: Option<Bug>,
     pub(crate) setting: Setting,
@@ -241,7 +293,7 @@ impl Stage {
             return;
         }
         let delay = self.between(50, 2 * MS);
-        if self.doubling > 0 {
+        if self.doubling > 0 && !matches!(call, Call::View) {
             self.doubling -= 1;
             // As late as in the handoffs after this one.
             let late = if self.chance(0.3) {

@@ -86,8 +86,11 @@ impl Watch {
             self.broken("I1", format!("volume {volume} went from epoch {highest} to {epoch}"));
         } else if holder != session {
             self.broken("I1", format!("epoch {epoch} of volume {volume} has two holders"));
-        } else if seen.nominee.unwrap_or(self.owner) != host {
-            let owner = seen.nominee.unwrap_or(self.owner);
+        } else if let Some(nominee) = seen.nominee.take().filter(|nominee| *nominee != host) {
+            let what = format!("host {host} let in at volume {volume}, fenced for host {nominee}");
+            self.broken("I7", what);
+        } else if self.owner != host {
+            let owner = self.owner;
             let what = format!("host {host} let in at volume {volume}; host {owner} won");
             self.broken("I7", what);
         }

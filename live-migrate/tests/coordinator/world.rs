@@ -312,7 +312,8 @@ async fn change(
         }
         "fence" => {
             let nominee = body["nominee"].as_str();
-            let record = storage.step(&name, Input::Fence { term: Some(term), nominee, seen: None });
+            let record =
+                storage.step(&name, Input::Fence { term: Some(term), nominee, seen: None });
             let record = record.map_err(|refusal| refused(&refusal))?;
             return Ok(Json(json!({"access": view(&record)})));
         }

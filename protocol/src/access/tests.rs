@@ -110,8 +110,10 @@ nominated B e2 + fence to B -> Owned e3 host-b/vm1/0
 
 #[test]
 fn an_older_coordinator_is_refused() {
-    let record =
-        owned_by(A, 1).step(Input::Fence { term: Some(5), nominee: None, seen: None }).expect("fence").record;
+    let record = owned_by(A, 1)
+        .step(Input::Fence { term: Some(5), nominee: None, seen: None })
+        .expect("fence")
+        .record;
     assert_eq!(
         record.step(Input::Fence { term: Some(4), nominee: None, seen: None }),
         Err(Refusal::StaleTerm { term: 4, current: 5 })

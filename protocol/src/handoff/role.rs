@@ -58,6 +58,8 @@ struct Member {
     granted: Option<Epoch>,
     /// The VMM's rings run.
     running: bool,
+    /// The VMM has started its rings in this process.
+    ran: bool,
     /// The rings were stopped under a migration and not started since.
     stopped: bool,
     /// New requests are held.
@@ -166,6 +168,7 @@ impl Role {
             volume: *volume,
             granted: None,
             running: false,
+            ran: false,
             stopped: false,
             held: true,
             seal_sent: None,

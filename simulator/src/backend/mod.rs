@@ -252,6 +252,7 @@ impl Backend {
     }
 
     fn tell(&mut self, stage: &mut Stage, vm: &mut Vm, input: Input) {
+        stage.coverage.told(self.role.standing(), &input);
         let outputs = self.role.step(input);
         for output in outputs {
             self.obey(stage, output);

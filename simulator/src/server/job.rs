@@ -162,11 +162,16 @@ impl Volume {
     /// What the record says. `None`: it has no say.
     fn judge(
         &self,
-        stage: &Stage,
+        stage: &mut Stage,
         server: &Server,
         job: &Job,
     ) -> (Result<Option<Step>, Refusal>, Option<Point>) {
-        let step = |input: Input<'_>| (self.record.step(input).map(Some), reached_by(&input));
+        let has = |bug| stage.bug == Some(bug);
+        let (late_fence, late_arm) = (has(Bug::LateFence), has(Bug::LateArm));
+        let mut step = |input: Input<'_>| {
+            stage.coverage.asked(self.record.phase, &input);
+            (self.record.step(input).map(Some), reached_by(&input))
+        };
         match job {
             Job::Greet { connection, greeting } => {
                 let Some(peer) = self.peers.get(connection) else { return (Ok(None), None) };
@@ -207,15 +212,11 @@ impl Volume {
                     Call::View => (Ok(None), None),
                     Call::Fence { nominee, seen: (owner, next_epoch) } => {
                         let seen = Seen { owner: owner.as_deref(), next_epoch: *next_epoch };
-                        let seen = (!stage.has(Bug::LateFence)).then_some(seen);
+                        let seen = (!late_fence).then_some(seen);
                         step(Input::Fence { term: None, nominee: Some(nominee), seen })
                     }
                     Call::Arm { plan, next_epoch } => {
-                        let planned = if stage.has(Bug::LateArm) {
-                            self.record.next_epoch
-                        } else {
-                            *next_epoch
-                        };
+                        let planned = if late_arm { self.record.next_epoch } else { *next_epoch };
                         step(Input::Arm { plan, term, next_epoch: planned, generation: 0 })
                     }
                     Call::Reclaim(attempt) => step(Input::Reclaim { attempt: *attempt, by }),

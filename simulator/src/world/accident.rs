@@ -13,13 +13,18 @@ use crate::vm::Vm;
 impl World {
     pub(super) fn plan_faults(&mut self) {
         self.calm_from = self.stage.now;
-        for _ in 0..self.stage.rng.usize(0..=7) {
-            let fault = Fault::ALL[self.stage.rng.usize(..Fault::ALL.len())];
+        let [least, most] = self.theme.faults();
+        for _ in 0..self.stage.rng.usize(least..=most) {
+            let (mut faults, mut points) = (&Fault::ALL[..], &Point::ALL[..]);
+            if let Some(pool) = self.theme.pool().filter(|_| self.stage.rng.u8(..4) != 0) {
+                (faults, points) = pool;
+            }
+            let fault = faults[self.stage.rng.usize(..faults.len())];
             if self.stage.setting.overlaps && fault.forgets() {
                 continue;
             }
             if self.stage.chance(0.6) {
-                let point = Point::ALL[self.stage.rng.usize(..Point::ALL.len())];
+                let point = points[self.stage.rng.usize(..points.len())];
                 let passes = self.stage.rng.u32(0..=3);
                 self.stage.traps.push(Trap { point, passes, fault });
             } else {
@@ -197,16 +202,16 @@ impl World {
         may
     }
 
-    /// Orders that contradict each other, to both sides.
+    /// Orders that contradict each other, to either side, fitting or not.
     fn contradict(&mut self) -> bool {
-        let [from, to] = self.hosts;
         let mut heard = false;
         for _ in 0..self.stage.rng.usize(2..=5) {
+            let host = self.stage.rng.usize(..2);
             heard |= match self.stage.rng.u8(..5) {
-                0 => self.order(from, RoleOrder::Seal),
-                1 => self.order(from, RoleOrder::Reclaim),
-                2 => self.order(to, RoleOrder::Abdicate),
-                _ => self.order(to, RoleOrder::Activate),
+                0 => self.order(host, RoleOrder::Seal),
+                1 => self.order(host, RoleOrder::Reclaim),
+                2 => self.order(host, RoleOrder::Abdicate),
+                _ => self.order(host, RoleOrder::Activate),
             };
         }
         heard

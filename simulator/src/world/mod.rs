@@ -21,12 +21,14 @@ use crate::backend::Backend;
 use crate::bug::Bug;
 use crate::checker;
 use crate::coordinator::{Coordinator, Journal, Order};
+use crate::coverage::Coverage;
 use crate::ending::Endings;
 use crate::fault::Hits;
 use crate::history::History;
 use crate::network::Network;
 use crate::server::{Server, Volume};
-use crate::stage::{DeadBackend, DecidedBy, BY_OPERATOR, Event, Setting, Stage, note};
+use crate::stage::{BY_OPERATOR, DeadBackend, DecidedBy, Event, Setting, Stage, note};
+use crate::theme::Theme;
 use crate::trace::Trace;
 use crate::vm::{Image, Vm};
 use crate::watch::{Violation, Watch};
@@ -60,6 +62,8 @@ pub struct Report {
     pub trace: Trace,
     /// How often what happened.
     pub hits: Hits,
+    /// Which pairs of state and event were reached.
+    pub coverage: Coverage,
     /// Handoffs that were begun.
     pub handoffs: u64,
     /// How they ended.
@@ -104,6 +108,7 @@ struct Host {
 
 struct World {
     stage: Stage,
+    theme: Theme,
     servers: Vec<Server>,
     volumes: Vec<Volume>,
     backends: Vec<Backend>,
@@ -149,6 +154,7 @@ pub fn run(seed: u64, bug: Option<Bug>, keep_trace: bool) -> Report {
         violation,
         trace: stage.trace,
         hits: stage.hits,
+        coverage: stage.coverage,
         handoffs: world.round,
         endings: world.endings,
         history: stage.history,
@@ -159,7 +165,8 @@ impl World {
     fn new(seed: u64, bug: Option<Bug>, keep_trace: bool) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         let volumes = rng.usize(1..=3);
-        let setting = Setting {
+        let theme = Theme::draw(&mut rng);
+        let mut setting = Setting {
             servers: rng.usize(1..=volumes),
             volumes,
             queues: rng.usize(1..=2),
@@ -174,6 +181,8 @@ impl World {
                 .expect("three"),
             loss: if rng.bool() { 0.05 } else { 0.0 },
         };
+        theme.set(&mut setting, &mut rng);
+        let volumes = setting.volumes;
         let mode = if rng.u8(..4) == 0 { Mode::Base } else { Mode::Fast };
         let rounds = rng.u64(2..=5);
         let mut stage = Stage {
@@ -185,6 +194,7 @@ impl World {
             history: History::default(),
             network: Network::default(),
             hits: Hits::default(),
+            coverage: Coverage::default(),
             traps: Vec::new(),
             bug,
             carried: HashSet::new(),
@@ -194,7 +204,7 @@ impl World {
             doubling: 0,
             setting: setting.clone(),
         };
-        note!(stage, "{setting:?} {mode:?}");
+        note!(stage, "{theme:?} {setting:?} {mode:?}");
         let mut vms = vec![Vm::new(0, volumes), Vm::new(1, volumes)];
         vms[0].image = Some(Image::new(volumes, setting.queues));
         vms[0].running = true;
@@ -208,6 +218,7 @@ impl World {
         }
         stage.after(5 * MS, Event::Orchestrator);
         Self {
+            theme,
             servers,
             volumes: (0..volumes)
                 .map(|volume| Volume::new(volume, setting.servers, setting.sectors))

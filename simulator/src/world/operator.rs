@@ -20,7 +20,7 @@ use super::{Host, Migration, World};
 use crate::ending::Ending;
 use crate::fault::Fault;
 use crate::server::owner_name;
-use crate::stage::{Call, Event, BY_OPERATOR, Reply, note};
+use crate::stage::{BY_OPERATOR, Call, Event, Reply, note};
 use crate::vm::{Image, Vm};
 
 /// A fence under way.
