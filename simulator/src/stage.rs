@@ -293,11 +293,14 @@ impl Stage {
             return;
         }
         let delay = self.between(50, 2 * MS);
-        if self.doubling > 0 && !matches!(call, Call::View) {
-            self.doubling -= 1;
+        // An operator's client repeats what is not answered soon.
+        let again = matches!(call, Call::Fence { .. }) && self.chance(0.1);
+        let doubled = self.doubling > 0 && !matches!(call, Call::View);
+        if doubled || again {
+            self.doubling = self.doubling.saturating_sub(u32::from(doubled));
             // As late as in the handoffs after this one.
-            let late = if self.chance(0.3) {
-                self.between(0, 2000 * MS)
+            let late = if self.chance(0.5) {
+                self.between(0, 600 * MS)
             } else {
                 self.between(MS, 80 * MS)
             };

@@ -28,8 +28,8 @@ impl Theme {
     /// thousand handoffs.
     pub(crate) fn draw(rng: &mut fastrand::Rng) -> Self {
         match rng.u8(..16) {
-            0..=5 => Self::Mixed,
-            6..=7 => Self::Late,
+            0..=4 => Self::Mixed,
+            5..=7 => Self::Late,
             8..=9 => Self::Connections,
             10..=12 => Self::DyingSource,
             13..=14 => Self::NewSource,
@@ -60,6 +60,12 @@ impl Theme {
         }
     }
 
+    /// How many handoffs a world has, at least and at most.
+    pub(crate) fn handoffs(self) -> [u64; 2] {
+        // What is late for one comes in another.
+        if self == Self::Late { [4, 8] } else { [2, 5] }
+    }
+
     /// How many faults a handoff has, at least and at most.
     pub(crate) fn faults(self) -> [usize; 2] {
         match self {
@@ -79,6 +85,7 @@ impl Theme {
                     Fault::MessagesDoubled,
                     Fault::Cancelled,
                     Fault::FenceForced,
+                    Fault::FenceForced,
                 ],
                 &[Point::ArmArrived, Point::Armed, Point::RingsStopped, Point::FenceArrived],
             )),
@@ -89,6 +96,8 @@ impl Theme {
             Self::DyingSource => Some((
                 &[
                     Fault::SourceKilled,
+                    Fault::SourceKilled,
+                    Fault::SourceUnheard,
                     Fault::SourceUnheard,
                     Fault::ConnectionReset,
                     Fault::DiskSlow,
@@ -108,7 +117,14 @@ impl Theme {
             )),
             Self::Servers => Some((
                 &[Fault::ServerKilled, Fault::PowerLost, Fault::DestinationKilled],
-                &[Point::Sealed, Point::ActivateArrived, Point::Activated, Point::Opened],
+                &[
+                    Point::Armed,
+                    Point::Sealed,
+                    Point::ActivateArrived,
+                    Point::Activated,
+                    Point::Opened,
+                    Point::UnfreezeArrived,
+                ],
             )),
         }
     }

@@ -28,6 +28,9 @@ pub(super) struct Current {
     job: Job,
     step: Step,
     is_stored: bool,
+    /// It is to be stored, and that has not begun: a seal, which is stored when
+    /// everything has drained. What is durable then is that nothing comes any more.
+    stores_later: bool,
     /// The gate must be empty before the change is in force.
     drains: bool,
 }
@@ -99,15 +102,18 @@ impl Volume {
     /// Goes on as far as it can.
     pub(super) fn work(&mut self, stage: &mut Stage, server: &Server) {
         loop {
-            if let Some(current) = &self.current {
+            if let Some(current) = &mut self.current {
                 if current.drains && !self.running.is_empty() && !stage.has(Bug::NoDrain) {
                     self.gate = None;
                     stage.reached(Point::SealWaits);
                     return;
                 }
                 if current.drains && !current.is_stored && current.step.store == Store::First {
-                    // SEALED: closed first, then stored.
                     self.gate = None;
+                }
+                if std::mem::take(&mut current.stores_later) {
+                    self.store(stage, server);
+                    return;
                 }
                 if current.step.store == Store::First && !current.is_stored {
                     return;
@@ -140,10 +146,9 @@ impl Volume {
             (next.e_to, next.e_back) = (kept.e_to, kept.e_back);
         }
         let seals = step.changed && matches!(job, Job::Sealed { .. });
-        if step.store == Store::First && step.changed {
-            let delay = stage.between(200, 3 * MS);
-            let (volume, boot) = (self.number, server.boot);
-            stage.after(delay, Event::Stored { volume, boot });
+        let stores = step.store == Store::First && step.changed;
+        if stores && !seals {
+            self.store(stage, server);
         }
         if step.store == Store::Later {
             // A change that was lost with the memory is what fast mode must bear.
@@ -156,7 +161,14 @@ impl Volume {
         }
         let is_stored = !step.changed;
         let drains = step.reopen || seals;
-        self.current = Some(Current { job, step, is_stored, drains });
+        let stores_later = stores && seals;
+        self.current = Some(Current { job, step, is_stored, stores_later, drains });
+    }
+
+    fn store(&self, stage: &mut Stage, server: &Server) {
+        let delay = stage.between(200, 3 * MS);
+        let (volume, boot) = (self.number, server.boot);
+        stage.after(delay, Event::Stored { volume, boot });
     }
 
     /// What the record says. `None`: it has no say.

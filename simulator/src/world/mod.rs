@@ -37,8 +37,8 @@ use crate::watch::{Violation, Watch};
 const LIVENESS: Time = 1500 * MS;
 /// How long an operator waits for what cannot be decided.
 const OPERATOR: Time = 500 * MS;
-/// No world takes longer, unless nobody gets out of it: 10 minutes.
-const END: Time = 600_000 * MS;
+/// No world takes longer, unless nobody gets out of it: 2 minutes.
+const END: Time = 120_000 * MS;
 /// The longest that something goes wrong.
 const FAULT_MAX: Time = 90 * MS;
 /// The longest that a host hangs whose handoff ends without it.
@@ -184,7 +184,8 @@ impl World {
         theme.set(&mut setting, &mut rng);
         let volumes = setting.volumes;
         let mode = if rng.u8(..4) == 0 { Mode::Base } else { Mode::Fast };
-        let rounds = rng.u64(2..=5);
+        let [least, most] = theme.handoffs();
+        let rounds = rng.u64(least..=most);
         let mut stage = Stage {
             now: 0,
             agenda: Agenda::new(),
@@ -250,7 +251,7 @@ impl World {
         while let Some((at, event)) = self.stage.agenda.next() {
             self.stage.now = at;
             if at > END {
-                self.stage.watch.broken("end", "a guest does not go on, whatever is tried".into());
+                self.stage.watch.broken("I9", "a guest does not go on, whatever is tried".into());
                 return;
             }
             if let Some(thaws) = self.frozen_until(&event).filter(|thaws| *thaws > at) {
