@@ -19,8 +19,6 @@ pub enum Ending {
     NeverBegan,
     /// By FENCE, though nobody was dead: an operator forced it.
     FenceForced,
-    /// By FENCE, because the source's host was gone and nothing was decided.
-    FenceSourceGone,
     /// By FENCE, because the destination's host was gone and the anchor was
     /// frozen: only the destination could say whether it had activated.
     FenceDestinationGone,
@@ -31,14 +29,13 @@ pub enum Ending {
 
 impl Ending {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 8] = [
         Self::DestinationRan,
         Self::DestinationOrdered,
         Self::SourceCameBack,
         Self::CoordinatorReclaimed,
         Self::NeverBegan,
         Self::FenceForced,
-        Self::FenceSourceGone,
         Self::FenceDestinationGone,
         Self::FenceWitnessDead,
     ];
@@ -52,7 +49,6 @@ impl Ending {
             Self::CoordinatorReclaimed => "source: the coordinator took them back",
             Self::NeverBegan => "source: the plan could not be taken any more",
             Self::FenceForced => "FENCE: an operator forced it, nobody was dead",
-            Self::FenceSourceGone => "FENCE: the source's host was gone, nothing was decided",
             Self::FenceDestinationGone => {
                 "FENCE: the anchor was frozen and the destination's host gone"
             }

@@ -67,6 +67,9 @@ pub struct RecordView {
     /// Only requests with it are admitted.
     #[serde(default)]
     pub epoch: u64,
+    /// The next that nobody had.
+    #[serde(default)]
+    pub next_epoch: u64,
     /// Where it stands.
     #[serde(default)]
     pub phase: String,
@@ -406,8 +409,11 @@ impl StorageServer {
         term: u64,
         reason: &str,
         nominee: Option<&str>,
+        seen: &RecordView,
     ) -> Result<u64, StorageError> {
-        let mut body = json!({"term": term, "reason": reason});
+        let owner = seen.owner.as_ref().map(|owner| owner.name.as_str());
+        let seen = json!({"owner": owner, "next_epoch": seen.next_epoch});
+        let mut body = json!({"term": term, "reason": reason, "seen": seen});
         if let Some(nominee) = nominee {
             body["nominee"] = nominee.into();
         }

@@ -13,7 +13,7 @@ use axum::middleware::Next;
 use axum::response::{ErrorResponse, IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router, middleware};
-use baton_protocol::access::{AccessRecord, By, Input, Phase, Refusal};
+use baton_protocol::access::{AccessRecord, By, Input, Phase, Refusal, Seen};
 use baton_protocol::handoff::{HandoffId, Key, Members, Mode, Plan, Proof, Side, Try};
 use baton_protocol::{Epoch, SessionId, VolumeId};
 use serde_json::{Value, json};
@@ -153,6 +153,7 @@ fn refused(refusal: &Refusal) -> Response {
         Refusal::HandoffInProgress(_) => "baton:handoff-in-progress",
         Refusal::NoSuchHandoff(_) => return problem(404, "baton:no-such-handoff", refusal),
         Refusal::StalePlan { .. } => "baton:stale-plan",
+        Refusal::StaleFence { .. } => "baton:stale-fence",
         Refusal::NotOwner { .. } => "baton:not-owner",
         Refusal::Lost { .. } => "baton:lost-race",
         Refusal::Undecided => "baton:undecided",
@@ -312,8 +313,9 @@ async fn change(
         }
         "fence" => {
             let nominee = body["nominee"].as_str();
-            let record =
-                storage.step(&name, Input::Fence { term: Some(term), nominee, seen: None });
+            let next_epoch = Epoch(body["seen"]["next_epoch"].as_u64().expect("an epoch"));
+            let seen = Some(Seen { owner: body["seen"]["owner"].as_str(), next_epoch });
+            let record = storage.step(&name, Input::Fence { term: Some(term), nominee, seen });
             let record = record.map_err(|refusal| refused(&refusal))?;
             return Ok(Json(json!({"access": view(&record)})));
         }

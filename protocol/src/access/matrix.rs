@@ -93,6 +93,10 @@ impl Cast {
                 "fence of an older term",
                 Input::Fence { term: Some(TERM - 1), nominee: None, seen: None },
             ),
+            ("fence meant for the owner a e1", {
+                let seen = Some(Seen { owner: Some(SOURCE), next_epoch: Epoch(2) });
+                Input::Fence { term: None, nominee: None, seen }
+            }),
             ("arm", arm(&self.plan, TERM)),
             ("arm the next try", arm(&self.next, TERM)),
             ("arm of an older term", arm(&self.plan, TERM - 1)),

@@ -121,6 +121,28 @@ fn an_older_coordinator_is_refused() {
     assert!(record.step(Input::Fence { term: Some(5), nominee: None, seen: None }).is_ok());
 }
 
+/// Rule 8: what is repeated or comes late fences nobody else.
+#[test]
+fn a_fence_is_only_for_whom_it_was_meant() {
+    let before = owned_by(A, 1);
+    let seen = Some(Seen { owner: Some(A), next_epoch: before.next_epoch });
+    let fence = Input::Fence { term: None, nominee: Some(B), seen };
+    let fenced = before.step(fence).expect("as it was read").record;
+    let stale = |record: &AccessRecord, owner: &str| {
+        let refusal = record.step(fence).expect_err("it comes again");
+        assert_eq!(refusal, Refusal::StaleFence { owner: owner.to_owned(), epoch: record.epoch });
+    };
+    // Not the nominee, whether or not it has come.
+    stale(&fenced, B);
+    let claimed = fenced.step(Input::Claim { name: B, session: SessionId(9) }).expect("B").record;
+    stale(&claimed, B);
+    // Nor the same owner as another process, which somebody let in on purpose.
+    let again = before.step(Input::Claim { name: A, session: SessionId(7) }).expect("A").record;
+    stale(&again, A);
+    // An operator who has looked at nothing means whoever it is.
+    assert!(claimed.step(Input::Fence { term: None, nominee: None, seen: None }).is_ok());
+}
+
 /// Changing these bytes changes the disk: it needs a new format number.
 #[test]
 fn golden_record_format_1() {

@@ -277,6 +277,12 @@ impl Volume {
                     stage.send_to_client(connection, ToClient::Done { seq, read: 0 });
                     return;
                 }
+                // It waited behind an OPEN in the network while the client had given
+                // this connection up and had its answer on another.
+                Arrival::TooOld if !stage.network.connections[connection].client_open => {
+                    self.part(stage, connection);
+                    return;
+                }
                 arrival => {
                     let what = format!("volume {} answers {arrival:?} to {}", self.number, seq.0);
                     stage.watch.broken("I10", what);

@@ -49,28 +49,32 @@ impl World {
         can
     }
 
-    /// Ends a handoff that nothing else can end. Returns whether it is one.
+    /// Ends a handoff that nothing else can end. Returns whether it is one: what
+    /// does not end and is not explained here breaks I9.
     pub(super) fn fence_what_is_stuck(&mut self) -> bool {
         let [from, to] = self.hosts;
         let Some(row) = &self.journal.row else { return false };
         let anchor = &self.volumes[row.anchor()].record;
         let owner = self.stage.watch.owner();
-        let (nominee, ending) = if !self.is_well(from) {
-            (to, Ending::FenceSourceGone)
-        } else if anchor.phase != Phase::Frozen {
-            return false;
-        } else if !self.is_well(to) {
-            (from, Ending::FenceDestinationGone)
-        } else if self.can_nobody_tell() {
-            (owner, Ending::FenceWitnessDead)
-        } else {
-            return false;
-        };
-        if !self.is_well(nominee) {
+        // A coordinator can take back anything else, for a dead source too; and it
+        // has asked a living destination that was there to abdicate.
+        if anchor.phase != Phase::Frozen {
             return false;
         }
-        self.fence(nominee, Some(ending));
-        true
+        let (nominee, ending) = if !self.is_well(to) {
+            (from, Ending::FenceDestinationGone)
+        } else if !self.can_nobody_tell() {
+            return false;
+        } else if self.is_well(owner) {
+            (owner, Ending::FenceWitnessDead)
+        } else {
+            (1 - owner, Ending::FenceWitnessDead)
+        };
+        let can = self.is_well(nominee);
+        if can {
+            self.fence(nominee, Some(ending));
+        }
+        can
     }
 
     /// No living backend of the destination was there before the anchor froze.
