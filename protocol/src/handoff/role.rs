@@ -27,6 +27,10 @@
 //!   nor after it has abdicated, nor abdicates after it has activated, nor
 //!   before it has seen for itself that no process before it can have.
 //!
+//! - A process that was away while somebody else had the volumes has lost, even
+//!   if it is its host's turn again: the epoch says so. One that was bound to
+//!   another try and never had a volume is no source either.
+//!
 //! Does not know rings, sockets or clocks. Each ask may be repeated by the
 //! transport at will: all are idempotent.
 //!
