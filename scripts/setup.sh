@@ -4,7 +4,7 @@
 #   scripts/setup.sh [--check] [--demo] [--test] [--bench] [--cost] [--libvirt]
 #
 #   --demo           a QEMU that boots guests, plus a guest kernel and busybox (unpacked, never installed)
-#   --bench          qemu-storage-daemon and qemu-nbd, the peers of the side-by-side benchmark
+#   --bench          qemu-storage-daemon, nbdkit and qemu-nbd, the peers of the side-by-side benchmark
 #   --cost           valgrind, which counts what a request costs
 #   --libvirt        libvirtd for QEMU and virsh, without the system's own daemon: tests start theirs
 #   --test           all four, for the harness is tested on the peers, and a C++ compiler for the fuzzer's runtime
@@ -74,6 +74,7 @@ new_enough() {
 missing=()
 ((want_guest)) && { ! have qemu-system-x86_64 || ! new_enough qemu-system-x86; } && missing+=(qemu-system-x86)
 ((want_bench)) && { ! have qemu-storage-daemon || ! have qemu-nbd; } && missing+=(qemu-utils)
+((want_bench)) && ! have nbdkit && missing+=(nbdkit)
 ((want_cost)) && ! have valgrind && missing+=(valgrind)
 ((want_fuzz)) && ! have c++ && ! have g++ && ! have clang++ && missing+=(g++)
 if ((want_libvirt)); then

@@ -27,6 +27,10 @@ pub enum Kind {
     Qsd,
     /// The same over nbdkit's file plugin, which is faster than qemu-nbd.
     QsdNbdkit,
+    /// baton-backend and baton-storage over a Unix socket.
+    BatonUnix,
+    /// qemu-storage-daemon and nbdkit's file plugin over a Unix socket.
+    QsdNbdkitUnix,
     /// baton-backend on a local file, without a storage server: what the backend alone costs.
     BatonFile,
     /// qemu-storage-daemon on a local file.
@@ -39,6 +43,8 @@ impl std::fmt::Display for Kind {
             Self::Baton => "baton",
             Self::Qsd => "qsd",
             Self::QsdNbdkit => "qsd-nbdkit",
+            Self::BatonUnix => "baton-unix",
+            Self::QsdNbdkitUnix => "qsd-nbdkit-unix",
             Self::BatonFile => "baton-file",
             Self::QsdFile => "qsd-file",
         })
@@ -77,9 +83,11 @@ impl Stack {
         let dir = TestDir::in_memory("bench")?;
         let socket = dir.join("disk.sock");
         let (server, backend) = match config.kind {
-            Kind::Baton => baton(config, dir.path(), &socket)?,
+            Kind::Baton | Kind::BatonUnix => baton(config, dir.path(), &socket)?,
             Kind::BatonFile => (None, baton_file(config, dir.path(), &socket)?),
-            Kind::Qsd | Kind::QsdNbdkit | Kind::QsdFile => qsd(config, dir.path(), &socket)?,
+            Kind::Qsd | Kind::QsdNbdkit | Kind::QsdNbdkitUnix | Kind::QsdFile => {
+                qsd(config, dir.path(), &socket)?
+            }
         };
         fill(&socket, config.bytes)?;
         Ok(Self { backend, server, socket, dir })
@@ -140,9 +148,12 @@ fn words(text: &str) -> Vec<String> {
 }
 
 fn baton(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Option<Daemon>, Daemon)> {
-    let data = dir.join("data");
+    let (data, unix) = (dir.join("data"), dir.join("storage.sock"));
     let listen = "--listen 127.0.0.1:0 --admin-listen 127.0.0.1:0 --data-dir";
-    let args = [words(listen), vec![data.display().to_string()]].concat();
+    let mut args = [words(listen), vec![data.display().to_string()]].concat();
+    if config.kind == Kind::BatonUnix {
+        args.extend(["--listen-unix".to_owned(), unix.display().to_string()]);
+    }
     let mut server = start(config, dir, "baton-storage", &program("baton-storage")?, &args)?;
     let line = server.wait_line("listening data=", START_TIMEOUT)?;
     let address = |name: &str| {
@@ -160,7 +171,11 @@ fn baton(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Option<Daem
     if !created.status.success() {
         bail!("baton {create} failed: {}", String::from_utf8_lossy(&created.stderr));
     }
-    let backend = baton_backend(config, dir, socket, &format!("baton://{data}/bench"))?;
+    let volume = match config.kind {
+        Kind::BatonUnix => format!("baton+unix:///bench?socket={}", unix.display()),
+        _ => format!("baton://{data}/bench"),
+    };
+    let backend = baton_backend(config, dir, socket, &volume)?;
     Ok((Some(server), backend))
 }
 
@@ -186,8 +201,7 @@ fn qsd(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Option<Daemon
     let (server, blockdev) = if config.kind == Kind::QsdFile {
         (None, format!("driver=file,node-name=disk,filename={}", file.display()))
     } else {
-        let (server, port) = nbd_server(config, dir, &file)?;
-        let to = format!("server.type=inet,server.host=127.0.0.1,server.port={port}");
+        let (server, to) = nbd_server(config, dir, &file)?;
         (Some(server), format!("driver=nbd,node-name=disk,{to}"))
     };
     let export = format!(
@@ -202,7 +216,15 @@ fn qsd(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Option<Daemon
     Ok((server, backend))
 }
 
-fn nbd_server(config: &StackConfig, dir: &Path, file: &Path) -> Result<(Daemon, u16)> {
+/// The server, and how a client finds it.
+fn nbd_server(config: &StackConfig, dir: &Path, file: &Path) -> Result<(Daemon, String)> {
+    if config.kind == Kind::QsdNbdkitUnix {
+        let (unix, file) = (dir.join("nbd.sock"), file.display());
+        let args = format!("--foreground --exit-with-parent --unix {} file {file}", unix.display());
+        let mut server = start(config, dir, "nbdkit", &system_program("nbdkit")?, &words(&args))?;
+        server.wait_socket(&unix, START_TIMEOUT)?;
+        return Ok((server, format!("server.type=unix,server.path={}", unix.display())));
+    }
     // Free a moment ago; somebody else taking it meanwhile shows as a server that does not start.
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let file = file.display();
@@ -215,7 +237,7 @@ fn nbd_server(config: &StackConfig, dir: &Path, file: &Path) -> Result<(Daemon, 
     };
     let mut server = start(config, dir, name, &system_program(name)?, &words(&args))?;
     wait_port(&mut server, port)?;
-    Ok((server, port))
+    Ok((server, format!("server.type=inet,server.host=127.0.0.1,server.port={port}")))
 }
 
 /// Waits for a TCP server without talking to it.
@@ -235,7 +257,7 @@ fn wait_port(server: &mut Daemon, port: u16) -> Result<()> {
 }
 
 /// Writes every block once, so that no run measures the first write of one.
-fn fill(socket: &Path, bytes: u64) -> Result<()> {
+pub(super) fn fill(socket: &Path, bytes: u64) -> Result<()> {
     const CHUNK: usize = 1 << 20;
     let mut frontend =
         RawFrontend::connect(socket, Options { memory_bytes: 32 << 20, ..Options::default() })?;
