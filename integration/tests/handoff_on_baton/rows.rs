@@ -269,3 +269,62 @@ fn row_35_a_backend_that_is_updated_in_a_handoff_goes_on() {
     there.iter_mut().for_each(|disk| disk.reconnect().unwrap());
     Scene::check(&mut there);
 }
+
+/// The machine had started its rings, so it cannot be told from one of an earlier try,
+/// and is turned away by the next process. Nobody activates; the move is called off,
+/// and the next one takes another machine.
+#[test]
+fn row_14_a_standby_that_dies_under_a_started_machine_is_a_try_that_failed() {
+    let mut scene = Scene::new(2, 2, "fast");
+    let mut there = scene.start_there();
+    scene.destination.wait_standing("activating").unwrap();
+    scene.destination.daemon.kill().unwrap();
+    scene.destination.restart().unwrap();
+    scene.destination.wait_standing("ready").unwrap();
+    for disk in &mut there {
+        let turned_away = disk.reconnect().and_then(|()| disk.capacity());
+        assert!(turned_away.is_err(), "{turned_away:?}");
+    }
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    assert!(there[0].reconnect().and_then(|()| there[0].capacity()).is_err());
+    std::thread::sleep(A_WHILE);
+    scene.fleet.wait_phase(&["sealed"]).unwrap();
+    assert_eq!(scene.destination.standing().unwrap(), "ready", "nobody has started its rings");
+
+    assert_eq!(scene.fleet.reclaim(&scene.attempt).unwrap()["outcome"], "source");
+    scene.resume();
+    Scene::check(&mut scene.guest);
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "source");
+    drop(there);
+    scene.destination.daemon.kill().unwrap();
+    scene.destination.restart().unwrap();
+    scene.attempt = scene.fleet.arm("host-a/vm", "host-b/vm").unwrap();
+    scene.destination.wait_standing("ready").unwrap();
+    scene.guest.iter_mut().for_each(|disk| disk.start_logging().unwrap());
+    scene.stop();
+    Scene::check(&mut scene.start_there());
+}
+
+/// One that has not started its rings is as good for the next process as for the one
+/// that died.
+#[test]
+fn row_14_a_standby_that_dies_under_a_waiting_machine_is_no_matter() {
+    let mut scene = Scene::new(2, 2, "fast");
+    let unstarted = Options { start: false, ..options() };
+    let mut there = connect(&scene.destination, 2, unstarted);
+    there.iter().for_each(|disk| assert!(disk.capacity().is_ok()));
+    scene.destination.daemon.kill().unwrap();
+    scene.destination.restart().unwrap();
+    scene.destination.wait_standing("ready").unwrap();
+    for disk in &mut there {
+        disk.attach().unwrap();
+        assert!(disk.capacity().is_ok());
+    }
+    scene.write_more();
+    scene.stop();
+    there.iter_mut().for_each(|disk| disk.start().unwrap());
+    Scene::check(&mut there);
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+}

@@ -20,6 +20,7 @@ use utoipa::ToSchema;
 
 use super::backoff::Backoff;
 use super::control::{Control, ControlError};
+use super::front_ends::FrontEnds;
 use super::process::{ProcessId, Record};
 use super::runner::{Launch, Process};
 use super::watchdog::{Decision, Observation, Watchdog};
@@ -29,6 +30,8 @@ use super::{Role, Settings};
 const STARTING_PERIOD: Duration = Duration::from_millis(20);
 /// Exit code of the backend for wrong flags or configuration.
 const EXIT_USAGE: i32 = 2;
+/// For the last question to a backend that is to end.
+const LAST_LOOK_LIMIT: Duration = Duration::from_millis(500);
 
 /// What a backend's process does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -69,6 +72,7 @@ pub struct BackendState {
 #[derive(Debug)]
 pub(super) struct Keeper {
     pub(super) settings: Arc<Settings>,
+    pub(super) front_ends: Arc<FrontEnds>,
     pub(super) launch: Mutex<Launch>,
     pub(super) state: watch::Sender<BackendState>,
     pub(super) stop: watch::Sender<bool>,
@@ -168,6 +172,11 @@ impl Keeper {
     }
 
     async fn end(&self, launch: &Launch, process: &mut Process) {
+        // Who is at its disks now is left behind by it.
+        let control = Control::new(launch.control.clone());
+        if let Ok(status) = control.ask(&json!({"cmd": "status"}), LAST_LOOK_LIMIT).await {
+            self.front_ends.hear(&launch.vm, &status);
+        }
         let grace = self.settings.stop_grace;
         if let Err(error) = self.settings.manager.stop(launch, process, grace).await {
             tracing::error!(vm = launch.vm, %error, "cannot stop a backend");
@@ -200,8 +209,11 @@ impl Keeper {
         loop {
             let began = Instant::now();
             let answer = control.ask(&json!({"cmd": "status"}), Watchdog::period(hang)).await;
-            if let (Some(heard), Ok(status)) = (&self.settings.heard, &answer) {
-                let _ = heard.try_send((launch.vm.clone(), status.clone()));
+            if let Ok(status) = &answer {
+                self.front_ends.hear(&launch.vm, status);
+                if let Some(heard) = &self.settings.heard {
+                    let _ = heard.try_send((launch.vm.clone(), status.clone()));
+                }
             }
             let seen = match answer {
                 Ok(_) | Err(ControlError::Refused { .. }) => Observation::Answered,

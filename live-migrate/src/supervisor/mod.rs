@@ -7,6 +7,7 @@
 
 mod backoff;
 pub mod control;
+mod front_ends;
 mod keeper;
 mod process;
 mod runner;
@@ -23,6 +24,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use utoipa::ToSchema;
 
+use front_ends::FrontEnds;
 use keeper::Keeper;
 pub use keeper::{BackendState, Run};
 use process::Record;
@@ -87,6 +89,18 @@ pub enum SuperviseError {
         /// How long it had.
         after: Duration,
     },
+    /// A backend that waits for a machine would be found by one that must not run.
+    #[error(
+        "process {pid} ({name}) was at the disks of {vm} before and still runs on this host: a machine of an earlier try, with memory that is out of date, and the VM is another host's; end process {pid}, then begin again"
+    )]
+    EarlierMachine {
+        /// Whose.
+        vm: String,
+        /// Which process.
+        pid: i32,
+        /// Its program.
+        name: String,
+    },
     /// It could not be stopped.
     #[error("the backend of {vm} cannot be stopped: {reason}")]
     Stuck {
@@ -109,6 +123,7 @@ struct Kept {
 #[derive(Debug)]
 pub struct Supervisor {
     settings: Arc<Settings>,
+    front_ends: Arc<FrontEnds>,
     kept: Mutex<HashMap<String, Kept>>,
 }
 
@@ -116,7 +131,8 @@ impl Supervisor {
     /// Keeps none yet.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
-        Self { settings: Arc::new(settings), kept: Mutex::default() }
+        let front_ends = Arc::new(FrontEnds::new(settings.state_dir.clone()));
+        Self { settings: Arc::new(settings), front_ends, kept: Mutex::default() }
     }
 
     /// What the backend of a VM does.
@@ -144,12 +160,24 @@ impl Supervisor {
     }
 
     /// Starts a backend and waits until it answers. One that runs already is left
-    /// alone; the role counts when it starts the next time.
+    /// alone; the role counts when it starts the next time. A new one that waits
+    /// for a machine is not started while one from before is left.
     ///
     /// # Errors
     /// [`SuperviseError`].
     pub async fn start(&self, launch: Launch) -> Result<BackendState, SuperviseError> {
         let vm = launch.vm.clone();
+        if launch.standby
+            && !self.is_kept(&vm)
+            && self.found(&vm).is_none()
+            && let Some(left) = self.front_ends.left(&vm)
+        {
+            return Err(SuperviseError::EarlierMachine {
+                vm,
+                pid: left.process.pid,
+                name: left.name,
+            });
+        }
         let mut state = {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
             match kept.get(&vm) {
@@ -199,6 +227,13 @@ impl Supervisor {
         }
     }
 
+    /// Somebody keeps one running, also while it is down between two lives: whoever
+    /// is at its disks belongs there.
+    fn is_kept(&self, vm: &str) -> bool {
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.get(vm).is_some_and(|kept| !*kept.over.borrow())
+    }
+
     /// The process that a record names, if it runs.
     fn found(&self, vm: &str) -> Option<process::ProcessId> {
         let record = Record::read(&self.settings.record(vm))?;
@@ -216,6 +251,7 @@ impl Supervisor {
         let starting = BackendState { run: Run::Starting, ..BackendState::default() };
         let keeper = Arc::new(Keeper {
             settings: Arc::clone(&self.settings),
+            front_ends: Arc::clone(&self.front_ends),
             launch: Mutex::new(launch),
             state: watch::Sender::new(starting),
             stop: watch::Sender::new(false),

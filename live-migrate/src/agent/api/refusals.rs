@@ -103,6 +103,9 @@ impl From<SuperviseError> for Problem {
             SuperviseError::Slow { .. } => {
                 (StatusCode::GATEWAY_TIMEOUT, "baton:backend-slow", "The backend does not answer")
             }
+            SuperviseError::EarlierMachine { .. } => {
+                (StatusCode::CONFLICT, "baton:earlier-machine", "An old machine is still here")
+            }
             SuperviseError::Stuck { .. } => {
                 (StatusCode::CONFLICT, "baton:backend-stuck", "The backend cannot be stopped")
             }
