@@ -1,6 +1,7 @@
 //! A destination's machine is good for one try. One that is left over from an earlier try, with the memory of then, is
 //! kept away from the next one's backend: by that backend, and before it is started by the agent.
 
+use baton_integration::baton::wait_until;
 use baton_integration::faults::cluster::VM;
 use baton_integration::faults::world::{Side, World};
 use baton_integration::handoff::Fleet;
@@ -80,9 +81,21 @@ fn row_08_a_machine_that_is_left_from_an_earlier_try_keeps_the_next_from_beginni
         world.restart_agent(Side::Destination).unwrap();
     }
 
-    // It is ended, and the guest moves there; and back, when the machine that it left is ended.
+    // It is ended while the coordinator looks, and the guest moves there; and back, when the machine that it left is
+    // ended.
+    let id = Fleet::attempt().id;
+    let client = world.coordinator.client();
+    let handoff = format!("/v1/vms/{VM}/handoffs/{id}");
+    let path = format!("{handoff}?wait=READY&timeout=6s");
+    let body = json!({ "from": Side::Source.host(), "to": Side::Destination.host() });
+    let asked = std::thread::spawn(move || client.call("PUT", &path, Some(&body)).unwrap());
+    wait_until("the coordinator has seen the machine", SOON, || {
+        let row = client.call("GET", &handoff, None);
+        row.is_ok_and(|row| row["trouble"]["type"] == "baton:earlier-machine")
+    })
+    .unwrap();
     world.end_vmm(Side::Destination).unwrap();
-    let (id, said) = prepare(&world, Side::Source);
+    let said = asked.join().unwrap();
     assert_eq!(said["state"], "READY", "{said:#}");
     switch(&mut world, &dir, Side::Source, &id);
     let left = world.vmm(Side::Source).unwrap().daemon.pid();

@@ -33,6 +33,8 @@ pub(crate) struct Storage {
     changed: watch::Sender<u64>,
     /// Answers nobody, and drops what is asked.
     pub(crate) silent: AtomicBool,
+    /// Has no room to record a change, and makes none.
+    pub(crate) full: AtomicBool,
     hang: watch::Sender<Option<&'static str>>,
 }
 
@@ -67,6 +69,7 @@ impl Storage {
             boot: AtomicU64::new(1),
             changed: watch::channel(0).0,
             silent: AtomicBool::new(false),
+            full: AtomicBool::new(false),
             hang: watch::channel(None).0,
         });
         let app = Router::new()
@@ -267,6 +270,9 @@ async fn change(
     Json(body): Json<Value>,
 ) -> Answer {
     found(&storage, &name).map_err(|response| *response)?;
+    if storage.full.load(Ordering::SeqCst) {
+        return Err(problem(507, "baton:metadata-full", "the disk is full").into());
+    }
     let term = body["term"].as_u64().expect("a term");
     let text = |value: &Value| value.as_str().expect("text").to_owned();
     let this =
