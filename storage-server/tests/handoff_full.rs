@@ -10,7 +10,10 @@ use common::handoff::{
     Backend, DESTINATION, Member, S, SOURCE, TRY, arm, arm_try, plan, which, which_try,
 };
 use common::small_disk::SmallDisk;
-use common::{Client, Daemon, arguments, greeting, http, json};
+use common::{Client, Daemon, arguments, greeting, http, json, wait_for};
+use std::fs::File;
+use std::process::Command;
+
 use tempfile::TempDir;
 
 const MODES: [&str; 2] = ["fast", "base"];
@@ -41,10 +44,14 @@ impl Server {
     }
 
     fn run(&self) -> Daemon {
+        Daemon::from(self.command())
+    }
+
+    fn command(&self) -> Command {
         let mut command = self.disk.command(env!("CARGO_BIN_EXE_baton-storage"));
         arguments(&mut command, self.dir.path());
         command.args(POOL);
-        Daemon::from(command)
+        command
     }
 
     fn daemon(&self) -> &Daemon {
@@ -243,4 +250,59 @@ fn f20_a_full_member_is_disarmed_with_the_others() {
     assert_eq!(source.queue.write(0, &[1; 512]), Status::Ok);
     full.disk.free();
     arm_try(&members, "fast", Try { attempt: 2, ..TRY });
+}
+
+/// It says why, ends, and starts when there is room.
+#[test]
+fn f20_a_server_is_not_started_on_a_full_disk() {
+    let Some(mut server) = Server::start() else { return };
+    let mut volume = server.member("d");
+    let mut source = volume.source();
+    goes_on(&mut source, 1);
+    server.fill();
+    server.daemon.take().expect("running").kill();
+    let output = server.command().output().expect("it runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("meta.redb") && said.contains("No space left"), "{said}");
+    server.disk.free();
+    server.daemon = Some(server.run());
+    (volume.data, volume.admin) = (server.daemon().data, server.daemon().admin);
+    let mut source = volume.standby(SOURCE, 0xa2);
+    drop(source.control);
+    let owner = volume.control(SOURCE, 0xa2, AccessMode::Owner, 0);
+    let mut hello = greeting("d", SOURCE, 0xa2);
+    hello.epoch = owner.epoch.0;
+    source.queue = Client::greet(volume.data, &hello).expect("welcomed").0;
+    assert_eq!(source.queue.read(0, 4096), [1; 4096]);
+}
+
+/// The log is on a full disk: its lines are lost, and nothing else.
+#[test]
+fn f20_a_log_that_cannot_be_written_ends_nothing() {
+    let Some(server) = Server::start() else { return };
+    let port = || {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        listener.local_addr().expect("an address")
+    };
+    let (data, admin) = (port(), port());
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut command = server.disk.command(env!("CARGO_BIN_EXE_baton-storage"));
+    let at = |address: std::net::SocketAddr| address.to_string();
+    command.args(["--listen", &at(data), "--admin-listen", &at(admin), "--data-dir"]);
+    command.arg(dir.path()).args(POOL);
+    server.disk.fill();
+    let log = File::options().append(true).create(true).open(server.disk.path("log"));
+    let mut child = command.stderr(log.expect("open")).spawn().expect("the binary runs");
+    wait_for("it listens", || std::net::TcpStream::connect(admin).is_ok());
+    for round in 0..3 {
+        // Made, claimed, refused: each has a line.
+        let volume = Member::create(data, admin, &format!("d{round}"));
+        let mut source = volume.source();
+        let other = greeting(&volume.name, DESTINATION, 0xb);
+        assert_eq!(Client::greet(data, &other).err().expect("refused").0, Status::NotOwner);
+        goes_on(&mut source, 1);
+    }
+    child.kill().expect("killed");
+    child.wait().expect("gone");
 }

@@ -70,7 +70,15 @@ fn look_up(pid: i32) -> Option<(ProcessId, String)> {
 #[derive(Debug)]
 pub(super) struct FrontEnds {
     dir: PathBuf,
-    known: Mutex<HashMap<String, Vec<FrontEnd>>>,
+    known: Mutex<HashMap<String, Known>>,
+}
+
+/// Of one VM.
+#[derive(Debug)]
+struct Known {
+    all: Vec<FrontEnd>,
+    /// The file says the same.
+    written: bool,
 }
 
 impl FrontEnds {
@@ -81,27 +89,32 @@ impl FrontEnds {
     /// Takes what a backend says of itself.
     pub(super) fn hear(&self, vm: &str, status: &Value) {
         self.with(vm, |path, known| {
-            if hear(known, status, look_up)
-                && let Err(error) = write(path, known)
-            {
-                // Known while this agent runs; the next one might start a backend too soon.
+            let changed = hear(&mut known.all, status, look_up);
+            if !changed && known.written {
+                return;
+            }
+            let written = write(path, &known.all);
+            // Known while this agent runs; the next one might start a backend too soon. It is tried again.
+            if let (Err(error), true) = (&written, known.written) {
                 tracing::error!(vm, %error, "cannot write which machines are at a VM's disks");
             }
+            known.written = written.is_ok();
         });
     }
 
     /// One that still runs.
     pub(super) fn left(&self, vm: &str) -> Option<FrontEnd> {
         self.with(vm, |_, known| {
-            known.retain(|one| one.process.runs());
-            known.first().cloned()
+            known.all.retain(|one| one.process.runs());
+            known.all.first().cloned()
         })
     }
 
-    fn with<T>(&self, vm: &str, act: impl FnOnce(&Path, &mut Vec<FrontEnd>) -> T) -> T {
+    fn with<T>(&self, vm: &str, act: impl FnOnce(&Path, &mut Known) -> T) -> T {
         let path = self.dir.join(format!("{vm}.front-ends.json"));
         let mut all = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = all.entry(vm.to_owned()).or_insert_with(|| read(&path));
+        let known =
+            all.entry(vm.to_owned()).or_insert_with(|| Known { all: read(&path), written: true });
         act(&path, known)
     }
 }
@@ -183,13 +196,13 @@ mod tests {
         let me = i32::try_from(std::process::id()).expect("pid");
         let front_ends = || FrontEnds::new(dir.path().to_owned());
         front_ends().hear("vm", &status(1, &[Some(me)]));
-        let read = front_ends().with("vm", |_, known| known.clone());
+        let read = front_ends().with("vm", |_, known| known.all.clone());
         assert_eq!(pids(&read), [me]);
         assert!(!read[0].name.is_empty());
         front_ends().hear("vm", &status(1, &[None]));
         let path = dir.path().join("vm.front-ends.json");
         assert!(!path.exists(), "none is no file");
         fs::write(&path, "{").expect("write");
-        assert!(front_ends().with("vm", |_, known| known.is_empty()));
+        assert!(front_ends().with("vm", |_, known| known.all.is_empty()));
     }
 }

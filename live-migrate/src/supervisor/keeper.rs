@@ -85,12 +85,10 @@ impl Keeper {
 
     /// What the next start is like; the process that runs is left alone.
     pub(super) fn set(&self, launch: Launch) {
-        let path = self.settings.record(&launch.vm);
-        if let Some(record) = Record::read(&path)
+        if let Some(record) = Record::read(&self.settings.record(&launch.vm))
             && record.standby != launch.standby
-            && let Err(error) = (Record { standby: launch.standby, ..record }).write(&path)
         {
-            tracing::error!(vm = launch.vm, %error, "cannot write the pid file of a backend");
+            self.remember(&launch, &Record { standby: launch.standby, ..record });
         }
         self.show(|state| state.role = Some(Role::of(launch.standby)));
         *self.launch.lock().unwrap_or_else(PoisonError::into_inner) = launch;
@@ -158,10 +156,7 @@ impl Keeper {
     fn note(&self, launch: &Launch, process: &Process, adopted: bool) {
         if let Some(process) = process.id() {
             let record = Record { process: process.clone(), standby: launch.standby };
-            if let Err(error) = record.write(&self.settings.record(&launch.vm)) {
-                // It runs; only an agent that restarts would not find it.
-                tracing::error!(vm = launch.vm, %error, "cannot write the pid file of a backend");
-            }
+            self.remember(launch, &record);
         }
         self.show(|state| {
             state.run = Run::Starting;
@@ -169,6 +164,14 @@ impl Keeper {
             state.pid = process.id().map(|process| process.pid);
             state.adopted = adopted;
         });
+    }
+
+    /// For an agent after this one.
+    fn remember(&self, launch: &Launch, record: &Record) {
+        if let Err(error) = record.write(&self.settings.record(&launch.vm)) {
+            // It runs; only an agent that restarts would not find it.
+            tracing::error!(vm = launch.vm, %error, "cannot write the pid file of a backend");
+        }
     }
 
     async fn end(&self, launch: &Launch, process: &mut Process) {
@@ -197,7 +200,7 @@ impl Keeper {
     }
 
     fn forget(&self, launch: &Launch) {
-        let _ = std::fs::remove_file(self.settings.record(&launch.vm));
+        Record::remove(&self.settings.record(&launch.vm));
     }
 
     /// Asks it for ever how it is; kills it when it hangs.

@@ -24,6 +24,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use utoipa::ToSchema;
 
+use crate::problem::found_no_room;
+
 use front_ends::FrontEnds;
 use keeper::Keeper;
 pub use keeper::{BackendState, Run};
@@ -88,6 +90,14 @@ pub enum SuperviseError {
         vm: String,
         /// How long it had.
         after: Duration,
+    },
+    /// It would run, and an agent after this one would not know.
+    #[error("no room to remember the backend of {vm} in {}", path.display())]
+    Full {
+        /// Whose.
+        vm: String,
+        /// Where.
+        path: PathBuf,
     },
     /// A backend that waits for a machine would be found by one that must not run.
     #[error(
@@ -167,16 +177,8 @@ impl Supervisor {
     /// [`SuperviseError`].
     pub async fn start(&self, launch: Launch) -> Result<BackendState, SuperviseError> {
         let vm = launch.vm.clone();
-        if launch.standby
-            && !self.is_kept(&vm)
-            && self.found(&vm).is_none()
-            && let Some(left) = self.front_ends.left(&vm)
-        {
-            return Err(SuperviseError::EarlierMachine {
-                vm,
-                pid: left.process.pid,
-                name: left.name,
-            });
+        if !self.is_kept(&vm) && self.found(&vm).is_none() {
+            self.may_begin(&launch)?;
         }
         let mut state = {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
@@ -223,6 +225,26 @@ impl Supervisor {
         let state = keeper.state.borrow().clone();
         match (state.pid, state.reason) {
             (Some(_), Some(reason)) => Err(SuperviseError::Stuck { vm: vm.to_owned(), reason }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a backend may be started where there is none.
+    fn may_begin(&self, launch: &Launch) -> Result<(), SuperviseError> {
+        let vm = launch.vm.clone();
+        if launch.standby
+            && let Some(left) = self.front_ends.left(&vm)
+        {
+            return Err(SuperviseError::EarlierMachine {
+                vm,
+                pid: left.process.pid,
+                name: left.name,
+            });
+        }
+        let path = self.settings.record(&vm);
+        match Record::make_room(&path) {
+            Err(error) if found_no_room(&error) => Err(SuperviseError::Full { vm, path }),
+            // Whatever else there is to say is said when it is written.
             _ => Ok(()),
         }
     }

@@ -2,7 +2,10 @@
 
 mod api;
 mod backends;
+mod full;
 mod monitors;
+#[path = "../../../storage-server/tests/common/small_disk.rs"]
+mod small_disk;
 mod support;
 
 use std::io::{BufRead, BufReader, Write};

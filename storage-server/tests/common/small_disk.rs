@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// The disk is there as long as this is, also while no program uses it.
-pub struct SmallDisk {
+pub(crate) struct SmallDisk {
     /// Holds the namespace until its input ends.
     holder: Child,
     dir: PathBuf,
@@ -15,7 +15,7 @@ pub struct SmallDisk {
 
 impl SmallDisk {
     /// At `dir`, for programs that [`SmallDisk::command`] starts. `None` where the kernel lets nobody make one.
-    pub fn mount(dir: &Path, bytes: u64) -> Option<Self> {
+    pub(crate) fn mount(dir: &Path, bytes: u64) -> Option<Self> {
         std::fs::create_dir_all(dir).expect("a directory");
         let script = format!(
             "mount -t tmpfs -o size={bytes} tmpfs '{}' && echo mounted && exec cat",
@@ -35,7 +35,7 @@ impl SmallDisk {
     }
 
     /// Starts a program that sees the disk.
-    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+    pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");
         command
             .args(["--preserve-credentials", "--user", "--mount", "--target"])
@@ -45,13 +45,13 @@ impl SmallDisk {
     }
 
     /// A file on it, as programs outside reach it.
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         let inside = self.dir.strip_prefix("/").expect("absolute");
         PathBuf::from(format!("/proc/{}/root", self.holder.id())).join(inside).join(name)
     }
 
     /// Not one page is left.
-    pub fn fill(&self) {
+    pub(crate) fn fill(&self) {
         let mut ballast = File::create(self.path("ballast")).expect("created");
         for piece in [vec![7; 1 << 20], vec![7; 4096]] {
             let full = loop {
@@ -64,7 +64,7 @@ impl SmallDisk {
     }
 
     /// There is room again.
-    pub fn free(&self) {
+    pub(crate) fn free(&self) {
         remove_file(self.path("ballast")).expect("removed");
     }
 }
