@@ -3,6 +3,10 @@
 
 mod common;
 
+use std::fs::File;
+use std::io::Write;
+use std::process::Command;
+
 use baton_protocol::access::Phase;
 use baton_protocol::handoff::{Ask, Outcome, Try};
 use baton_protocol::{AccessMode, Epoch, Opcode, Status};
@@ -11,9 +15,6 @@ use common::handoff::{
 };
 use common::small_disk::SmallDisk;
 use common::{Client, Daemon, arguments, greeting, http, json, wait_for};
-use std::fs::File;
-use std::process::Command;
-
 use tempfile::TempDir;
 
 const MODES: [&str; 2] = ["fast", "base"];
@@ -280,21 +281,23 @@ fn f20_a_server_is_not_started_on_a_full_disk() {
 /// The log is on a full disk: its lines are lost, and nothing else.
 #[test]
 fn f20_a_log_that_cannot_be_written_ends_nothing() {
-    let Some(server) = Server::start() else { return };
-    let port = || {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        listener.local_addr().expect("an address")
-    };
-    let (data, admin) = (port(), port());
     let dir = tempfile::tempdir().expect("a directory");
-    let mut command = server.disk.command(env!("CARGO_BIN_EXE_baton-storage"));
-    let at = |address: std::net::SocketAddr| address.to_string();
-    command.args(["--listen", &at(data), "--admin-listen", &at(admin), "--data-dir"]);
-    command.arg(dir.path()).args(POOL);
-    server.disk.fill();
-    let log = File::options().append(true).create(true).open(server.disk.path("log"));
-    let mut child = command.stderr(log.expect("open")).spawn().expect("the binary runs");
-    wait_for("it listens", || std::net::TcpStream::connect(admin).is_ok());
+    let Some(disk) = SmallDisk::mount(&dir.path().join("logs"), 1 << 20) else { return };
+    let log = || File::options().append(true).create(true).open(disk.path("log")).expect("open");
+    let mut command = disk.command(env!("CARGO_BIN_EXE_baton-storage"));
+    arguments(&mut command, dir.path());
+    let mut child = command.stderr(log()).spawn().expect("the binary runs");
+    let said = || std::fs::read_to_string(disk.path("log")).expect("text");
+    wait_for("it listens", || said().contains("listening ") && said().ends_with('\n'));
+    let address = |key: &str| {
+        let said = said();
+        let value = said.split_whitespace().find_map(|word| word.strip_prefix(key));
+        value.and_then(|value| value.parse().ok()).expect("an address")
+    };
+    let (data, admin) = (address("data="), address("admin="));
+    disk.fill();
+    // Not even in the page that it has begun.
+    while log().write_all(b"\n").is_ok() {}
     for round in 0..3 {
         // Made, claimed, refused: each has a line.
         let volume = Member::create(data, admin, &format!("d{round}"));

@@ -163,6 +163,23 @@ async fn f20_a_storage_server_that_is_full_is_said_to_be_and_waited_for() {
     assert_eq!((&row["state"], &row["outcome"]), (&json!("SETTLED"), &json!("source")));
 }
 
+/// F20: an agent without room to remember a backend is not waited for.
+#[tokio::test]
+async fn f20_a_destination_that_is_full_is_given_up_at_once() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "ready_timeout_ms = 3600000\n").await;
+    cluster.b.full.store(true, Ordering::SeqCst);
+    let refused = id();
+    coordinator.prepare(&refused).await.expect("asked");
+    let row = coordinator.over(&refused).await;
+    assert_eq!((&row["state"], &row["outcome"]), (&json!("FAILED"), &json!("source")));
+    assert_eq!(row["because"]["type"], "baton:state-full");
+    assert!(row["because"]["detail"].to_string().contains("host-a owns the volumes"), "{row:#}");
+    assert!(cluster.storages[0].record("root").handoff.is_none(), "nothing is left armed");
+    cluster.b.full.store(false, Ordering::SeqCst);
+    assert_eq!(coordinator.prepare(&id()).await.expect("READY")["state"], "READY");
+}
+
 /// Row 7 of the failure table: the destination never comes up.
 #[tokio::test]
 async fn row_07_a_destination_that_does_not_come_up_fails_in_time() {

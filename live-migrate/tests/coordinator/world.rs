@@ -357,6 +357,8 @@ pub(crate) struct Agent {
     pub(crate) silent: AtomicBool,
     /// Takes no VM from outside.
     pub(crate) refuses: AtomicBool,
+    /// Starts no backend, for it has no room to remember it.
+    pub(crate) full: AtomicBool,
     /// What it did by itself.
     pub(crate) did: Mutex<Vec<Value>>,
 }
@@ -372,6 +374,7 @@ impl Agent {
             peers: Mutex::default(),
             silent: AtomicBool::new(false),
             refuses: AtomicBool::new(false),
+            full: AtomicBool::new(false),
             did: Mutex::default(),
         });
         let app = Router::new()
@@ -547,6 +550,9 @@ async fn agent_start(
     Path(vm): Path<String>,
     Json(body): Json<Value>,
 ) -> Answer {
+    if agent.full.load(Ordering::SeqCst) {
+        return Err(problem(507, "baton:state-full", "the disk is full").into());
+    }
     let standby = body["role"] == "standby";
     agent.with(&vm, |machine| {
         machine.stood_by += u32::from(standby && machine.backend.is_none());
