@@ -1,5 +1,5 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo demo-splitbrain test faults bench bench-cost bench-idle bench-handoff check
+.PHONY: help build demo demo-splitbrain test faults bench bench-cost bench-idle bench-handoff bench-micro check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
@@ -10,6 +10,7 @@ help:
 	@echo 'make bench-cost   instructions, system calls and allocations of a request, against what is stored (a minute after the build)'
 	@echo 'make bench-idle   what 100 backends with idle guests cost a host'
 	@echo 'make bench-handoff   what moving a disk costs the guest, as a table (minutes; writes docs/performance.md)'
+	@echo 'make bench-micro   ring, codec, gate and extent map by themselves, in ns (criterion)'
 	@echo 'make check   formatting and lints'
 	@echo 'make build   the programs, in target/release'
 
@@ -41,6 +42,9 @@ bench-idle:
 
 bench-handoff:
 	@scripts/bench-handoff.sh
+
+bench-micro:
+	cargo bench -p baton-backend -p baton-protocol -p baton-storage-server --benches
 
 check:
 	cargo fmt --all --check

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`config`] | flags and TOML, checked once |
 //! | [`socket`] | where front-ends connect: path, passed descriptor, systemd |
+//! | [`descriptors`] | room for open files |
 //! | [`disk`] | one disk: its volume, its queues, its front-ends one after another |
 //! | [`vhost_user`] | the protocol with the front-end |
 //! | [`queue`] | one thread per queue: ring, storage and back |
@@ -21,6 +22,7 @@
 
 pub mod config;
 pub mod control;
+pub mod descriptors;
 pub mod dirty_log;
 pub mod disk;
 pub mod handoff;

@@ -8,6 +8,7 @@ use anyhow::Context;
 use baton_backend::config::{Args, Config, DiskConfig, LogFormat, SocketSource};
 use baton_backend::control::server::ControlServer;
 use baton_backend::control::{Vm, VmDisk};
+use baton_backend::descriptors;
 use baton_backend::disk::{DiskServer, Shutdown};
 use baton_backend::handoff::VmHandoff;
 use baton_backend::socket::{FrontEnds, Permissions};
@@ -85,7 +86,9 @@ fn run(config: &Config) -> anyhow::Result<()> {
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
     signals.thread_block().context("cannot block signals")?;
-    raise_descriptor_limit();
+    if let Err(error) = descriptors::make_room(&config.disks) {
+        tracing::debug!(%error, "no room was made for open files");
+    }
 
     let control = config.control.as_ref().map(|path| FrontEnds::bind(path, &CONTROL_PERMISSIONS));
     let control = control.transpose()?;
@@ -181,14 +184,6 @@ fn vm_of<'a>(
         volume: disk.volume.clone(),
     });
     Vm { owner: config.owner.clone(), disks: disks.collect(), handoff }
-}
-
-/// Every queue needs a few descriptors, every memory region one for a moment.
-fn raise_descriptor_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
 }
 
 fn describe(socket: &SocketSource) -> String {

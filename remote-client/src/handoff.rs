@@ -7,6 +7,7 @@
 
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
 
 use baton_protocol::access::AccessRecord;
 use baton_protocol::handoff::role::Asked;
@@ -64,6 +65,10 @@ pub trait HandoffPort: Send + Sync + Debug {
     /// with a handoff.
     fn claimed(&self) -> Option<Epoch>;
 
+    /// How long the server took to welcome the control connection: in standby a
+    /// round trip, for who claimed the volume also what that took.
+    fn welcomed_after(&self) -> Duration;
+
     /// Sets who is told. The record as it stands is told soon.
     fn listen(&self, listener: HandoffListener);
 
@@ -74,6 +79,10 @@ pub trait HandoffPort: Send + Sync + Debug {
 
     /// Shows the anchor's decision on the control connection.
     fn open(&self, open: Open);
+
+    /// As [`HandoffPort::open`], but a little later: nobody waits for it, and the
+    /// guest waits for its other disks meanwhile. [`HandoffPort::go`] does it by itself.
+    fn open_later(&self, open: Open);
 
     /// Takes effect on each queue as soon as it rests: what is submitted
     /// afterwards waits for [`HandoffPort::go`].

@@ -47,8 +47,6 @@ pub(super) struct Timings {
     drain_us: Option<u64>,
     /// From ACTIVATE until it was granted.
     activate_us: Option<u64>,
-    /// From the grant until the last OPEN on a control connection was answered.
-    open_us: Option<u64>,
     /// From the rings' start until the first request was answered.
     first_io_us: Option<u64>,
     /// From RECLAIM until it was granted.
@@ -111,7 +109,6 @@ impl Journal {
             seal_us: between(Moment::SealSent, Moment::Sealed),
             drain_us,
             activate_us: between(Moment::ActivateSent, Moment::Activated),
-            open_us: between(Moment::Activated, Moment::Opened),
             first_io_us: between(Moment::RingsStarted, Moment::FirstRequest),
             reclaim_us: between(Moment::ReclaimSent, Moment::Reclaimed),
         }

@@ -11,6 +11,8 @@
 //! a volume's port takes what it is told and says later what came of it.
 
 mod journal;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -50,6 +52,10 @@ struct State {
     /// Members whose rings run, and those that have stopped but not drained.
     running: Vec<bool>,
     draining: Vec<bool>,
+    /// What members whose rings do not run may do when these start, or when the server has heard the decision. A VM
+    /// has many disks and starts them one after another: until then they have nothing to send, and the first ones wait
+    /// for the storage.
+    ready: Vec<Option<(Epoch, Option<Opening>)>>,
     journal: Journal,
     /// Of the role after its last step.
     standing: Standing,
@@ -111,6 +117,8 @@ struct ShownMember {
     epoch: Option<Epoch>,
     held: bool,
     boot_id: Option<String>,
+    /// How long the server took to welcome the control connection, µs.
+    welcomed_us: u64,
 }
 
 impl VmHandoff {
@@ -140,6 +148,7 @@ impl VmHandoff {
             last: None,
             running: vec![false; members.len()],
             draining: vec![false; members.len()],
+            ready: vec![None; members.len()],
             journal: Journal::default(),
         };
         let vm = Arc::new(Self { owner: owner.to_owned(), members, state: Mutex::new(state) });
@@ -208,6 +217,12 @@ impl VmHandoff {
                 epoch: view.map(|(_, record)| record.epoch),
                 held: state.role.is_held(at),
                 boot_id: view.map(|(boot_id, _)| format!("{boot_id:016x}")),
+                welcomed_us: member
+                    .port()
+                    .welcomed_after()
+                    .as_micros()
+                    .try_into()
+                    .unwrap_or(u64::MAX),
             }
         });
         Shown {
@@ -241,12 +256,16 @@ impl VmHandoff {
         let mut state = self.state();
         let state = &mut *state;
         self.keep(state, &input);
-        let mut outputs = state.role.step(input);
-        // A destination that may go on shows the decision in front of its requests:
-        // those first.
-        outputs.sort_by_key(|output| matches!(output, Output::Open { .. }));
+        let outputs = state.role.step(input);
+        // A member that may go on shows the decision itself, in front of its requests.
+        let goes: Vec<usize> = outputs.iter().filter_map(goes).collect();
         for output in outputs {
-            self.act(state, output);
+            match output {
+                Output::Open { member, .. } if goes.contains(&member) => {
+                    fault_point::at("open.sent");
+                }
+                output => self.act(state, output),
+            }
         }
         let standing = state.role.standing();
         let before = std::mem::replace(&mut state.standing, standing);
@@ -268,7 +287,11 @@ impl VmHandoff {
         let (member, boot_id, record) = match input {
             Input::View { member, boot_id, record } => (*member, *boot_id, &**record),
             Input::Answered { member, answer, .. } => (*member, answer.boot_id, &answer.record),
-            Input::Opened { epoch: Some(_), .. } => return state.journal.note(Moment::Opened),
+            Input::Opened { member, epoch: Some(_) } => {
+                // Not later than this: the decision may be forgotten when the rings start.
+                self.let_go(state, *member);
+                return state.journal.note(Moment::Opened);
+            }
             _ => return,
         };
         if let Some(handoff) = &record.handoff {
@@ -287,6 +310,12 @@ impl VmHandoff {
             !owned && !leaves
         });
         state.views[member] = Some((boot_id, record.clone()));
+    }
+
+    fn let_go(&self, state: &mut State, member: usize) {
+        if let Some((epoch, opening)) = state.ready[member].take() {
+            self.members[member].port().go(epoch, opening);
+        }
     }
 
     fn act(&self, state: &mut State, output: Output) {
@@ -311,7 +340,10 @@ impl VmHandoff {
                 self.members[member].port().open(Open { attempt, proof });
                 fault_point::at("open.sent");
             }
-            Output::Hold { member } => self.members[member].port().hold(),
+            Output::Hold { member } => {
+                state.ready[member] = None;
+                self.members[member].port().hold();
+            }
             Output::Go { member, epoch, open } => {
                 let granted = match open {
                     Some((_, proof)) if proof.side == Side::Destination => Moment::Activated,
@@ -328,7 +360,14 @@ impl VmHandoff {
                     .map_or(0, |handoff| handoff.generation);
                 let opening = open
                     .map(|(attempt, proof)| Opening { open: Open { attempt, proof }, generation });
-                self.members[member].port().go(epoch, opening);
+                if state.running[member] || state.draining[member] {
+                    self.members[member].port().go(epoch, opening);
+                } else {
+                    state.ready[member] = Some((epoch, opening));
+                    if let Some(Opening { open, .. }) = opening {
+                        self.members[member].port().open_later(open);
+                    }
+                }
             }
             Output::Park(why) => {
                 state.journal.note(Moment::Parked);
@@ -350,6 +389,13 @@ impl VmHandoff {
     }
 }
 
+fn goes(output: &Output) -> Option<usize> {
+    match output {
+        Output::Go { member, .. } => Some(*member),
+        _ => None,
+    }
+}
+
 impl MemberHandle {
     /// The VMM has started the disk's first ring.
     pub(crate) fn started(&self) {
@@ -360,6 +406,7 @@ impl MemberHandle {
             }
             state.running[self.at] = true;
             state.draining[self.at] = false;
+            self.vm.let_go(&mut state, self.at);
         }
         self.vm.feed(Input::Started { member: self.at });
     }

@@ -164,6 +164,10 @@ impl<'a> Vm<'a> {
         let there = Host::start(self.dir, &label, &owner, self.fleet, Begin::Standby)?;
         let attempt = self.fleet.arm(&self.host.owner, &owner)?;
         there.wait_standing("ready")?;
+        // A backend that was just granted its volumes hears other news of them a little later, and between two moves
+        // of a real VM lies more.
+        let known = || self.host.status().is_ok_and(|s| s["handoff"]["id"] == attempt.id.as_str());
+        crate::baton::wait_until("the source knows of the handoff", PATIENCE, known)?;
         let disks = connect(&there)?;
         Ok((attempt, there, disks))
     }

@@ -47,6 +47,8 @@ fn a_vm_moves_with_its_writes_and_back_again() {
         let status = scene.destination.status().unwrap();
         let timings = &status["handoff"]["timings"];
         assert!(timings["first_io_us"].is_u64() && timings["activate_us"].is_u64(), "{timings}");
+        let welcomed = &status["handoff"]["members"][0]["welcomed_us"];
+        assert!(welcomed.as_u64().is_some_and(|us| us > 0), "{welcomed}");
         let log = scene.source.daemon.log();
         assert_eq!(log.matches("stop this VM").count(), 1, "said once, for all disks: {log}");
         assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
@@ -273,6 +275,50 @@ fn row_19_a_server_that_restarts_before_the_seal_goes_on_with_the_source() {
         let mut there = scene.start_there();
         Scene::check(&mut there);
     }
+}
+
+/// A disk is let go when its rings start, and its volume follows the decision whether they ever do.
+#[test]
+fn disks_that_start_late_or_never_follow_the_decision() {
+    let mut scene = Scene::new(2, 4, "fast");
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    let start =
+        |scene: &Scene, n| RawFrontend::connect(scene.destination.socket(n), options()).unwrap();
+    let mut first = start(&scene, 0);
+    assert_eq!(first.queue(0).read(0, 4096).unwrap(), block(1));
+    scene.fleet.wait_phase(&["active"]).unwrap();
+    assert_eq!(scene.destination.standing().unwrap(), "serving");
+    scene.source.wait_standing("parked").unwrap();
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+    let mut second = start(&scene, 1);
+    assert_eq!(second.queue(0).read(0, 4096).unwrap(), block(2));
+    assert_eq!(second.queue(1).read(8, 4096).unwrap(), block(102));
+    second.queue(1).write(16, &block(52)).unwrap();
+    // The next handoff has begun when the third one starts.
+    scene.fleet.arm("host-b/vm", "host-c/vm").unwrap();
+    let mut third = start(&scene, 2);
+    assert_eq!(third.queue(1).read(8, 4096).unwrap(), block(103));
+    ends_promptly(&mut scene.destination.daemon);
+    assert_eq!(scene.fleet.phase(3).unwrap(), "free", "the disk that nobody used was given back");
+}
+
+#[test]
+fn a_disk_that_starts_after_its_vm_was_fenced_waits() {
+    let mut scene = Scene::new(1, 2, "fast");
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    let mut first = RawFrontend::connect(scene.destination.socket(0), options()).unwrap();
+    assert_eq!(first.queue(0).read(0, 4096).unwrap(), block(1));
+    scene.fleet.wait_phase(&["active"]).unwrap();
+    let volume = scene.fleet.members[1].volume.clone();
+    scene.fleet.server(1).fence(&volume, None).unwrap();
+    scene.destination.wait_standing("parked").unwrap();
+    is_parked(&mut first);
+    let mut second = RawFrontend::connect(scene.destination.socket(1), options()).unwrap();
+    is_parked(&mut second);
 }
 
 #[test]

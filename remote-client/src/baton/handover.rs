@@ -11,7 +11,7 @@
 //! Decides nothing. Lives in the volume's hub, under its lock.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_protocol::access::AccessRecord;
 use baton_protocol::handoff::role::Asked;
@@ -39,6 +39,7 @@ pub(crate) struct Course {
 enum Errand {
     Ask(Try, Asked),
     Open(Open),
+    OpenLater(Open),
 }
 
 /// See the module's documentation.
@@ -107,6 +108,7 @@ impl Errands {
                 Errand::Ask(attempt, Asked::Seal) => self.seal = Some(attempt),
                 Errand::Ask(attempt, ask) => session.ask(now, attempt, ask),
                 Errand::Open(open) => session.open(now, open),
+                Errand::OpenLater(open) => session.open_later(now, open),
             }
         }
         if !course.held {
@@ -232,6 +234,10 @@ impl HandoffPort for Shared {
         (self.mode() == AccessMode::Owner).then_some(self.grant().epoch)
     }
 
+    fn welcomed_after(&self) -> Duration {
+        Shared::welcomed_after(self)
+    }
+
     fn listen(&self, listener: HandoffListener) {
         let mut hub = self.hub();
         let handover = &mut hub.handover;
@@ -249,6 +255,10 @@ impl HandoffPort for Shared {
 
     fn open(&self, open: Open) {
         self.send_for(Errand::Open(open));
+    }
+
+    fn open_later(&self, open: Open) {
+        self.send_for(Errand::OpenLater(open));
     }
 
     fn hold(&self) {

@@ -45,6 +45,8 @@ pub(crate) struct Shared {
     grant: Grant,
     geometry: Geometry,
     size_bytes: AtomicU64,
+    /// From HELLO to WELCOME of the control connection, µs.
+    welcomed_after_us: AtomicU64,
     ledger: Arc<Ledger>,
     control: Arc<Wake>,
     /// `None` once the control thread is done.
@@ -152,6 +154,10 @@ impl Shared {
     /// As what the volume was opened.
     pub(super) fn mode(&self) -> AccessMode {
         self.who.mode
+    }
+
+    pub(super) fn welcomed_after(&self) -> Duration {
+        Duration::from_micros(self.welcomed_after_us.load(Ordering::Relaxed))
     }
 
     pub(super) fn ledger(&self) -> &Arc<Ledger> {
@@ -295,6 +301,7 @@ impl BatonVolume {
             endpoint: Arc::clone(link.endpoint()),
             grant,
             size_bytes: AtomicU64::new(welcome.size_bytes),
+            welcomed_after_us: AtomicU64::new(micros(link.session().welcomed_after())),
             control: Arc::clone(link.wake()),
             line: Mutex::new(None),
             ledger: Arc::clone(link.session().ledger()),
@@ -493,6 +500,10 @@ fn control(shared: &Shared, wake: BorrowedFd<'_>) {
     }
 }
 
+fn micros(time: Option<Duration>) -> u64 {
+    time.map_or(0, |time| time.as_micros().try_into().unwrap_or(u64::MAX))
+}
+
 /// What a look at the control connection brought.
 #[derive(Default)]
 struct News {
@@ -536,6 +547,8 @@ fn attend(
         reporter.report(&notice, link.session(), shared);
         match notice {
             Notice::Welcomed(welcome) => {
+                let after = micros(link.session().welcomed_after());
+                shared.welcomed_after_us.store(after, Ordering::Relaxed);
                 news.grown = shared.grow(welcome.size_bytes).or(news.grown);
             }
             Notice::Event(event) if event.kind == EventKind::Resized => {

@@ -6,8 +6,10 @@ use crate::handoff::Side;
 
 impl Role {
     pub(super) fn decide(&mut self) {
-        self.bind();
-        self.look_for_losses();
+        // Looked up once: deciding changes no view, many volumes have many events, and each looks at all of them.
+        let focus = self.focus();
+        self.bind(focus);
+        self.look_for_losses(focus);
         if self.parked.is_some() {
             return;
         }
@@ -15,9 +17,7 @@ impl Role {
             self.follow(at);
             self.decide_source(at);
         }
-        if let Some(focus) = self.focus() {
-            self.last = Some(focus);
-        }
+        self.last = focus.or(self.last);
         if let Some(focus) = self.last
             && let Some(anchor) = focus.anchor
         {
@@ -31,8 +31,8 @@ impl Role {
 
     /// A destination is good for one try only. A VMM that was given up in an
     /// earlier one may still start its rings, with memory that is out of date.
-    fn bind(&mut self) {
-        let Some(focus) = self.focus() else { return };
+    fn bind(&mut self, focus: Option<Focus>) {
+        let Some(focus) = focus else { return };
         if focus.side == Side::Destination {
             match self.bound {
                 None => self.bound = Some(focus.attempt),
@@ -42,9 +42,8 @@ impl Role {
         }
     }
 
-    fn look_for_losses(&mut self) {
-        // Once, not for each member: many volumes have many events, and each looks at all of them.
-        let attempt = self.bound.or_else(|| self.attempt());
+    fn look_for_losses(&mut self, focus: Option<Focus>) {
+        let attempt = self.bound.or(focus.map(|focus| focus.attempt));
         for at in 0..self.members.len() {
             let Some(view) = &self.views[at] else { continue };
             let record = &view.record;

@@ -12,8 +12,9 @@
 //! follows behind it, without waiting for the answer: the server makes what is
 //! behind an OPEN wait for it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use baton_protocol::access::Phase;
 use baton_protocol::frame::REQUEST_HEADER_BYTES;
 use baton_protocol::handoff::role::Asked;
 use baton_protocol::handoff::{Answer, Ask, Count, HandoffRequest, Open, Try};
@@ -46,6 +47,10 @@ fn slot(ask: Asked) -> u8 {
     }
 }
 
+/// How long the control connection keeps back what nobody waits for: longer than a VM with many disks takes to start
+/// its rings, each of which has its own word with the server first.
+pub(super) const LATER: Duration = Duration::from_millis(50);
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct Handing {
@@ -54,6 +59,8 @@ pub(super) struct Handing {
     resting: bool,
     /// What a connection in standby has to show before data.
     opening: Option<Open>,
+    /// When a control connection does what it keeps back: shows `opening`, asks for news.
+    later: Option<Instant>,
     asks: [Option<(Try, Asked)>; ASKS],
     /// What a SEAL says.
     counts: Vec<Count>,
@@ -70,6 +77,7 @@ impl Handing {
             hold,
             resting: true,
             opening: None,
+            later: None,
             asks: [None; ASKS],
             counts: Vec::new(),
             known: (0, 0),
@@ -139,7 +147,12 @@ impl Session {
             self.handing.opening = open;
         }
         self.adopt(now, epoch);
-        self.add_opening(now);
+        // A control connection has no data to show it before.
+        if self.who.watch {
+            self.keep_back(now)
+        } else {
+            self.add_opening(now)
+        }
         self.hurry(now);
     }
 
@@ -152,6 +165,29 @@ impl Session {
     pub(crate) fn open(&mut self, now: Instant, open: Open) {
         self.handing.opening = Some(open);
         self.add_opening(now);
+    }
+
+    /// The same, but not now.
+    pub(crate) fn open_later(&mut self, now: Instant, open: Open) {
+        self.handing.opening = Some(open);
+        self.keep_back(now);
+    }
+
+    fn keep_back(&mut self, now: Instant) {
+        self.handing.later.get_or_insert(now + LATER);
+    }
+
+    pub(super) fn kept_back_until(&self) -> Option<Instant> {
+        self.handing.later
+    }
+
+    /// Does what was kept back, when it is time.
+    pub(super) fn catch_up(&mut self, now: Instant) {
+        if self.handing.later.is_some_and(|at| at <= now) {
+            self.handing.later = None;
+            self.add_opening(now);
+            self.park_access(now);
+        }
     }
 
     fn add_opening(&mut self, now: Instant) {
@@ -237,6 +273,7 @@ impl Session {
             let body = self.request(attempt, ask);
             self.table.replace_body(Purpose::Handoff(slot(ask)), &body);
         }
+        self.handing.later = None;
         if self.who.mode == AccessMode::Standby {
             self.add_opening(now);
         }
@@ -275,9 +312,11 @@ impl Session {
         }
         self.handing.known = known;
         self.finish(seq, Ok(()));
+        // What follows a seal is what this session decides, or loses by: no news until it has had its time.
+        let quiet = answer.record.phase == Phase::Sealed && self.who.mode == AccessMode::Standby;
         let (boot_id, record) = (answer.boot_id, Box::new(answer.record));
         self.notices.push_back(Notice::View { boot_id, record });
-        self.park_access(now);
+        if quiet { self.keep_back(now) } else { self.park_access(now) }
     }
 
     /// OPEN was answered with success: the connection is the owner's.

@@ -184,6 +184,8 @@ pub(crate) struct Session {
     pinged: Option<Instant>,
     /// The server owed an answer when last looked.
     was_live: bool,
+    /// From HELLO to WELCOME of this connection.
+    welcomed_after: Option<Duration>,
     /// Number of the last event known.
     event: u64,
     completed: Vec<Completion>,
@@ -221,6 +223,7 @@ impl Session {
             heard: now,
             pinged: None,
             was_live: false,
+            welcomed_after: None,
             event: 0,
             completed: Vec::with_capacity(depth),
             notices: VecDeque::new(),
@@ -257,6 +260,11 @@ impl Session {
     /// Whether the driver should hold a socket.
     pub(crate) fn has_socket(&self) -> bool {
         self.is_open() || matches!(self.state, State::Connecting { .. })
+    }
+
+    /// How long the server took to welcome the last connection: in standby, where it writes nothing, a round trip.
+    pub(crate) fn welcomed_after(&self) -> Option<Duration> {
+        self.welcomed_after
     }
 
     pub(crate) fn in_flight(&self) -> usize {
@@ -406,18 +414,29 @@ impl Session {
             State::Backoff { until } => Some(until),
             State::Connecting { since } => Some(since + self.timing.connect),
             State::Hello { since } => Some(since + self.timing.hello),
-            State::Ready { .. } if !self.was_live => None,
-            State::Ready { .. } => Some(match self.pinged {
-                Some(at) => at + self.timing.dead_after,
-                None => self.heard + self.timing.ping_after,
-            }),
+            State::Ready { .. } => {
+                [self.silent_at(), self.kept_back_until()].into_iter().flatten().min()
+            }
             State::Idle | State::Fenced | State::Lost => None,
         }
     }
 
+    /// When a server that owes an answer has been silent for too long: for a PING, or for good.
+    fn silent_at(&self) -> Option<Instant> {
+        self.was_live.then(|| match self.pinged {
+            Some(at) => at + self.timing.dead_after,
+            None => self.heard + self.timing.ping_after,
+        })
+    }
+
     /// Acts on whatever deadline has passed. May be called at any time.
     pub(crate) fn on_timer(&mut self, now: Instant) {
-        if self.deadline().is_none_or(|deadline| now < deadline) {
+        if let State::Ready { .. } = self.state {
+            self.catch_up(now);
+            if self.silent_at().is_none_or(|at| now < at) {
+                return;
+            }
+        } else if self.deadline().is_none_or(|deadline| now < deadline) {
             return;
         }
         match self.state {
@@ -450,6 +469,9 @@ impl Session {
         if self.table.longest() > welcome.payload_bytes_max {
             // Requests were cut for a server that took more.
             return self.dropped(now, Violation::Welcome("payload limit").into());
+        }
+        if let State::Hello { since } = self.state {
+            self.welcomed_after = Some(now.saturating_duration_since(since));
         }
         self.state = State::Ready { since: now };
         // Until the decision was shown it is the other side's epoch.

@@ -8,6 +8,7 @@ use baton_protocol::handoff::{
 };
 use baton_protocol::{AccessMode, Epoch, Event, EventKind, QueueId, SessionId, Status, VolumeId};
 
+use super::super::handoff::LATER;
 use super::super::*;
 use super::{Memory, Pair, Server, identity, pattern};
 
@@ -439,6 +440,43 @@ fn the_control_connection_watches_when_the_volume_is_anothers() {
     p.session.ask(p.now, TRY, Asked::Reclaim);
     p.drive();
     assert_eq!(answers(&mut p), [(Asked::Reclaim, Outcome::Lost)]);
+}
+
+/// While the guest's disks start, the control connection of each has nothing to add.
+#[test]
+fn a_control_connection_keeps_back_what_nobody_waits_for() {
+    let short = Duration::from_millis(1);
+    let mut p = pair(destination(Mode::Fast), AccessMode::Standby, true);
+    views(&mut p);
+    seal_by_hand(&mut p.server, OTHER);
+    p.server.show_record(&mut p.connection);
+    p.drive();
+    let version = p.server.record.as_ref().expect("a record").version;
+    assert_eq!(views(&mut p), [(1, version)], "a seal is told at once");
+    change(&mut p, Input::Activate { attempt: TRY, name: "host/vm", session: ME });
+    let (open, epoch) = (open(&p), epoch(&p));
+    p.session.go(p.now, epoch, Some(open));
+    p.advance(LATER - short);
+    p.drive();
+    assert_eq!((p.server.opened, views(&mut p)), (0, vec![]));
+    p.advance(2 * short);
+    p.drive();
+    assert_eq!((p.server.opened, views(&mut p)), (1, vec![(1, version + 1)]));
+    assert_eq!(p.session.who().mode, AccessMode::Owner);
+}
+
+#[test]
+fn what_a_control_connection_keeps_back_leaves_with_its_next_connection() {
+    let mut p = pair(destination(Mode::Fast), AccessMode::Standby, true);
+    seal_by_hand(&mut p.server, OTHER);
+    change(&mut p, Input::Activate { attempt: TRY, name: "host/vm", session: ME });
+    let open = open(&p);
+    p.session.open_later(p.now, open);
+    p.cut();
+    p.drive();
+    p.advance(LATER / 2);
+    p.drive();
+    assert_eq!(p.server.opened, 1);
 }
 
 #[test]
