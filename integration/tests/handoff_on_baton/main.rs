@@ -9,7 +9,7 @@ use baton_integration::bench::handoff::{Syncs, syncs};
 use baton_integration::blk::{OK, Request};
 use baton_integration::daemon::Daemon;
 use baton_integration::handoff::{Begin, Host};
-use baton_integration::raw_frontend::Options;
+use baton_integration::raw_frontend::{Options, RawFrontend};
 use baton_integration::workspace::TestDir;
 use scene::{A_WHILE, QUEUES, SOON, Scene, block, connect, is_parked, options};
 use serde_json::Value;
