@@ -447,7 +447,10 @@ impl StorageServer {
             CallError::Refused { kind, detail, .. } if kind == "baton:stale-term" => {
                 StorageError::StaleTerm(detail)
             }
-            CallError::Refused { status, kind, detail, .. } if status < 500 => {
+            // An answer, though the caller is not to blame: it has no room to record anything.
+            CallError::Refused { status, kind, detail, .. }
+                if status < 500 || kind == "baton:metadata-full" =>
+            {
                 StorageError::Refused { trouble: Trouble { kind, detail } }
             }
             other => StorageError::Unreachable(Trouble {

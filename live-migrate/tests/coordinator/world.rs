@@ -33,6 +33,8 @@ pub(crate) struct Storage {
     changed: watch::Sender<u64>,
     /// Answers nobody, and drops what is asked.
     pub(crate) silent: AtomicBool,
+    /// Has no room to record a change, and makes none.
+    pub(crate) full: AtomicBool,
     hang: watch::Sender<Option<&'static str>>,
 }
 
@@ -67,6 +69,7 @@ impl Storage {
             boot: AtomicU64::new(1),
             changed: watch::channel(0).0,
             silent: AtomicBool::new(false),
+            full: AtomicBool::new(false),
             hang: watch::channel(None).0,
         });
         let app = Router::new()
@@ -268,6 +271,9 @@ async fn change(
     Json(body): Json<Value>,
 ) -> Answer {
     found(&storage, &name).map_err(|response| *response)?;
+    if storage.full.load(Ordering::SeqCst) {
+        return Err(problem(507, "baton:metadata-full", "the disk is full").into());
+    }
     let term = body["term"].as_u64().expect("a term");
     let text = |value: &Value| value.as_str().expect("text").to_owned();
     let this =
@@ -354,6 +360,8 @@ pub(crate) struct Agent {
     pub(crate) silent: AtomicBool,
     /// Takes no VM from outside.
     pub(crate) refuses: AtomicBool,
+    /// Starts no backend, for it has no room to remember it.
+    pub(crate) full: AtomicBool,
     /// What it did by itself.
     pub(crate) did: Mutex<Vec<Value>>,
 }
@@ -369,6 +377,7 @@ impl Agent {
             peers: Mutex::default(),
             silent: AtomicBool::new(false),
             refuses: AtomicBool::new(false),
+            full: AtomicBool::new(false),
             did: Mutex::default(),
         });
         let app = Router::new()
@@ -544,6 +553,9 @@ async fn agent_start(
     Path(vm): Path<String>,
     Json(body): Json<Value>,
 ) -> Answer {
+    if agent.full.load(Ordering::SeqCst) {
+        return Err(problem(507, "baton:state-full", "the disk is full").into());
+    }
     let standby = body["role"] == "standby";
     agent.with(&vm, |machine| {
         machine.stood_by += u32::from(standby && machine.backend.is_none());
