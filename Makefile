@@ -1,5 +1,5 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo demo-splitbrain test faults bench bench-cost bench-idle bench-handoff bench-micro check
+.PHONY: help build demo demo-splitbrain test faults bench bench-cost bench-idle bench-handoff bench-micro bench-scale check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
@@ -11,6 +11,7 @@ help:
 	@echo 'make bench-idle   what 100 backends with idle guests cost a host'
 	@echo 'make bench-handoff   what moving a disk costs the guest, as a table (minutes; writes docs/performance.md)'
 	@echo 'make bench-micro   ring, codec, gate and extent map by themselves, in ns (criterion)'
+	@echo 'make bench-scale   what a request costs as queues, volumes and their sizes grow'
 	@echo 'make check   formatting and lints'
 	@echo 'make build   the programs, in target/release'
 
@@ -42,6 +43,10 @@ bench-idle:
 
 bench-handoff:
 	@scripts/bench-handoff.sh
+
+bench-scale:
+	cargo build --release --workspace --bins
+	BATON_BIN_DIR=$${CARGO_TARGET_DIR:-target}/release cargo run --release --quiet -p baton-integration --bin baton-bench -- scale
 
 bench-micro:
 	cargo bench -p baton-backend -p baton-protocol -p baton-storage-server --benches

@@ -126,6 +126,7 @@ struct StatusOfDisk<'a> {
     logging: bool,
     drained: bool,
     size_bytes: u64,
+    front_end: Option<i32>,
 }
 
 impl Vm {
@@ -215,6 +216,7 @@ impl VmDisk {
             logging: rings.logging,
             drained: rings.drained,
             size_bytes: self.disk.size_bytes.load(Ordering::Relaxed),
+            front_end: self.disk.status.front_end(),
         }
     }
 }

@@ -155,6 +155,7 @@ impl DiskServer {
     /// Serves one front-end to its end. True: its guest was running.
     fn serve(&mut self, mut connection: Connection, shutdown: &Shutdown) -> bool {
         tracing::info!(disk = self.disk.name, "front-end connected");
+        self.disk.status.set_front_end(connection.peer());
         let mut session = Session::new(&self.disk, &self.queues, self.queue_size);
         let mut refusals = LogLimit::default();
         let ended = loop {
@@ -178,6 +179,7 @@ impl DiskServer {
         }
         let was_running = session.is_running();
         session.end(DrainLimit { hurry: &|| true, grace: DRAIN_GRACE });
+        self.disk.status.set_front_end(None);
         match ended {
             None => tracing::info!(
                 disk = self.disk.name,

@@ -1,6 +1,6 @@
 //! `baton-backend`: see the library's documentation.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -68,7 +68,11 @@ fn first_sentence(text: &str) -> String {
 }
 
 fn init_log(args: &Args) {
-    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(args.log_level);
+    // A log that cannot be written, on a full disk, must not end who writes it.
+    let log = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(args.log_level)
+        .log_internal_errors(false);
     match args.log_format {
         LogFormat::Text => log.with_target(false).with_ansi(std::io::stderr().is_terminal()).init(),
         LogFormat::Json => log.json().init(),
@@ -127,7 +131,7 @@ fn run(config: &Config) -> anyhow::Result<()> {
             .stack_size(256 << 10)
             .spawn(move || server.run(front_ends, &shutdown))?;
         threads.push(served);
-        eprintln!("listening socket={socket}");
+        let _ = writeln!(std::io::stderr(), "listening socket={socket}");
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 

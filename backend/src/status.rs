@@ -5,7 +5,7 @@
 //! message.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 
 use crate::latency::Latency;
 
@@ -32,6 +32,8 @@ struct Gauge(AtomicUsize);
 #[derive(Debug)]
 pub struct DiskStatus {
     rings: Mutex<RingsStatus>,
+    /// Process of the front-end that is connected; 0: none, or none that this process can see.
+    front_end: AtomicI32,
     in_flight: Box<[Gauge]>,
     /// How long requests take, while somebody watches.
     pub latency: Latency,
@@ -43,6 +45,7 @@ impl DiskStatus {
     pub fn new(queues: u16) -> Self {
         Self {
             rings: Mutex::default(),
+            front_end: AtomicI32::new(0),
             in_flight: (0..queues).map(|_| Gauge::default()).collect(),
             latency: Latency::new(queues),
         }
@@ -58,6 +61,16 @@ impl DiskStatus {
     #[must_use]
     pub fn rings(&self) -> RingsStatus {
         *self.rings.lock().expect("no panic while held")
+    }
+
+    /// Process that made the connection of the front-end, while it stands.
+    #[must_use]
+    pub fn front_end(&self) -> Option<i32> {
+        Some(self.front_end.load(Ordering::Relaxed)).filter(|pid| *pid > 0)
+    }
+
+    pub(crate) fn set_front_end(&self, pid: Option<i32>) {
+        self.front_end.store(pid.unwrap_or(0), Ordering::Relaxed);
     }
 
     /// Requests that the storage has not answered.

@@ -204,6 +204,15 @@ impl Daemon {
         Ok(kib * 1024)
     }
 
+    /// Proportional set size in bytes: shared pages are divided among their users.
+    pub fn pss_bytes(&self) -> Result<u64> {
+        let path = format!("/proc/{}/smaps_rollup", self.pid());
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
+        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
+        Ok(kib * 1024)
+    }
+
     /// CPU time of all its threads, to the nanosecond, with those that have ended.
     pub fn cpu_time(&self) -> Result<Duration> {
         let pid = Pid::from_raw(i32::try_from(self.pid())?);

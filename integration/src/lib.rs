@@ -3,7 +3,7 @@
 //! Starts real processes (`daemon`, `baton`, `qsd`, `cluster`), real guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them
 //! (`migration`) and lets that go wrong (`splitbrain`, `faults`). Plays the other side of a vhost-user socket without a guest
 //! (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`), a storage server's client (`raw_wire`), or a bad network
-//! (`proxy`, `wire`). Knows the command lines of Baton's programs;
+//! (`proxy`, `wire`), on ports of their own (`port`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
 
 pub mod baton;
@@ -17,6 +17,7 @@ pub mod handoff;
 pub mod libvirt;
 pub mod memory;
 pub mod migration;
+pub mod port;
 pub mod probe;
 pub mod proxy;
 pub mod qemu;

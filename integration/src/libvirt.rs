@@ -10,6 +10,7 @@
 
 use crate::daemon::Daemon;
 use crate::guest::GuestFiles;
+use crate::port::free_port;
 use crate::probe::Probe;
 use crate::qemu::{COMMAND_LINE, accelerator};
 use crate::workspace::{system_program, target_dir};
@@ -18,7 +19,6 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Uid, chown, geteuid};
 use std::fs::{self, Permissions};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -167,7 +167,8 @@ impl Host {
     /// Moves a running guest to another host, as an operator does; `there` is the guest as it is to be over there.
     pub fn migrate(&self, to: &Self, there: &Domain) -> Result<()> {
         let xml = to.write_xml(there)?;
-        let port = free_port()?;
+        // libvirt wants a number.
+        let port = free_port()?.port();
         let stream = format!("tcp://127.0.0.1:{port}");
         let args = ["migrate", "--live", &there.name, &to.uri(), "--migrateuri", &stream];
         let more = ["--listen-address", "127.0.0.1", "--xml", &xml];
@@ -362,10 +363,4 @@ fn with_hook(dir: &Path, hook: &Hook) -> Result<Command> {
     command.args(["--mount", "sh", "-c"]);
     command.arg("mount --bind \"$0\" /etc/libvirt && exec \"$@\"").arg(dir.join("etc"));
     Ok(command)
-}
-
-fn free_port() -> Result<u16> {
-    // libvirt wants a number. Between this and its use anybody else on the machine could take it; the kernel hands out
-    // others first.
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }

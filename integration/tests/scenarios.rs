@@ -3,7 +3,7 @@
 //!
 //! Elsewhere: F1, F2 `splitbrain_on_baton.rs`; F5 `power_loss.rs`; F6 `a_seal_waits_for_what_is_at_the_disk`
 //! (storage-server); F8 `activate.stepped@anchor ... kill anchor` of the fault matrix; F10, F11, F12 `storms.rs`; F20
-//! `live-migrate/tests/coordinator/`, for the coordinator's journal only; F15 `members_follow_the_anchors_proof` (storage-server).
+//! `handoff_full.rs` (storage-server) and `live-migrate/tests/` for the journal and the agent; F15 `members_follow_the_anchors_proof` (storage-server).
 
 use baton_integration::blk::Request;
 use baton_integration::faults::history::{Event, Judge, What, now_ns};

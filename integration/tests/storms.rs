@@ -125,6 +125,8 @@ impl Stage {
         } else if fork.is_some() {
             assert_silent(&self.history(self.at.other()));
         }
+        // Who is not to run is ended: no backend waits for another machine beside it.
+        self.world.end_vmm(self.at.other()).unwrap();
         self.world.vmm(self.at).unwrap().order("run").unwrap();
         self.world.vmm(self.at).unwrap().wait_progress(20, SOON).unwrap();
     }

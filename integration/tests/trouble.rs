@@ -38,8 +38,8 @@ impl Stack {
 }
 
 #[test]
-fn twenty_kills_of_the_backend_lose_nothing() {
-    if skip_without_qemu("twenty_kills_of_the_backend_lose_nothing") {
+fn row_35_twenty_kills_of_the_backend_lose_nothing() {
+    if skip_without_qemu("row_35_twenty_kills_of_the_backend_lose_nothing") {
         return;
     }
     let mut stack = Stack::new("kill", 11);

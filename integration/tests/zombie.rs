@@ -24,7 +24,7 @@ fn write_all(disk: &mut RawFrontend, salt: u8) {
 }
 
 #[test]
-fn writes_of_a_frozen_source_bounce_when_it_thaws() {
+fn row_27_writes_of_a_frozen_source_bounce_when_it_thaws() {
     let dir = TestDir::new("zombie").unwrap();
     let storage = Storage::start(dir.path(), &[]).unwrap();
     storage.create("v", 16 << 20).unwrap();

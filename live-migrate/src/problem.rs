@@ -1,6 +1,8 @@
 //! Errors of the HTTP APIs: RFC 9457 problem documents.
 
 use std::borrow::Cow;
+use std::io;
+use std::path::Path;
 
 use axum::Json;
 use axum::http::{StatusCode, header};
@@ -40,6 +42,19 @@ impl Problem {
         Self::new(StatusCode::BAD_REQUEST, "baton:bad-request", "The request is wrong", detail)
     }
 
+    /// The agent's disk is full: `what` was not done, and nothing in its place.
+    pub fn state_full(what: &str, path: &Path) -> Self {
+        Self::new(
+            StatusCode::INSUFFICIENT_STORAGE,
+            "baton:state-full",
+            "The agent's disk is full",
+            format!(
+                "{what}: the disk under {} is full; nothing was started or changed here, and the VM goes on where it is; make room there and ask again",
+                path.display()
+            ),
+        )
+    }
+
     /// An error and its causes in one sentence.
     #[must_use]
     pub fn described(error: &(dyn std::error::Error + 'static)) -> String {
@@ -51,6 +66,12 @@ impl Problem {
         }
         text
     }
+}
+
+/// There was no room for what was to be written.
+#[must_use]
+pub fn found_no_room(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 impl IntoResponse for Problem {

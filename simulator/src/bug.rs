@@ -29,11 +29,14 @@ pub enum Bug {
     FlushForgotten,
     /// The server arms whatever arrives, however old its plan is.
     LateArm,
+    /// The server fences whoever has the volume now, for whomever the fence was
+    /// meant.
+    LateFence,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::EpochIgnored,
         Self::NoDrain,
         Self::AnchorSealOnly,
@@ -44,6 +47,7 @@ impl Bug {
         Self::WindowForgotten,
         Self::FlushForgotten,
         Self::LateArm,
+        Self::LateFence,
     ];
 
     fn name(self) -> &'static str {
@@ -58,6 +62,7 @@ impl Bug {
             Self::WindowForgotten => "window-forgotten",
             Self::FlushForgotten => "flush-forgotten",
             Self::LateArm => "late-arm",
+            Self::LateFence => "late-fence",
         }
     }
 }

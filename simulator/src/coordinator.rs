@@ -180,7 +180,7 @@ impl Coordinator {
             Call::Reclaim(attempt) | Call::Abdicate(attempt) | Call::Settle(attempt, _) => {
                 Some(*attempt)
             }
-            Call::View | Call::Fence(_) => reply.armed,
+            Call::View | Call::Fence { .. } => reply.armed,
         };
         if asked != Some(attempt) {
             return;

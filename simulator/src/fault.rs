@@ -44,11 +44,15 @@ pub enum Point {
     Settled,
     /// A server has come back frozen.
     Frozen,
+    /// An operator's FENCE has arrived at a member.
+    FenceArrived,
+    /// A member is fenced.
+    Fenced,
 }
 
 impl Point {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 22] = [
         Self::ArmArrived,
         Self::Armed,
         Self::RingsStopped,
@@ -69,6 +73,8 @@ impl Point {
         Self::SettleArrived,
         Self::Settled,
         Self::Frozen,
+        Self::FenceArrived,
+        Self::Fenced,
     ];
 }
 
@@ -120,19 +126,34 @@ pub enum Fault {
     SourceResumed,
     /// The orchestrator starts the destination with whatever memory it has.
     DestinationStarted,
+    /// The source's host is gone for ever: backend, agent and machine.
+    SourceHostDied,
+    /// The destination's host is gone for ever.
+    DestinationHostDied,
+    /// The source's host hangs as a whole, longer than anybody waits, and then
+    /// goes on where it was.
+    SourceHostHung,
+    /// The destination's host hangs like that.
+    DestinationHostHung,
+    /// An operator fences every member, for either host, though nobody is dead.
+    FenceForced,
     /// The orchestrator cancels the handoff.
     Cancelled,
     /// An agent orders a seal.
     SealOrdered,
+    /// An agent orders an activation, whether or not the machine is there.
+    ActivateOrdered,
     /// An agent orders an abdication.
     AbdicateOrdered,
     /// An agent orders a reclaim.
     ReclaimOrdered,
+    /// Agents order whatever comes to their minds, several times.
+    OrdersContradict,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 33] = [
         Self::ServerKilled,
         Self::PowerLost,
         Self::SourceKilled,
@@ -155,17 +176,33 @@ impl Fault {
         Self::ImageLost,
         Self::SourceResumed,
         Self::DestinationStarted,
+        Self::SourceHostDied,
+        Self::DestinationHostDied,
+        Self::SourceHostHung,
+        Self::DestinationHostHung,
+        Self::FenceForced,
         Self::Cancelled,
         Self::SealOrdered,
+        Self::ActivateOrdered,
         Self::AbdicateOrdered,
         Self::ReclaimOrdered,
+        Self::OrdersContradict,
     ];
 
     /// It ends a process that remembers which requests were carried out.
     pub(crate) fn forgets(self) -> bool {
         matches!(
             self,
-            Self::ServerKilled | Self::PowerLost | Self::SourceKilled | Self::DestinationKilled
+            Self::ServerKilled
+                | Self::PowerLost
+                | Self::SourceKilled
+                | Self::DestinationKilled
+                // A nominee's backend is ended before the fence.
+                | Self::SourceHostDied
+                | Self::DestinationHostDied
+                | Self::SourceHostHung
+                | Self::DestinationHostHung
+                | Self::FenceForced
         )
     }
 }
@@ -180,7 +217,7 @@ pub(crate) struct Trap {
 }
 
 /// How often each thing happened.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hits {
     /// Indexed like [`Fault::ALL`].
     pub faults: [u64; Fault::ALL.len()],
@@ -188,6 +225,16 @@ pub struct Hits {
     pub points: [u64; Point::ALL.len()],
     /// Indexed like [`Point::ALL`]: passed, and something went wrong there.
     pub sprung: [u64; Point::ALL.len()],
+}
+
+impl Default for Hits {
+    fn default() -> Self {
+        Self {
+            faults: [0; Fault::ALL.len()],
+            points: [0; Point::ALL.len()],
+            sprung: [0; Point::ALL.len()],
+        }
+    }
 }
 
 impl Hits {

@@ -22,6 +22,9 @@
 //! | `agenda`, `network`, `stage` | virtual time, connections, what all processes share |
 //! | `server`, `backend`, `vm`, `coordinator` | the processes |
 //! | [`fault`] | what goes wrong |
+//! | [`coverage`] | which pairs of state and event were reached |
+//! | [`ending`] | how handoffs end, and why |
+//! | `theme` | what goes wrong together |
 //! | [`bug`] | what the world must notice if the glue is broken |
 //! | `watch` | rules judged at once |
 //! | [`history`], [`checker`] | what the guests saw, and whether it can be |
@@ -32,11 +35,14 @@ mod backend;
 pub mod bug;
 pub mod checker;
 mod coordinator;
+pub mod coverage;
+pub mod ending;
 pub mod fault;
 pub mod history;
 mod network;
 mod server;
 mod stage;
+mod theme;
 pub mod trace;
 mod vm;
 mod watch;

@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use baton_simulator::bug::Bug;
+use baton_simulator::coverage::Coverage;
+use baton_simulator::ending::{Ending, Endings};
 use baton_simulator::fault::{Fault, Hits, Point};
 use baton_simulator::run;
 use clap::Parser;
@@ -25,6 +27,9 @@ struct Args {
     /// Put this bug into the world: it must be found.
     #[arg(long)]
     bug: Option<Bug>,
+    /// Say how often each pair of state and event was reached.
+    #[arg(long)]
+    coverage: bool,
     /// Go on after a broken rule, and count.
     #[arg(long)]
     keep_going: bool,
@@ -48,8 +53,8 @@ fn play(args: &Args, out: &mut impl Write) -> io::Result<ExitCode> {
             }
         });
     }
-    let (mut hits, mut handoffs, mut won) = (Hits::default(), 0, [0; 2]);
-    let (mut fenced, mut broken) = (0, 0u64);
+    let (mut hits, mut handoffs, mut endings) = (Hits::default(), 0, Endings::default());
+    let (mut coverage, mut broken) = (Coverage::default(), 0u64);
     for seed in args.seed.. {
         if handoffs >= args.handoffs {
             break;
@@ -57,8 +62,8 @@ fn play(args: &Args, out: &mut impl Write) -> io::Result<ExitCode> {
         let report = run(seed, args.bug, false);
         hits.add(&report.hits);
         handoffs += report.handoffs;
-        fenced += report.fenced;
-        won.iter_mut().zip(report.won).for_each(|(sum, won)| *sum += won);
+        endings.add(&report.endings);
+        coverage.add(&report.coverage);
         if let Some(violation) = report.violation {
             let step = report.trace.steps();
             writeln!(out, "seed={seed} step={step} {violation}")?;
@@ -70,18 +75,25 @@ fn play(args: &Args, out: &mut impl Write) -> io::Result<ExitCode> {
             }
         }
     }
-    writeln!(
-        out,
-        "{handoffs} handoffs: the source won {}, the destination {}; an operator had to end {fenced}",
-        won[0], won[1]
-    )?;
+    writeln!(out, "{handoffs} handoffs; they ended so:")?;
+    for (ending, count) in Ending::ALL.iter().zip(endings.handoffs) {
+        writeln!(out, "  {count:8} {ending}")?;
+    }
+    let Endings { evacuated, booted, .. } = endings;
+    writeln!(out, "  {evacuated:8} of them then FENCE: the winner's host was gone")?;
+    writeln!(out, "  {booted:8} of them then a start from the disks: the memory was lost")?;
+    writeln!(out, "what went wrong:")?;
     for (fault, hits) in Fault::ALL.iter().zip(hits.faults) {
         writeln!(out, "  {hits:8} {fault:?}")?;
     }
     for ((point, hits), sprung) in Point::ALL.iter().zip(hits.points).zip(hits.sprung) {
         writeln!(out, "  {hits:8} {point:?}, {sprung} with a fault")?;
     }
-    let missing = hits.missing();
+    if args.coverage {
+        writeln!(out, "reached:")?;
+        write!(out, "{coverage}")?;
+    }
+    let missing = [hits.missing(), endings.missing(), coverage.missing()].concat();
     missing.iter().try_for_each(|what| writeln!(out, "never happened: {what}"))?;
     if broken > 0 {
         writeln!(out, "{broken} worlds with a broken rule")?;

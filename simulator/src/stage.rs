@@ -10,6 +10,7 @@ use baton_protocol::{Epoch, QueueId, Seq, SessionId};
 
 use crate::agenda::{Agenda, MS, Time};
 use crate::bug::Bug;
+use crate::coverage::Coverage;
 use crate::fault::{Fault, Hits, Point, Trap};
 use crate::history::{History, Kind, Value};
 use crate::network::{Connection, Network};
@@ -24,6 +25,9 @@ macro_rules! note {
     };
 }
 pub(crate) use note;
+
+/// As which coordinator an operator calls and is answered.
+pub(crate) const BY_OPERATOR: usize = usize::MAX;
 
 /// As what a connection introduces itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,8 +82,11 @@ pub(crate) enum Call {
     Reclaim(Try),
     Abdicate(Try),
     Settle(Try, Option<(SessionId, Proof)>),
-    /// An operator gives the volume to this owner name.
-    Fence(String),
+    /// An operator gives the volume to this owner name, by force.
+    Fence {
+        nominee: String,
+        seen: (Option<String>, Epoch),
+    },
 }
 
 /// What it is answered.
@@ -97,22 +104,70 @@ pub(crate) struct Reply {
 /// Something that happens to one process.
 #[derive(Debug)]
 pub(crate) enum Event {
-    ToServer { connection: usize, message: ToServer },
-    ToClient { connection: usize, message: ToClient },
-    Executed { volume: usize, boot: u64, token: u64 },
-    Stored { volume: usize, boot: u64 },
-    Persist { volume: usize, boot: u64 },
-    ServerStarts { server: usize },
-    Call { coordinator: usize, term: u64, volume: usize, call: Call },
-    Reply { coordinator: usize, reply: Reply },
-    CoordinatorTick { coordinator: usize },
-    CoordinatorStarts { coordinator: usize },
-    Connect { backend: usize, member: usize, link: usize },
-    Check { backend: usize },
-    BackendStarts { host: usize },
-    Rings { backend: usize, member: usize, on: bool },
-    Image { round: u64, image: Image },
-    Guest { host: usize },
+    ToServer {
+        connection: usize,
+        message: ToServer,
+    },
+    ToClient {
+        connection: usize,
+        message: ToClient,
+    },
+    Executed {
+        volume: usize,
+        boot: u64,
+        token: u64,
+    },
+    Stored {
+        volume: usize,
+        boot: u64,
+    },
+    Persist {
+        volume: usize,
+        boot: u64,
+    },
+    ServerStarts {
+        server: usize,
+    },
+    Call {
+        coordinator: usize,
+        term: u64,
+        volume: usize,
+        call: Call,
+    },
+    Reply {
+        coordinator: usize,
+        reply: Reply,
+    },
+    CoordinatorTick {
+        coordinator: usize,
+    },
+    CoordinatorStarts {
+        coordinator: usize,
+    },
+    Connect {
+        backend: usize,
+        member: usize,
+        link: usize,
+    },
+    Check {
+        backend: usize,
+    },
+    BackendStarts {
+        host: usize,
+    },
+    Rings {
+        backend: usize,
+        member: usize,
+        on: bool,
+    },
+    Image {
+        round: u64,
+        image: Image,
+    },
+    /// The guest at a place does something.
+    Guest {
+        place: usize,
+    },
     Orchestrator,
     Fault(Fault),
 }
@@ -144,6 +199,17 @@ pub(crate) enum DeadBackend {
     TakesForDone,
 }
 
+/// Who had the anchor decide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DecidedBy {
+    Nobody,
+    /// A backend whose rings ran, or that had to.
+    Rings,
+    /// A destination that an agent had ordered to.
+    Order,
+    Coordinator,
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Stage {
@@ -155,11 +221,14 @@ pub(crate) struct Stage {
     pub(crate) history: History,
     pub(crate) network: Network,
     pub(crate) hits: Hits,
+    pub(crate) coverage: Coverage,
     pub(crate) traps: Vec<Trap>,
     pub(crate) bug: Option<Bug>,
     pub(crate) setting: Setting,
     /// Values whose write a server has carried out.
     pub(crate) carried: HashSet<Value>,
+    /// By whom the handoff was decided.
+    pub(crate) by: DecidedBy,
     /// The destination has just won: hosts of source and destination.
     pub(crate) activated: Option<[usize; 2]>,
     /// The coordinators' next messages are lost, or doubled.
@@ -224,12 +293,14 @@ impl Stage {
             return;
         }
         let delay = self.between(50, 2 * MS);
-        // A fence is an act of force: a late one fences whoever has come since.
-        if self.doubling > 0 && !matches!(call, Call::Fence(_)) {
-            self.doubling -= 1;
+        // An operator's client repeats what is not answered soon.
+        let again = matches!(call, Call::Fence { .. }) && self.chance(0.1);
+        let doubled = self.doubling > 0 && !matches!(call, Call::View);
+        if doubled || again {
+            self.doubling = self.doubling.saturating_sub(u32::from(doubled));
             // As late as in the handoffs after this one.
-            let late = if self.chance(0.3) {
-                self.between(0, 2000 * MS)
+            let late = if self.chance(0.5) {
+                self.between(0, 600 * MS)
             } else {
                 self.between(MS, 80 * MS)
             };

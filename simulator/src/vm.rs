@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::agenda::Time;
 use crate::history::{Instant, Kind, OperationId};
 use crate::stage::{Stage, note};
 
@@ -63,11 +64,20 @@ pub(crate) struct Vm {
     pub(crate) migrating: bool,
     /// Per volume, how many answers the guest has got while it ran.
     pub(crate) answered: Vec<u64>,
+    /// The host hangs, and its guests with it.
+    pub(crate) frozen_until: Time,
+    /// Since when all volumes are fenced and somebody else's.
+    pub(crate) over_since: Option<Instant>,
 }
 
 impl Image {
     pub(crate) fn new(volumes: usize, queues: usize) -> Self {
         Self { rings: vec![vec![Ring::default(); queues]; volumes], ..Self::default() }
+    }
+
+    /// The machine starts from its disks: nothing of an earlier memory is left.
+    pub(crate) fn booted(volumes: usize, queues: usize, answers: u64) -> Self {
+        Self { base: answers, ..Self::new(volumes, queues) }
     }
 
     /// No request of this volume is taken and not completed.
@@ -167,7 +177,14 @@ impl Vm {
     ) {
         let Some(image) = &mut self.image else { return };
         let Some(request) = image.rings[volume][queue].taken.remove(&place) else { return };
-        if self.running {
+        if let Some(since) = self.over_since {
+            // What was done before the fence may be answered after it; what was
+            // asked after it never is.
+            if stage.history.operations()[request.id].invoked > since {
+                let what = format!("a fenced guest on host {} goes on", self.host);
+                stage.watch.broken("I6", what);
+            }
+        } else if self.running {
             self.answered[volume] += 1;
             image.base = stage.watch.guest_goes_on(self.host, image.base);
             if let Some(at) = image.assumed_at.take() {

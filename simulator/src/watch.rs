@@ -42,6 +42,8 @@ struct Seen {
     holders: BTreeMap<Epoch, SessionId>,
     /// Everything up to here is fenced, and somebody was told so.
     closed: Epoch,
+    /// It was fenced for this host, and others of the VM's are not yet.
+    nominee: Option<usize>,
 }
 
 impl Watch {
@@ -84,6 +86,9 @@ impl Watch {
             self.broken("I1", format!("volume {volume} went from epoch {highest} to {epoch}"));
         } else if holder != session {
             self.broken("I1", format!("epoch {epoch} of volume {volume} has two holders"));
+        } else if let Some(nominee) = seen.nominee.take().filter(|nominee| *nominee != host) {
+            let what = format!("host {host} let in at volume {volume}, fenced for host {nominee}");
+            self.broken("I7", what);
         } else if self.owner != host {
             let owner = self.owner;
             let what = format!("host {host} let in at volume {volume}; host {owner} won");
@@ -121,6 +126,22 @@ impl Watch {
             let number = attempt.attempt;
             self.broken("I6", format!("try {number} was decided for {first:?}, then {winner:?}"));
         }
+    }
+
+    /// A volume is fenced for a host.
+    pub(crate) fn fenced(&mut self, volume: usize, host: usize) {
+        self.volumes[volume].nominee = Some(host);
+    }
+
+    /// All volumes are fenced for a host: the VM goes on there and nowhere else.
+    pub(crate) fn given(&mut self, host: usize) {
+        self.owner = host;
+        self.volumes.iter_mut().for_each(|volume| volume.nominee = None);
+    }
+
+    /// How many answers the one true VM has got while it ran.
+    pub(crate) fn trunk(&self) -> u64 {
+        self.trunk
     }
 
     /// A running guest with this much behind it gets an answer. Returns what it

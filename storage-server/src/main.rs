@@ -83,7 +83,9 @@ mod run {
         let builder = tracing_subscriber::fmt()
             .with_max_level(config.log_level)
             .with_writer(std::io::stderr)
-            .with_target(false);
+            .with_target(false)
+            // A log that cannot be written, on a full disk, must not end who writes it.
+            .log_internal_errors(false);
         match config.log_format {
             LogFormat::Text => builder.with_ansi(false).init(),
             LogFormat::Json => builder.json().init(),

@@ -3,6 +3,9 @@
 
 mod common;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
 use baton_protocol::access::{AccessRecord, Phase};
 use baton_protocol::handoff::{Answer, Ask, Outcome, Side};
 use baton_protocol::{Epoch, Status};
@@ -58,7 +61,7 @@ fn goes_over(volume: &Member, destination: &mut Backend, epoch: u64) {
 }
 
 #[test]
-fn armed_is_frozen_in_fast_mode_until_the_source_says_it_never_sealed() {
+fn row_19_armed_is_frozen_in_fast_mode_until_the_source_says_it_never_sealed() {
     let (mut server, mut volume, seq) = armed_and_killed("fast");
     assert_eq!(volume.phase(), "frozen");
     // The control connection is let in, to say how it stood; no data.
@@ -119,7 +122,7 @@ fn armed_is_armed_in_base_mode() {
 
 /// The destination had seen SEALED: it activates whatever the server remembers.
 #[test]
-fn sealed_then_killed_the_destination_activates_anyway() {
+fn row_20_sealed_then_killed_the_destination_activates_anyway() {
     for mode in MODES {
         let (mut server, mut volume, mut source) = armed(mode);
         assert_eq!(source.seal().outcome, Outcome::Granted);
@@ -139,7 +142,7 @@ fn sealed_then_killed_the_destination_activates_anyway() {
 /// ACTIVE of fast mode is stored behind its answer. Stored: it stands. Lost
 /// with the kill: the destination asks again and is told the same.
 #[test]
-fn active_stored_or_lost_it_is_the_destinations() {
+fn row_22_active_stored_or_lost_it_is_the_destinations() {
     for mode in MODES {
         for lost in [false, true] {
             let (mut server, mut volume, mut source) = armed(mode);
@@ -148,6 +151,11 @@ fn active_stored_or_lost_it_is_the_destinations() {
             let meta = server.dir.path().join("data/meta.redb");
             let before = server.dir.path().join("before");
             std::fs::copy(&meta, &before).expect("copied");
+            // And the pool's mark of how new meta.redb is (docs/on-disk.md).
+            let pool = server.dir.path().join("data/pool.dat");
+            let pool = File::options().read(true).write(true).open(pool).expect("a pool");
+            let mut marks = vec![0; 8192];
+            pool.read_exact_at(&mut marks, 4096).expect("marks");
             let mut destination = volume.destination();
             goes_over(&volume, &mut destination, 2);
             if mode == "fast" {
@@ -159,6 +167,7 @@ fn active_stored_or_lost_it_is_the_destinations() {
             server.kill_and(&mut [&mut volume], |_| {
                 if lost {
                     std::fs::copy(&before, &meta).expect("restored");
+                    pool.write_all_at(&marks, 4096).expect("restored");
                 }
             });
             let epoch = if lost {
@@ -212,7 +221,7 @@ fn reclaimed_survives_a_kill() {
 
 /// A source whose seal was lost with the server's memory says it again.
 #[test]
-fn a_seal_with_drain_certificates_counts_in_a_frozen_volume() {
+fn row_25_a_seal_with_drain_certificates_counts_in_a_frozen_volume() {
     let (_server, volume, seq) = armed_and_killed("fast");
     let mut destination = volume.destination();
     let before = destination.control.access();
@@ -230,7 +239,7 @@ fn a_seal_with_drain_certificates_counts_in_a_frozen_volume() {
 
 /// What was under way at the kill can never be counted: it is said at once.
 #[test]
-fn a_seal_of_what_was_lost_is_refused_in_a_frozen_volume() {
+fn row_21_a_seal_of_what_was_lost_is_refused_in_a_frozen_volume() {
     let (_server, volume, seq) = armed_and_killed("fast");
     let mut control = volume.rejoin(SOURCE, S, 1);
     let told = control.ask(Ask::Seal(vec![count(0, seq + 1, seq + 1)]));
@@ -243,7 +252,7 @@ fn a_seal_of_what_was_lost_is_refused_in_a_frozen_volume() {
 }
 
 #[test]
-fn reclaim_of_a_frozen_volume_waits_for_the_destinations_word() {
+fn row_21_reclaim_of_a_frozen_volume_waits_for_the_destinations_word() {
     for by_coordinator in [false, true] {
         let (mut server, mut volume, mut source) = armed("fast");
         assert_eq!(source.seal().outcome, Outcome::Granted);
@@ -279,4 +288,29 @@ fn reclaim_of_a_frozen_volume_waits_for_the_destinations_word() {
         let mut destination = volume.destination();
         assert_eq!(destination.control.ask(Ask::Activate).outcome, Outcome::Lost);
     }
+}
+
+/// The source said that it had not sealed, and then it did. A copy of what it said
+/// comes out of the network after the server was killed once more: it must not open
+/// to the source what the destination has seen sealed.
+#[test]
+fn row_27_an_unfreeze_that_arrives_an_incarnation_late_opens_nothing() {
+    let (mut server, mut volume, seq) = armed_and_killed("fast");
+    let mut source = volume.rejoin(SOURCE, S, 1);
+    let boot_id = source.access().boot_id;
+    assert_eq!(source.ask(Ask::Unfreeze { boot_id }).outcome, Outcome::Granted);
+    drop(source);
+    let mut source = volume.source_again(1, seq);
+    assert_eq!(source.seal().outcome, Outcome::Granted);
+    hears(&mut volume.destination().control, |record| record.phase == Phase::Sealed);
+    server.kill(&mut [&mut volume]);
+    let mut late = volume.rejoin(SOURCE, S, 1);
+    assert_eq!(late.ask(Ask::Unfreeze { boot_id }).outcome, Outcome::Refused);
+    assert_eq!(volume.phase(), "frozen");
+    assert_eq!(queue_refused(&volume, 1), Status::Busy);
+    goes_over(&volume, &mut volume.destination(), 4);
+    // Nor does it later, when all is decided.
+    let mut late = volume.control(SOURCE, S, baton_protocol::AccessMode::Standby, 0);
+    assert_eq!(late.ask(Ask::Unfreeze { boot_id }).outcome, Outcome::NotNominated);
+    assert_eq!(volume.phase(), "active");
 }

@@ -224,3 +224,26 @@ fn reconnects_of_one_queue_do_not_overlap() {
     }
     wait_for("the old ones are gone", || metric(fixture.admin, "baton_connections") == 1);
 }
+
+/// A fence that is repeated, or arrives late, fences nobody but whom it was meant for.
+#[test]
+fn a_fence_that_comes_late_spares_the_next_owner() {
+    let fixture = Fixture::start();
+    fixture.create("d", SIZE);
+    let _old = fixture.owner("d", "h", 1);
+    let (_, text) = http(fixture.admin, "GET", "/v1/volumes/d", "");
+    let access = json(&text)["access"].clone();
+    let body = serde_json::json!({
+        "reason": "test",
+        "nominee": "next",
+        "seen": {"owner": access["owner"], "next_epoch": access["next_epoch"]},
+    });
+    fence(&fixture, &body.to_string());
+    let mut next = fixture.owner("d", "next", 2);
+    let (status, text) = http(fixture.admin, "POST", "/v1/volumes/d/fence", &body.to_string());
+    let problem = json(&text);
+    assert_eq!((status, &problem["type"]), (409, &"baton:stale-fence".into()), "{text}");
+    let detail = problem["detail"].as_str().unwrap_or_default();
+    assert!(detail.contains("`next` owns it") && detail.contains("look"), "{detail}");
+    assert_eq!(next.write(0, &[1; 512]), Status::Ok, "the next owner has not noticed");
+}

@@ -238,7 +238,7 @@ fn it_goes_when_the_server_has_heard_the_decision_if_they_never_do() {
 #[test]
 fn a_disk_that_is_held_meanwhile_does_not_go() {
     let mut scene = granted();
-    scene.step(0, &RecordInput::Fence { term: None, nominee: None });
+    scene.step(0, &RecordInput::Fence { term: None, nominee: None, seen: None });
     scene.show();
     assert_eq!(scene.calls()[1], [Call::Hold, Call::Park]);
     scene.disks[1].started();

@@ -59,6 +59,15 @@ impl Connection {
         std::os::fd::AsFd::as_fd(&self.stream)
     }
 
+    /// The process that connected. `None`: the kernel does not say, or it is in
+    /// another namespace of processes.
+    #[must_use]
+    pub fn peer(&self) -> Option<i32> {
+        let credentials =
+            socket::getsockopt(&self.stream, socket::sockopt::PeerCredentials).ok()?;
+        Some(credentials.pid()).filter(|pid| *pid > 0)
+    }
+
     /// Reads one message. Call when the socket is readable: the first byte is
     /// waited for at most [`MESSAGE_TIMEOUT`].
     ///

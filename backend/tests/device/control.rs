@@ -72,12 +72,14 @@ fn status_follows_the_disk() {
     let quiet = json!({
         "name": "disk", "socket": "/s", "volume": "baton://s:1/v", "state": "connected",
         "rings_running": 0, "queues": 2, "in_flight": 0, "logging": false, "drained": false,
-        "size_bytes": DISK_BYTES,
+        "size_bytes": DISK_BYTES, "front_end": null,
     });
     let status = client.status();
     assert_eq!(status, json!({"pid": std::process::id(), "owner": "h:vm", "disks": [quiet]}));
     let mut front_end = device.connect(Options { queues: 2, ..Options::default() });
     front_end.start_logging().unwrap();
+    // The process at the other end of its socket is this one.
+    assert_eq!(client.status()["disks"][0]["front_end"], std::process::id());
     for sector in 0..3 {
         front_end.queue(0).submit(&Request::Read { sector, len: 512 }).unwrap();
     }
@@ -97,6 +99,11 @@ fn status_follows_the_disk() {
     let disk = &client.status()["disks"][0];
     let told = ["rings_running", "in_flight", "logging", "drained"].map(|key| &disk[key]);
     assert_eq!(json!(told), json!([0, 0, true, true]));
+    drop(front_end);
+    // The disk's thread hears of it when it hears of it.
+    while client.status()["disks"][0]["front_end"] != Value::Null {
+        std::thread::yield_now();
+    }
 }
 
 #[test]

@@ -6,7 +6,6 @@ use crate::raw_frontend::{Options, RawFrontend};
 use crate::workspace::TestDir;
 use anyhow::{Context, Result};
 use serde::Serialize;
-use std::fs;
 use std::time::{Duration, Instant};
 
 const VOLUME_BYTES: u64 = 1 << 30;
@@ -74,7 +73,7 @@ pub fn measure(backends: usize, queues: u16, time: Duration) -> Result<Idle> {
     let pct = |before: Duration, after: Duration| (after - before).as_secs_f64() / seconds * 100.0;
     let mut pss = Vec::new();
     for (backend, _) in &all {
-        pss.push(pss_bytes(&backend.daemon)?);
+        pss.push(backend.daemon.pss_bytes()?);
     }
     pss.sort_unstable();
     Ok(Idle {
@@ -88,7 +87,7 @@ pub fn measure(backends: usize, queues: u16, time: Duration) -> Result<Idle> {
             pss.get(pss.len() / 2).copied().unwrap_or(0),
             pss.last().copied().unwrap_or(0),
         ],
-        server_pss_bytes: pss_bytes(&storage.daemon)?,
+        server_pss_bytes: storage.daemon.pss_bytes()?,
     })
 }
 
@@ -113,12 +112,4 @@ pub fn table(idle: &Idle) -> String {
         mb(idle.server_pss_bytes),
         mb(idle.server_pss_bytes) / (*backends).max(1) as f64,
     )
-}
-
-fn pss_bytes(daemon: &Daemon) -> Result<u64> {
-    let path = format!("/proc/{}/smaps_rollup", daemon.pid());
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
-    Ok(kib * 1024)
 }

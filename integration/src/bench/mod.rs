@@ -2,7 +2,8 @@
 //!
 //! `load` drives one vhost-user disk and measures it, `cpu` tells who used the CPUs meanwhile, `stack` starts a
 //! backend with its storage server, `compare` alternates two stacks and reports ratios, `handoff`
-//! measures what a move adds. Absolute figures drift by a
+//! measures what a move adds, `scale` what a request costs as the work grows, `idle` what doing nothing costs, `cost`
+//! counts instructions. Absolute figures drift by a
 //! quarter within minutes on a shared machine; only ratios of runs next to each other count.
 
 pub mod callgrind;
@@ -12,4 +13,5 @@ pub mod cpu;
 pub mod handoff;
 pub mod idle;
 pub mod load;
+pub mod scale;
 pub mod stack;

@@ -257,7 +257,7 @@ fn wait_port(server: &mut Daemon, port: u16) -> Result<()> {
 }
 
 /// Writes every block once, so that no run measures the first write of one.
-fn fill(socket: &Path, bytes: u64) -> Result<()> {
+pub(super) fn fill(socket: &Path, bytes: u64) -> Result<()> {
     const CHUNK: usize = 1 << 20;
     let mut frontend =
         RawFrontend::connect(socket, Options { memory_bytes: 32 << 20, ..Options::default() })?;

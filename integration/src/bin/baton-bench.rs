@@ -6,6 +6,7 @@ use baton_integration::bench::cost;
 use baton_integration::bench::cpu::hold_cpus_awake;
 use baton_integration::bench::idle;
 use baton_integration::bench::load::{Job, Outcome, Pattern, run};
+use baton_integration::bench::scale;
 use baton_integration::bench::stack::Kind;
 use clap::{Args, Parser, Subcommand};
 use std::fs;
@@ -34,8 +35,23 @@ enum Command {
     Compare(CompareArgs),
     /// Count what a request costs: instructions, system calls, allocations
     Cost(CostArgs),
+    /// See what a request costs as queues, volumes and their sizes grow
+    Scale(ScaleArgs),
     /// Watch backends with idle guests: CPU, wake-ups, memory
     Idle(IdleArgs),
+}
+
+#[derive(Debug, Args)]
+struct ScaleArgs {
+    /// Measurements of each point
+    #[arg(long, default_value_t = 5)]
+    rounds: u32,
+    /// Seconds of each
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -162,6 +178,7 @@ fn main() -> ExitCode {
     let done = match (cli.command, cli.load) {
         (Some(Command::Compare(args)), _) => run_compare(args),
         (Some(Command::Cost(args)), _) => run_cost(args),
+        (Some(Command::Scale(args)), _) => run_scale(args),
         (Some(Command::Idle(args)), _) => run_idle(args),
         (None, Some(args)) => run_load(args),
         (None, None) => Err(anyhow::anyhow!("give --socket, or the command compare; see --help")),
@@ -258,6 +275,13 @@ fn run_cost(args: CostArgs) -> Result<ExitCode> {
         "baton-bench: if that is meant to be, store it with `make bench-cost BLESS=1` and say why in the commit"
     );
     Ok(ExitCode::FAILURE)
+}
+
+fn run_scale(args: ScaleArgs) -> Result<ExitCode> {
+    let scale = scale::measure(args.rounds, seconds(args.seconds)?, |text| eprintln!("{text}"))?;
+    let text = if args.json { serde_json::to_string_pretty(&scale)? } else { scale::table(&scale) };
+    writeln!(std::io::stdout(), "{text}")?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run_idle(args: IdleArgs) -> Result<ExitCode> {

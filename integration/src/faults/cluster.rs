@@ -7,6 +7,7 @@ use super::injector::Who;
 use crate::baton::{Environment, READY_TIMEOUT};
 use crate::daemon::Daemon;
 use crate::handoff::{Fleet, ask};
+use crate::port::free_port;
 use crate::workspace::program;
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
@@ -14,7 +15,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -211,10 +212,4 @@ pub fn coordinator(
         writeln!(config, "[[storage]]\ndata = \"{data}\"\nadmin = \"http://{admin}\"")?;
     }
     Kept::start(dir, "baton-coordinator", "coordinator", &config, address, env)
-}
-
-/// A port that was free a moment ago, and stays the daemon's over its restarts.
-fn free_port() -> Result<SocketAddr> {
-    let listener = TcpListener::bind("127.0.0.1:0").context("no port is free")?;
-    Ok(listener.local_addr()?)
 }

@@ -166,6 +166,24 @@ impl World {
         Ok(())
     }
 
+    /// The VMM of a host is ended; what its guest did is kept.
+    pub fn end_vmm(&mut self, side: Side) -> Result<()> {
+        if let Some(vmm) = &mut self.vmms[side as usize] {
+            vmm.daemon.kill()?;
+        }
+        Ok(())
+    }
+
+    /// The agent of a host is killed and started again.
+    pub fn restart_agent(&mut self, side: Side) -> Result<()> {
+        let hits = hits_only(&self.hits);
+        let host = &mut self.hosts[side as usize];
+        host.agent.daemon.kill()?;
+        host.agent.restart(&hits)?;
+        self.register();
+        Ok(())
+    }
+
     /// A host, its agent and its backend.
     #[must_use]
     pub fn host(&self, side: Side) -> &AgentHost {

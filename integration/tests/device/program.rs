@@ -383,3 +383,26 @@ fn the_control_socket_tells_what_the_disk_is_doing() {
     assert!(stack.backend.daemon.terminate(SOON).unwrap().success());
     assert!(!control.exists(), "removed at the end");
 }
+
+/// The disk that its log is on is full: a line is lost, and nothing else.
+#[test]
+fn a_log_that_cannot_be_written_ends_nothing() {
+    let dir = TestDir::new("full-log").unwrap();
+    let socket = dir.join("s.sock");
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut child = backend()
+        .arg("--volume")
+        .arg(disk(dir.path()))
+        .arg("--socket-path")
+        .arg(&socket)
+        .stderr(full)
+        .spawn()
+        .unwrap();
+    // Each connection and its end have a line.
+    wait_until("it listens", SOON, || UnixStream::connect(&socket).is_ok()).unwrap();
+    for _ in 0..3 {
+        serves(&socket);
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}

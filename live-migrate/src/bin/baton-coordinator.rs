@@ -38,7 +38,9 @@ fn main() -> ExitCode {
     let builder = tracing_subscriber::fmt()
         .with_max_level(config.log_level)
         .with_writer(std::io::stderr)
-        .with_target(false);
+        .with_target(false)
+        // A log that cannot be written, on a full disk, must not end who writes it.
+        .log_internal_errors(false);
     if config.log_json {
         builder.json().init();
     } else {

@@ -349,7 +349,10 @@ impl Agent {
 
     fn judge(&self, error: CallError) -> AgentError {
         match error {
-            CallError::Refused { status, kind, detail, .. } if status < 500 => {
+            // A full disk is an answer, though the caller is not to blame for it.
+            CallError::Refused { status, kind, detail, .. }
+                if status < 500 || kind == "baton:state-full" =>
+            {
                 AgentError::Refused { status, trouble: Trouble { kind, detail } }
             }
             CallError::Refused { detail, .. } => AgentError::Failed(Trouble {

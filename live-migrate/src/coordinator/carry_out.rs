@@ -179,6 +179,7 @@ impl Work {
         let mut told = None;
         let mut look = LOOK.0;
         let mut heard = tokio::time::Instant::now();
+        let mut occupied = None;
         loop {
             match self.look(agent, start, &id, &mut heard).await {
                 Ok(standing) => {
@@ -192,6 +193,15 @@ impl Work {
                     }
                     tokio::time::sleep(look).await;
                     look = (look * 3 / 2).min(LOOK.1);
+                }
+                // Whoever ends the machine of the try before may be about to: its memory takes a while.
+                Err(AgentError::Refused { trouble, .. })
+                    if start
+                        && trouble.kind == "baton:earlier-machine"
+                        && occupied.get_or_insert_with(tokio::time::Instant::now).elapsed()
+                            < self.core.config.agent_patience =>
+                {
+                    patience.wait(&self.reports, Some(&trouble)).await;
                 }
                 Err(AgentError::Refused { trouble, .. }) if start => {
                     return self.reports.tell(Input::CannotStand(self.owned(&trouble))).await;

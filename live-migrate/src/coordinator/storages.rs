@@ -67,6 +67,9 @@ pub struct RecordView {
     /// Only requests with it are admitted.
     #[serde(default)]
     pub epoch: u64,
+    /// The next that nobody had.
+    #[serde(default)]
+    pub next_epoch: u64,
     /// Where it stands.
     #[serde(default)]
     pub phase: String,
@@ -406,8 +409,11 @@ impl StorageServer {
         term: u64,
         reason: &str,
         nominee: Option<&str>,
+        seen: &RecordView,
     ) -> Result<u64, StorageError> {
-        let mut body = json!({"term": term, "reason": reason});
+        let owner = seen.owner.as_ref().map(|owner| owner.name.as_str());
+        let seen = json!({"owner": owner, "next_epoch": seen.next_epoch});
+        let mut body = json!({"term": term, "reason": reason, "seen": seen});
         if let Some(nominee) = nominee {
             body["nominee"] = nominee.into();
         }
@@ -441,7 +447,10 @@ impl StorageServer {
             CallError::Refused { kind, detail, .. } if kind == "baton:stale-term" => {
                 StorageError::StaleTerm(detail)
             }
-            CallError::Refused { status, kind, detail, .. } if status < 500 => {
+            // An answer, though the caller is not to blame: it has no room to record anything.
+            CallError::Refused { status, kind, detail, .. }
+                if status < 500 || kind == "baton:metadata-full" =>
+            {
                 StorageError::Refused { trouble: Trouble { kind, detail } }
             }
             other => StorageError::Unreachable(Trouble {

@@ -322,7 +322,7 @@ async fn fence_one(
         };
         return result;
     }
-    match volume.server.fence(&volume.name, core.term, reason, nominee).await {
+    match volume.server.fence(&volume.name, core.term, reason, nominee, &record).await {
         Ok(epoch) => {
             result.fenced = true;
             result.taken = true;

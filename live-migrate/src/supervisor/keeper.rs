@@ -20,6 +20,7 @@ use utoipa::ToSchema;
 
 use super::backoff::Backoff;
 use super::control::{Control, ControlError};
+use super::front_ends::FrontEnds;
 use super::process::{ProcessId, Record};
 use super::runner::{Launch, Process};
 use super::watchdog::{Decision, Observation, Watchdog};
@@ -29,6 +30,8 @@ use super::{Role, Settings};
 const STARTING_PERIOD: Duration = Duration::from_millis(20);
 /// Exit code of the backend for wrong flags or configuration.
 const EXIT_USAGE: i32 = 2;
+/// For the last question to a backend that is to end.
+const LAST_LOOK_LIMIT: Duration = Duration::from_millis(500);
 
 /// What a backend's process does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -69,6 +72,7 @@ pub struct BackendState {
 #[derive(Debug)]
 pub(super) struct Keeper {
     pub(super) settings: Arc<Settings>,
+    pub(super) front_ends: Arc<FrontEnds>,
     pub(super) launch: Mutex<Launch>,
     pub(super) state: watch::Sender<BackendState>,
     pub(super) stop: watch::Sender<bool>,
@@ -81,12 +85,10 @@ impl Keeper {
 
     /// What the next start is like; the process that runs is left alone.
     pub(super) fn set(&self, launch: Launch) {
-        let path = self.settings.record(&launch.vm);
-        if let Some(record) = Record::read(&path)
+        if let Some(record) = Record::read(&self.settings.record(&launch.vm))
             && record.standby != launch.standby
-            && let Err(error) = (Record { standby: launch.standby, ..record }).write(&path)
         {
-            tracing::error!(vm = launch.vm, %error, "cannot write the pid file of a backend");
+            self.remember(&launch, &Record { standby: launch.standby, ..record });
         }
         self.show(|state| state.role = Some(Role::of(launch.standby)));
         *self.launch.lock().unwrap_or_else(PoisonError::into_inner) = launch;
@@ -154,10 +156,7 @@ impl Keeper {
     fn note(&self, launch: &Launch, process: &Process, adopted: bool) {
         if let Some(process) = process.id() {
             let record = Record { process: process.clone(), standby: launch.standby };
-            if let Err(error) = record.write(&self.settings.record(&launch.vm)) {
-                // It runs; only an agent that restarts would not find it.
-                tracing::error!(vm = launch.vm, %error, "cannot write the pid file of a backend");
-            }
+            self.remember(launch, &record);
         }
         self.show(|state| {
             state.run = Run::Starting;
@@ -167,7 +166,20 @@ impl Keeper {
         });
     }
 
+    /// For an agent after this one.
+    fn remember(&self, launch: &Launch, record: &Record) {
+        if let Err(error) = record.write(&self.settings.record(&launch.vm)) {
+            // It runs; only an agent that restarts would not find it.
+            tracing::error!(vm = launch.vm, %error, "cannot write the pid file of a backend");
+        }
+    }
+
     async fn end(&self, launch: &Launch, process: &mut Process) {
+        // Who is at its disks now is left behind by it.
+        let control = Control::new(launch.control.clone());
+        if let Ok(status) = control.ask(&json!({"cmd": "status"}), LAST_LOOK_LIMIT).await {
+            self.front_ends.hear(&launch.vm, &status);
+        }
         let grace = self.settings.stop_grace;
         if let Err(error) = self.settings.manager.stop(launch, process, grace).await {
             tracing::error!(vm = launch.vm, %error, "cannot stop a backend");
@@ -188,7 +200,7 @@ impl Keeper {
     }
 
     fn forget(&self, launch: &Launch) {
-        let _ = std::fs::remove_file(self.settings.record(&launch.vm));
+        Record::remove(&self.settings.record(&launch.vm));
     }
 
     /// Asks it for ever how it is; kills it when it hangs.
@@ -200,8 +212,11 @@ impl Keeper {
         loop {
             let began = Instant::now();
             let answer = control.ask(&json!({"cmd": "status"}), Watchdog::period(hang)).await;
-            if let (Some(heard), Ok(status)) = (&self.settings.heard, &answer) {
-                let _ = heard.try_send((launch.vm.clone(), status.clone()));
+            if let Ok(status) = &answer {
+                self.front_ends.hear(&launch.vm, status);
+                if let Some(heard) = &self.settings.heard {
+                    let _ = heard.try_send((launch.vm.clone(), status.clone()));
+                }
             }
             let seen = match answer {
                 Ok(_) | Err(ControlError::Refused { .. }) => Observation::Answered,

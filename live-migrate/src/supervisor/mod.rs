@@ -7,6 +7,7 @@
 
 mod backoff;
 pub mod control;
+mod front_ends;
 mod keeper;
 mod process;
 mod runner;
@@ -23,6 +24,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use utoipa::ToSchema;
 
+use crate::problem::found_no_room;
+
+use front_ends::FrontEnds;
 use keeper::Keeper;
 pub use keeper::{BackendState, Run};
 use process::Record;
@@ -87,6 +91,26 @@ pub enum SuperviseError {
         /// How long it had.
         after: Duration,
     },
+    /// It would run, and an agent after this one would not know.
+    #[error("no room to remember the backend of {vm} in {}", path.display())]
+    Full {
+        /// Whose.
+        vm: String,
+        /// Where.
+        path: PathBuf,
+    },
+    /// A backend that waits for a machine would be found by one that must not run.
+    #[error(
+        "process {pid} ({name}) was at the disks of {vm} before and still runs on this host: a machine of an earlier try, with memory that is out of date, and the VM is another host's; end process {pid}, then begin again"
+    )]
+    EarlierMachine {
+        /// Whose.
+        vm: String,
+        /// Which process.
+        pid: i32,
+        /// Its program.
+        name: String,
+    },
     /// It could not be stopped.
     #[error("the backend of {vm} cannot be stopped: {reason}")]
     Stuck {
@@ -109,6 +133,7 @@ struct Kept {
 #[derive(Debug)]
 pub struct Supervisor {
     settings: Arc<Settings>,
+    front_ends: Arc<FrontEnds>,
     kept: Mutex<HashMap<String, Kept>>,
 }
 
@@ -116,7 +141,8 @@ impl Supervisor {
     /// Keeps none yet.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
-        Self { settings: Arc::new(settings), kept: Mutex::default() }
+        let front_ends = Arc::new(FrontEnds::new(settings.state_dir.clone()));
+        Self { settings: Arc::new(settings), front_ends, kept: Mutex::default() }
     }
 
     /// What the backend of a VM does.
@@ -144,12 +170,16 @@ impl Supervisor {
     }
 
     /// Starts a backend and waits until it answers. One that runs already is left
-    /// alone; the role counts when it starts the next time.
+    /// alone; the role counts when it starts the next time. A new one that waits
+    /// for a machine is not started while one from before is left.
     ///
     /// # Errors
     /// [`SuperviseError`].
     pub async fn start(&self, launch: Launch) -> Result<BackendState, SuperviseError> {
         let vm = launch.vm.clone();
+        if !self.is_kept(&vm) && self.found(&vm).is_none() {
+            self.may_begin(&launch)?;
+        }
         let mut state = {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
             match kept.get(&vm) {
@@ -199,6 +229,33 @@ impl Supervisor {
         }
     }
 
+    /// Whether a backend may be started where there is none.
+    fn may_begin(&self, launch: &Launch) -> Result<(), SuperviseError> {
+        let vm = launch.vm.clone();
+        if launch.standby
+            && let Some(left) = self.front_ends.left(&vm)
+        {
+            return Err(SuperviseError::EarlierMachine {
+                vm,
+                pid: left.process.pid,
+                name: left.name,
+            });
+        }
+        let path = self.settings.record(&vm);
+        match Record::make_room(&path) {
+            Err(error) if found_no_room(&error) => Err(SuperviseError::Full { vm, path }),
+            // Whatever else there is to say is said when it is written.
+            _ => Ok(()),
+        }
+    }
+
+    /// Somebody keeps one running, also while it is down between two lives: whoever
+    /// is at its disks belongs there.
+    fn is_kept(&self, vm: &str) -> bool {
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.get(vm).is_some_and(|kept| !*kept.over.borrow())
+    }
+
     /// The process that a record names, if it runs.
     fn found(&self, vm: &str) -> Option<process::ProcessId> {
         let record = Record::read(&self.settings.record(vm))?;
@@ -216,6 +273,7 @@ impl Supervisor {
         let starting = BackendState { run: Run::Starting, ..BackendState::default() };
         let keeper = Arc::new(Keeper {
             settings: Arc::clone(&self.settings),
+            front_ends: Arc::clone(&self.front_ends),
             launch: Mutex::new(launch),
             state: watch::Sender::new(starting),
             stop: watch::Sender::new(false),

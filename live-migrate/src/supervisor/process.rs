@@ -1,8 +1,8 @@
 //! Processes by number and start time, so that a number that the kernel gave to
 //! somebody else is not taken for ours.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,6 +10,8 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
+
+use crate::problem::found_no_room;
 
 /// How often a process that is not our child is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -84,6 +86,9 @@ fn parse_stat(stat: &[u8]) -> Option<Stat> {
     Some(Stat { state, start_ticks })
 }
 
+/// All records are so long, so that one can be written over another.
+const RECORD_BYTES: usize = 512;
+
 /// What is remembered of a backend while the agent is away.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -105,11 +110,30 @@ impl Record {
         }
     }
 
-    /// Replaces what was there at once.
+    /// Replaces what was there at once. On a full disk there is room for it only in
+    /// the file that is there, so it is written over that.
     pub(super) fn write(&self, path: &Path) -> io::Result<()> {
+        let mut text = serde_json::to_vec(self)?;
+        text.resize(RECORD_BYTES.max(text.len()), b' ');
         let new = path.with_extension("new");
-        fs::write(&new, serde_json::to_vec(self)?)?;
-        fs::rename(&new, path)
+        match fs::write(&new, &text).and_then(|()| fs::rename(&new, path)) {
+            Err(error) if found_no_room(&error) && path.exists() => {
+                File::options().write(true).open(path)?.write_all(&text)
+            }
+            done => done,
+        }
+    }
+
+    /// There is none any more.
+    pub(super) fn remove(path: &Path) {
+        for path in [path, &path.with_extension("new")] {
+            let _ = fs::remove_file(path);
+        }
+    }
+
+    /// Fails where a record could not be written. What it writes is the next record's place.
+    pub(super) fn make_room(path: &Path) -> io::Result<()> {
+        fs::write(path.with_extension("new"), [b' '; RECORD_BYTES])
     }
 }
 

@@ -194,3 +194,68 @@ async fn a_unit_of_systemd_is_started_found_and_stopped() {
         ]
     );
 }
+
+/// A machine of an earlier try would come to the backend that waits for another. Whoever
+/// belongs to the backend that is there is left alone.
+#[tokio::test]
+async fn row_08_no_backend_waits_while_an_earlier_machine_runs() {
+    let mut agent = Agent::start().await;
+    let first = pid_of(&agent.start_backend("standby").await);
+    let mut machine = std::process::Command::new("sleep").arg("600").spawn().expect("sleep");
+    let pid = i32::try_from(machine.id()).expect("a pid");
+    let at_the_disk = agent.path("run/web/control.front-end");
+    std::fs::write(&at_the_disk, pid.to_string()).expect("written");
+    let known = agent.path("state/web.front-ends.json");
+    wait("it is seen", async || known.exists()).await;
+
+    // The same try: asked for again, and started again when it died.
+    assert_eq!(pid_of(&agent.start_backend("standby").await), first);
+    std::fs::remove_file(&at_the_disk).expect("removed");
+    signal(first, Signal::SIGKILL);
+    agent.start_backend("standby").await;
+    agent.wait_successor(first).await;
+    agent.start_backend("standby").await;
+
+    // The next try, also when another agent is asked for it.
+    agent.delete("/v1/vms/web/backend").await.expect("stopped");
+    for _ in 0..2 {
+        let result = agent.put("/v1/vms/web/backend", json!({"role": "standby"})).await;
+        let (status, kind, detail) = refused(result);
+        assert_eq!((status, kind.as_str()), (409, "baton:earlier-machine"));
+        let says = format!("process {pid} (sleep) was at the disks of web before");
+        assert!(
+            detail.contains(&says) && detail.contains(&format!("end process {pid}")),
+            "{detail}"
+        );
+        assert_eq!(agent.backend().await["run"], "stopped");
+        agent.end(Signal::SIGKILL);
+        agent.run().await;
+    }
+    // Who claims is told by the storage.
+    agent.start_backend("owner").await;
+    agent.delete("/v1/vms/web/backend").await.expect("stopped");
+
+    machine.kill().expect("killed");
+    machine.wait().expect("ended");
+    agent.start_backend("standby").await;
+    agent.delete("/v1/vms/web/backend").await.expect("stopped");
+}
+
+/// It is at the disks in the moment in which the backend is stopped, and was not before.
+#[tokio::test]
+async fn a_machine_that_has_just_come_is_seen_and_one_that_went_is_not() {
+    let mut agent = Agent::with("exec_pretended \"$@\"", "hang_ms = 600000\n", WEB);
+    agent.run().await;
+    agent.start_backend("standby").await;
+    let at_the_disk = agent.path("run/web/control.front-end");
+    let me = std::process::id();
+    std::fs::write(&at_the_disk, me.to_string()).expect("written");
+    agent.delete("/v1/vms/web/backend").await.expect("stopped");
+    let result = agent.put("/v1/vms/web/backend", json!({"role": "standby"})).await;
+    assert_eq!(refused(result).1, "baton:earlier-machine");
+    // It comes to a backend that is not asked for a machine, and leaves while that runs.
+    agent.start_backend("owner").await;
+    std::fs::remove_file(&at_the_disk).expect("removed");
+    agent.delete("/v1/vms/web/backend").await.expect("stopped");
+    agent.start_backend("standby").await;
+}

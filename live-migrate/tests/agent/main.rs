@@ -2,7 +2,10 @@
 
 mod api;
 mod backends;
+mod full;
 mod monitors;
+#[path = "../../../storage-server/tests/common/small_disk.rs"]
+mod small_disk;
 mod support;
 
 use std::io::{BufRead, BufReader, Write};
@@ -48,13 +51,15 @@ fn pretended_backend() {
         let handoff = std::fs::read(control.with_extension("handoff")).unwrap_or_default();
         let handoff: serde_json::Value = serde_json::from_slice(&handoff).unwrap_or_default();
         let drained = control.with_extension("drained").exists();
+        let front_end = std::fs::read_to_string(control.with_extension("front-end"));
+        let front_end: Option<i32> = front_end.ok().and_then(|pid| pid.parse().ok());
         let answer = match question["cmd"].as_str() {
             Some("status") => json!({
                 "pid": std::process::id(),
                 "handoff": handoff,
                 "owner": config["owner"].as_str(),
                 "standby": arguments.contains(&"--standby"),
-                "disks": names.iter().map(|name| json!({"name": name, "drained": drained})).collect::<Vec<_>>(),
+                "disks": names.iter().map(|name| json!({"name": name, "drained": drained, "front_end": front_end})).collect::<Vec<_>>(),
             }),
             Some(command @ ("seal" | "activate" | "abdicate")) => {
                 json!({"ok": true, "did": command})

@@ -11,6 +11,8 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::small_disk::SmallDisk;
+
 /// For whatever happens on a busy machine.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
@@ -20,6 +22,8 @@ pub(crate) const WEB: &str = "[[vm]]\nname = \"web\"\nvmm = \"qemu\"\n[[vm.disk]
 /// Killed when dropped, like its backends.
 pub(crate) struct Agent {
     pub(crate) dir: TempDir,
+    /// Under its state, where it has one of its own.
+    pub(crate) disk: Option<SmallDisk>,
     child: Option<Child>,
 }
 
@@ -45,7 +49,7 @@ impl Agent {
             at("backend"),
         );
         std::fs::write(at("agent.toml"), config).expect("write");
-        Self { dir, child: None }
+        Self { dir, disk: None, child: None }
     }
 
     /// The usual one, running.
@@ -65,9 +69,12 @@ impl Agent {
         let log = std::fs::OpenOptions::new()
             .create(true)
             .append(true)
-            .open(self.path("agent.log"))
+            .open(self.log_path())
             .expect("log");
-        let child = Command::new(env!("CARGO_BIN_EXE_baton-agent"))
+        let program = env!("CARGO_BIN_EXE_baton-agent");
+        let command = self.disk.as_ref().map(|disk| disk.command(program));
+        let child = command
+            .unwrap_or_else(|| Command::new(program))
             .arg("--config")
             .arg(self.path("agent.toml"))
             .stdin(Stdio::null())
@@ -93,8 +100,16 @@ impl Agent {
         self.dir.path().join(name)
     }
 
+    /// On the small disk, where there is one.
+    fn log_path(&self) -> PathBuf {
+        match &self.disk {
+            Some(disk) => disk.path("agent.log"),
+            None => self.path("agent.log"),
+        }
+    }
+
     pub(crate) fn log(&self) -> String {
-        std::fs::read_to_string(self.path("agent.log")).unwrap_or_default()
+        std::fs::read_to_string(self.log_path()).unwrap_or_default()
     }
 
     pub(crate) async fn call(

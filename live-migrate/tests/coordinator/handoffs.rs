@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use baton_live_migrate::client::Method;
+use baton_live_migrate::client::{CallError, Method};
 use baton_protocol::access::Phase;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -54,7 +54,7 @@ async fn a_handoff_from_prepare_to_finish() {
 }
 
 #[tokio::test]
-async fn a_cancelled_handoff_leaves_everything_as_it_was() {
+async fn row_28_a_cancelled_handoff_leaves_everything_as_it_was() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator("c", "").await;
     let id = id();
@@ -69,6 +69,28 @@ async fn a_cancelled_handoff_leaves_everything_as_it_was() {
     assert_eq!(coordinator.post(&id, "cancel").await.expect("again")["outcome"], "source");
     let other = super::support::id();
     assert_eq!(coordinator.prepare(&other).await.expect("READY")["state"], "READY");
+}
+
+/// The destination has the volumes, and nothing is settled yet.
+#[tokio::test]
+async fn row_28_a_cancel_that_comes_too_late_says_who_owns_the_vm() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let id = id();
+    coordinator.prepare(&id).await.expect("READY");
+    cluster.switch();
+    for _ in 0..2 {
+        let refused = coordinator.post(&id, "cancel").await;
+        let Err(CallError::Refused { status, .. }) = &refused else { panic!("{refused:?}") };
+        assert_eq!(*status, 409);
+        let (problem, detail) = kind(refused);
+        assert_eq!(problem, "baton:lost-race");
+        assert!(detail.contains("host-b owns the volumes of `web`"), "{detail}");
+        assert!(detail.contains("do not resume the source on host-a"), "{detail}");
+    }
+    let row = coordinator.over(&id).await;
+    assert_eq!((&row["state"], &row["outcome"]), (&json!("SETTLED"), &json!("destination")));
+    assert_eq!(cluster.owner(), "host-b/web");
 }
 
 /// Row 6 of the failure table.

@@ -170,7 +170,7 @@ async fn the_destination_wins_at_the_anchor_and_everybody_learns_of_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cancel_after_the_seal_gives_all_volumes_back() {
+async fn row_28_a_cancel_after_the_seal_gives_all_volumes_back() {
     let (cluster, servers, mut source) = cluster().await;
     let coordinator = cluster.coordinator("c", "").await;
     let id = id();

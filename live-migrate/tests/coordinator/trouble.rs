@@ -135,6 +135,51 @@ async fn row_29_a_volume_that_cannot_be_armed_takes_all_back() {
     assert_eq!(cluster.b.machine("web").backend, None, "nothing was started");
 }
 
+/// F20: a storage server without room for the record takes the others back at once, and a
+/// decision that cannot be recorded is asked for until it is.
+#[tokio::test]
+async fn f20_a_storage_server_that_is_full_is_said_to_be_and_waited_for() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    cluster.storages[1].full.store(true, Ordering::SeqCst);
+    let refused = id();
+    coordinator.prepare(&refused).await.expect("asked");
+    let row = coordinator.over(&refused).await;
+    assert_eq!((&row["state"], &row["outcome"]), (&json!("FAILED"), &json!("source")));
+    assert_eq!(row["because"]["type"], "baton:metadata-full");
+    assert!(cluster.storages[0].record("root").handoff.is_none());
+
+    cluster.storages[1].full.store(false, Ordering::SeqCst);
+    let id = id();
+    assert_eq!(coordinator.prepare(&id).await.expect("READY")["state"], "READY");
+    cluster.storages[0].full.store(true, Ordering::SeqCst);
+    let path = format!("/v1/vms/web/handoffs/{id}:cancel?timeout=300ms");
+    let _ = coordinator.call(Method::POST, &path, Value::Null).await;
+    let row = coordinator.get(&format!("/v1/vms/web/handoffs/{id}")).await;
+    assert_eq!((&row["over"], &row["decided"]), (&json!(false), &json!(false)), "{row:#}");
+    assert_eq!(row["trouble"]["type"], "baton:metadata-full");
+    cluster.storages[0].full.store(false, Ordering::SeqCst);
+    let row = coordinator.over(&id).await;
+    assert_eq!((&row["state"], &row["outcome"]), (&json!("SETTLED"), &json!("source")));
+}
+
+/// F20: an agent without room to remember a backend is not waited for.
+#[tokio::test]
+async fn f20_a_destination_that_is_full_is_given_up_at_once() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "ready_timeout_ms = 3600000\n").await;
+    cluster.b.full.store(true, Ordering::SeqCst);
+    let refused = id();
+    coordinator.prepare(&refused).await.expect("asked");
+    let row = coordinator.over(&refused).await;
+    assert_eq!((&row["state"], &row["outcome"]), (&json!("FAILED"), &json!("source")));
+    assert_eq!(row["because"]["type"], "baton:state-full");
+    assert!(row["because"]["detail"].to_string().contains("host-a owns the volumes"), "{row:#}");
+    assert!(cluster.storages[0].record("root").handoff.is_none(), "nothing is left armed");
+    cluster.b.full.store(false, Ordering::SeqCst);
+    assert_eq!(coordinator.prepare(&id()).await.expect("READY")["state"], "READY");
+}
+
 /// Row 7 of the failure table: the destination never comes up.
 #[tokio::test]
 async fn row_07_a_destination_that_does_not_come_up_fails_in_time() {

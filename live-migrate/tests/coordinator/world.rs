@@ -13,7 +13,7 @@ use axum::middleware::Next;
 use axum::response::{ErrorResponse, IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router, middleware};
-use baton_protocol::access::{AccessRecord, By, Input, Phase, Refusal};
+use baton_protocol::access::{AccessRecord, By, Input, Phase, Refusal, Seen};
 use baton_protocol::handoff::{HandoffId, Key, Members, Mode, Plan, Proof, Side, Try};
 use baton_protocol::{Epoch, SessionId, VolumeId};
 use serde_json::{Value, json};
@@ -33,6 +33,8 @@ pub(crate) struct Storage {
     changed: watch::Sender<u64>,
     /// Answers nobody, and drops what is asked.
     pub(crate) silent: AtomicBool,
+    /// Has no room to record a change, and makes none.
+    pub(crate) full: AtomicBool,
     hang: watch::Sender<Option<&'static str>>,
 }
 
@@ -67,6 +69,7 @@ impl Storage {
             boot: AtomicU64::new(1),
             changed: watch::channel(0).0,
             silent: AtomicBool::new(false),
+            full: AtomicBool::new(false),
             hang: watch::channel(None).0,
         });
         let app = Router::new()
@@ -153,6 +156,7 @@ fn refused(refusal: &Refusal) -> Response {
         Refusal::HandoffInProgress(_) => "baton:handoff-in-progress",
         Refusal::NoSuchHandoff(_) => return problem(404, "baton:no-such-handoff", refusal),
         Refusal::StalePlan { .. } => "baton:stale-plan",
+        Refusal::StaleFence { .. } => "baton:stale-fence",
         Refusal::NotOwner { .. } => "baton:not-owner",
         Refusal::Lost { .. } => "baton:lost-race",
         Refusal::Undecided => "baton:undecided",
@@ -267,6 +271,9 @@ async fn change(
     Json(body): Json<Value>,
 ) -> Answer {
     found(&storage, &name).map_err(|response| *response)?;
+    if storage.full.load(Ordering::SeqCst) {
+        return Err(problem(507, "baton:metadata-full", "the disk is full").into());
+    }
     let term = body["term"].as_u64().expect("a term");
     let text = |value: &Value| value.as_str().expect("text").to_owned();
     let this =
@@ -312,7 +319,9 @@ async fn change(
         }
         "fence" => {
             let nominee = body["nominee"].as_str();
-            let record = storage.step(&name, Input::Fence { term: Some(term), nominee });
+            let next_epoch = Epoch(body["seen"]["next_epoch"].as_u64().expect("an epoch"));
+            let seen = Some(Seen { owner: body["seen"]["owner"].as_str(), next_epoch });
+            let record = storage.step(&name, Input::Fence { term: Some(term), nominee, seen });
             let record = record.map_err(|refusal| refused(&refusal))?;
             return Ok(Json(json!({"access": view(&record)})));
         }
@@ -351,6 +360,8 @@ pub(crate) struct Agent {
     pub(crate) silent: AtomicBool,
     /// Takes no VM from outside.
     pub(crate) refuses: AtomicBool,
+    /// Starts no backend, for it has no room to remember it.
+    pub(crate) full: AtomicBool,
     /// What it did by itself.
     pub(crate) did: Mutex<Vec<Value>>,
 }
@@ -366,6 +377,7 @@ impl Agent {
             peers: Mutex::default(),
             silent: AtomicBool::new(false),
             refuses: AtomicBool::new(false),
+            full: AtomicBool::new(false),
             did: Mutex::default(),
         });
         let app = Router::new()
@@ -541,6 +553,9 @@ async fn agent_start(
     Path(vm): Path<String>,
     Json(body): Json<Value>,
 ) -> Answer {
+    if agent.full.load(Ordering::SeqCst) {
+        return Err(problem(507, "baton:state-full", "the disk is full").into());
+    }
     let standby = body["role"] == "standby";
     agent.with(&vm, |machine| {
         machine.stood_by += u32::from(standby && machine.backend.is_none());

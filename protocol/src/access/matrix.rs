@@ -87,9 +87,16 @@ impl Cast {
             ("rejoin 3", Input::Rejoin { session: D1, epoch: Epoch(2) }),
             ("release 1 e1", Input::Release { session: S1, epoch: Epoch(1) }),
             ("release 3 e2", Input::Release { session: D1, epoch: Epoch(2) }),
-            ("fence", Input::Fence { term: None, nominee: None }),
-            ("fence for c", Input::Fence { term: Some(TERM), nominee: Some(STRANGER) }),
-            ("fence of an older term", Input::Fence { term: Some(TERM - 1), nominee: None }),
+            ("fence", Input::Fence { term: None, nominee: None, seen: None }),
+            ("fence for c", Input::Fence { term: Some(TERM), nominee: Some(STRANGER), seen: None }),
+            (
+                "fence of an older term",
+                Input::Fence { term: Some(TERM - 1), nominee: None, seen: None },
+            ),
+            ("fence meant for the owner a e1", {
+                let seen = Some(Seen { owner: Some(SOURCE), next_epoch: Epoch(2) });
+                Input::Fence { term: None, nominee: None, seen }
+            }),
             ("arm", arm(&self.plan, TERM)),
             ("arm the next try", arm(&self.next, TERM)),
             ("arm of an older term", arm(&self.plan, TERM - 1)),
@@ -182,7 +189,10 @@ fn states(cast: &Cast) -> Vec<(&'static str, AccessRecord)> {
     vec![
         ("free", free),
         ("owned", owned.clone()),
-        ("owned, a barred", after(&owned, &[Input::Fence { term: None, nominee: None }])),
+        (
+            "owned, a barred",
+            after(&owned, &[Input::Fence { term: None, nominee: None, seen: None }]),
+        ),
         ("armed", armed.clone()),
         ("armed, seal seen", after(&armed, &[seal])),
         ("sealed", is_sealed.clone()),

@@ -53,7 +53,7 @@ use crate::handoff::{Decided, Handoff, Key, Mode, Proof, Side, Try};
 use crate::units::{Epoch, SessionId, VolumeId};
 
 pub use codec::{RECORD_BYTES_MAX, RecordError};
-pub use words::{By, Input, Refusal, Step, Store};
+pub use words::{By, Input, Refusal, Seen, Step, Store};
 
 /// Where the record stands. Numbers are for ever.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]

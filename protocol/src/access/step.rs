@@ -31,7 +31,7 @@ impl AccessRecord {
                 Ok(self.same())
             }
             Input::Release { session, epoch } => self.release(session, epoch),
-            Input::Fence { term, nominee } => self.fence(term, nominee),
+            Input::Fence { term, nominee, seen } => self.fence(term, nominee, seen),
             Input::Arm { plan, term, next_epoch, generation } => {
                 self.arm(plan, term, next_epoch, generation)
             }

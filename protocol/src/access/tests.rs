@@ -11,7 +11,7 @@ fn owned_by(name: &str, session: u64) -> AccessRecord {
 }
 
 fn fenced(nominee: Option<&str>) -> AccessRecord {
-    owned_by(A, 1).step(Input::Fence { term: None, nominee }).expect("fence").record
+    owned_by(A, 1).step(Input::Fence { term: None, nominee, seen: None }).expect("fence").record
 }
 
 /// Every state against every input, written out: the outcome as a short text,
@@ -34,8 +34,8 @@ fn the_whole_matrix() {
         ("rejoin 0 e2", Input::Rejoin { session: SessionId(0), epoch: Epoch(2) }),
         ("release 1 e1", Input::Release { session: SessionId(1), epoch: Epoch(1) }),
         ("release 9 e1", Input::Release { session: SessionId(9), epoch: Epoch(1) }),
-        ("fence", Input::Fence { term: None, nominee: None }),
-        ("fence to B", Input::Fence { term: Some(4), nominee: Some(B) }),
+        ("fence", Input::Fence { term: None, nominee: None, seen: None }),
+        ("fence to B", Input::Fence { term: Some(4), nominee: Some(B), seen: None }),
     ];
     let mut table = String::new();
     for (state_name, state) in &states {
@@ -110,13 +110,37 @@ nominated B e2 + fence to B -> Owned e3 host-b/vm1/0
 
 #[test]
 fn an_older_coordinator_is_refused() {
-    let record =
-        owned_by(A, 1).step(Input::Fence { term: Some(5), nominee: None }).expect("fence").record;
+    let record = owned_by(A, 1)
+        .step(Input::Fence { term: Some(5), nominee: None, seen: None })
+        .expect("fence")
+        .record;
     assert_eq!(
-        record.step(Input::Fence { term: Some(4), nominee: None }),
+        record.step(Input::Fence { term: Some(4), nominee: None, seen: None }),
         Err(Refusal::StaleTerm { term: 4, current: 5 })
     );
-    assert!(record.step(Input::Fence { term: Some(5), nominee: None }).is_ok());
+    assert!(record.step(Input::Fence { term: Some(5), nominee: None, seen: None }).is_ok());
+}
+
+/// Rule 8: what is repeated or comes late fences nobody else.
+#[test]
+fn a_fence_is_only_for_whom_it_was_meant() {
+    let before = owned_by(A, 1);
+    let seen = Some(Seen { owner: Some(A), next_epoch: before.next_epoch });
+    let fence = Input::Fence { term: None, nominee: Some(B), seen };
+    let fenced = before.step(fence).expect("as it was read").record;
+    let stale = |record: &AccessRecord, owner: &str| {
+        let refusal = record.step(fence).expect_err("it comes again");
+        assert_eq!(refusal, Refusal::StaleFence { owner: owner.to_owned(), epoch: record.epoch });
+    };
+    // Not the nominee, whether or not it has come.
+    stale(&fenced, B);
+    let claimed = fenced.step(Input::Claim { name: B, session: SessionId(9) }).expect("B").record;
+    stale(&claimed, B);
+    // Nor the same owner as another process, which somebody let in on purpose.
+    let again = before.step(Input::Claim { name: A, session: SessionId(7) }).expect("A").record;
+    stale(&again, A);
+    // An operator who has looked at nothing means whoever it is.
+    assert!(claimed.step(Input::Fence { term: None, nominee: None, seen: None }).is_ok());
 }
 
 /// Changing these bytes changes the disk: it needs a new format number.
@@ -293,7 +317,7 @@ proptest! {
                 0 | 1 => Input::Claim { name: names[name], session },
                 2 => Input::Rejoin { session, epoch },
                 3 => Input::Release { session, epoch: record.epoch },
-                _ => Input::Fence { term: Some(number), nominee: (number % 2 == 0).then_some(names[name]) },
+                _ => Input::Fence { term: Some(number), nominee: (number % 2 == 0).then_some(names[name]), seen: None },
             };
             let Ok(step) = record.step(input) else { continue };
             prop_assert!(step.record.epoch >= record.epoch);

@@ -23,6 +23,15 @@ pub enum By<'a> {
     },
 }
 
+/// What somebody has read in the record who is about to fence its owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen<'a> {
+    /// The owner's name, if there was an owner.
+    pub owner: Option<&'a str>,
+    /// [`AccessRecord::next_epoch`].
+    pub next_epoch: Epoch,
+}
+
 /// What somebody asks of the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Input<'a> {
@@ -54,6 +63,9 @@ pub enum Input<'a> {
         /// The only name that may claim afterwards; `None` for anybody but the
         /// old owner.
         nominee: Option<&'a str>,
+        /// Whom it is meant for, the same in every repetition: refused when the
+        /// volume has changed hands since. `None`: whoever has it.
+        seen: Option<Seen<'a>>,
     },
     /// A handoff is planned; the owner goes on.
     Arm {
@@ -159,6 +171,17 @@ pub enum Refusal {
         /// The claimant.
         name: String,
         /// The epoch of the fence.
+        epoch: Epoch,
+    },
+    /// The fence was meant for somebody who has not got the volume any more, or
+    /// was carried out before: it came late.
+    #[error(
+        "the volume has changed hands since the fence was asked for: `{owner}` owns it (epoch {epoch}); look which machine runs, then fence again"
+    )]
+    StaleFence {
+        /// Who owns the volume now.
+        owner: String,
+        /// Since which epoch.
         epoch: Epoch,
     },
     /// The session's grant is over.

@@ -130,6 +130,7 @@ impl From<&Refusal> for Outcome {
             | Refusal::InHandoff(_)
             | Refusal::HandoffInProgress(_)
             | Refusal::StalePlan { .. }
+            | Refusal::StaleFence { .. }
             | Refusal::NotAnchor { .. }
             | Refusal::TooLate
             | Refusal::Undecided

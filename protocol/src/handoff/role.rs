@@ -27,6 +27,10 @@
 //!   nor after it has abdicated, nor abdicates after it has activated, nor
 //!   before it has seen for itself that no process before it can have.
 //!
+//! - A process that was away while somebody else had the volumes has lost, even
+//!   if it is its host's turn again: the epoch says so. One that was bound to
+//!   another try and never had a volume is no source either.
+//!
 //! Does not know rings, sockets or clocks. Each ask may be repeated by the
 //! transport at will: all are idempotent.
 //!
@@ -58,6 +62,8 @@ struct Member {
     granted: Option<Epoch>,
     /// The VMM's rings run.
     running: bool,
+    /// The VMM has started its rings in this process.
+    ran: bool,
     /// The rings were stopped under a migration and not started since.
     stopped: bool,
     /// New requests are held.
@@ -166,6 +172,7 @@ impl Role {
             volume: *volume,
             granted: None,
             running: false,
+            ran: false,
             stopped: false,
             held: true,
             seal_sent: None,
@@ -225,6 +232,20 @@ impl Role {
     #[must_use]
     pub fn attempt(&self) -> Option<Try> {
         self.focus().map(|focus| focus.attempt)
+    }
+
+    /// Whether this process has seen the try undecided, so that it can promise for
+    /// every incarnation before it that none activated.
+    #[must_use]
+    pub fn has_witnessed(&self, attempt: Try) -> bool {
+        self.witnessed == Some(attempt)
+    }
+
+    /// Whether this process is good for no other try than it knows of: it has had
+    /// a volume, or has heard of the try in which it is the destination.
+    #[must_use]
+    pub fn is_bound(&self) -> bool {
+        self.bound.is_some() || self.had_any()
     }
 
     /// How the VM stands.

@@ -57,11 +57,17 @@ pub(crate) enum Mutant {
     CoordinatorAbdicatesFrozen,
     /// An ARM is taken however old its plan is.
     ArmWhenever,
+    /// A server answers a write before it would survive a crash.
+    ForgetsWrites,
+    /// A connection in standby carries requests.
+    StandbyLetIn,
+    /// A destination reads ahead while it stands by, and shows its guest that.
+    DestinationCaches,
 }
 
 /// With the mode in which each is possible, and whether it does harm by leaving
 /// nobody running.
-pub(crate) const ALL: [(Mutant, Mode, bool); 23] = [
+pub(crate) const ALL: [(Mutant, Mode, bool); 26] = [
     (Mutant::VolatileEpoch, Mode::Base, false),
     (Mutant::NoDrain, Mode::Base, false),
     (Mutant::NoArbiter, Mode::Base, false),
@@ -85,6 +91,9 @@ pub(crate) const ALL: [(Mutant, Mode, bool); 23] = [
     (Mutant::AbdicateUnwitnessed, Mode::Fast, false),
     (Mutant::CoordinatorAbdicatesFrozen, Mode::Fast, false),
     (Mutant::ArmWhenever, Mode::Base, false),
+    (Mutant::ForgetsWrites, Mode::Base, false),
+    (Mutant::StandbyLetIn, Mode::Base, false),
+    (Mutant::DestinationCaches, Mode::Fast, false),
 ];
 
 impl Mutant {
@@ -95,6 +104,8 @@ impl Mutant {
                 Scope { fence: true, rogue: false, ..scope }
             }
             Self::OpenNoProof => scope,
+            // So that it is the first whose requests have that epoch.
+            Self::StandbyLetIn => Scope { writes: [0, 0], ..scope },
             // A handoff, another, and the first one's ARM again.
             Self::ArmWhenever => Scope { late_arms: 1, fresh_ids: true, rogue: false, ..scope },
             Self::OpenOldGrant => Scope { backend_crashes: [0, 1], coordinator: false, ..scope },

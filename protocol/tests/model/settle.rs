@@ -21,7 +21,13 @@ fn gives_up(scope: &Scope, world: &World) -> bool {
     if !world.vms[S].running {
         world = act(scope, &world, &Action::StartSource);
     }
-    is_one_up(&calm(scope, &world))
+    world = calm(scope, &world);
+    // A destination that was ordered to activate has won before its machine ran;
+    // the answer to the cancel says so.
+    if world.is_won_by_destination(scope) && !world.vms[D].running {
+        world = calm(scope, &act(scope, &world, &Action::StartDestination));
+    }
+    is_one_up(&world)
 }
 
 fn goes_through(scope: &Scope, world: &World) -> bool {

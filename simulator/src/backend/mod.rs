@@ -46,6 +46,8 @@ struct Member {
 pub(crate) struct Backend {
     number: usize,
     pub(crate) host: usize,
+    /// Where its machine is among the world's.
+    pub(crate) place: usize,
     pub(crate) session: SessionId,
     pub(crate) alive: bool,
     pub(crate) frozen_until: Time,
@@ -83,6 +85,7 @@ impl Backend {
         let backend = Self {
             number,
             host,
+            place: host,
             session,
             alive: true,
             frozen_until: 0,
@@ -121,8 +124,33 @@ impl Backend {
         note!(stage, "backend {} is gone", self.number);
     }
 
+    /// Its host has lost its power: nobody is told that the connections are over.
+    pub(crate) fn vanish(&mut self, stage: &mut Stage) {
+        self.alive = false;
+        for member in &mut self.members {
+            let queues = member.queues.iter_mut().map(|queue| &mut queue.link);
+            for link in queues.chain([&mut member.control]) {
+                if let Some(connection) = link.connection.take() {
+                    stage.network.connections[connection].is_cut = true;
+                    stage.network.connections[connection].client_open = false;
+                }
+            }
+        }
+        note!(stage, "backend {} has vanished", self.number);
+    }
+
     pub(crate) fn standing(&self) -> Standing {
         self.role.standing()
+    }
+
+    /// It would not take the next handoff to its host for its own.
+    pub(crate) fn is_bound(&self) -> bool {
+        self.role.is_bound()
+    }
+
+    /// It has seen this try before anything could be decided.
+    pub(crate) fn has_witnessed(&self, attempt: Try) -> bool {
+        self.role.has_witnessed(attempt)
     }
 
     /// An agent's order.
@@ -224,6 +252,7 @@ impl Backend {
     }
 
     fn tell(&mut self, stage: &mut Stage, vm: &mut Vm, input: Input) {
+        stage.coverage.told(self.role.standing(), &input);
         let outputs = self.role.step(input);
         for output in outputs {
             self.obey(stage, output);

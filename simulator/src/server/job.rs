@@ -1,7 +1,7 @@
 //! Changes of a volume's access record, one after the other: judged, stored,
 //! drained, put in force, told.
 
-use baton_protocol::access::{By, Input, Phase, Refusal, Step, Store};
+use baton_protocol::access::{By, Input, Phase, Refusal, Seen, Step, Store};
 use baton_protocol::handoff::role::Asked;
 use baton_protocol::handoff::{Ask, HandoffRequest, Open, Outcome, Side, Try};
 use baton_protocol::{Epoch, QueueId, Seq, SessionId};
@@ -10,7 +10,7 @@ use super::{Server, Volume, WaitingSeal, answer, host_of, owner_name};
 use crate::agenda::MS;
 use crate::bug::Bug;
 use crate::fault::Point;
-use crate::stage::{Call, Event, Greeting, Refused, Reply, Stage, ToClient, note};
+use crate::stage::{Call, DecidedBy, Event, Greeting, Refused, Reply, Stage, ToClient, note};
 
 /// What somebody wants of the record.
 #[derive(Clone, Debug)]
@@ -28,6 +28,9 @@ pub(super) struct Current {
     job: Job,
     step: Step,
     is_stored: bool,
+    /// It is to be stored, and that has not begun: a seal, which is stored when
+    /// everything has drained. What is durable then is that nothing comes any more.
+    stores_later: bool,
     /// The gate must be empty before the change is in force.
     drains: bool,
 }
@@ -51,6 +54,7 @@ fn reached_by(input: &Input<'_>) -> Option<Point> {
         Input::Abdicate { .. } => Some(Point::Abdicated),
         Input::Open { .. } => Some(Point::Opened),
         Input::Settle { .. } => Some(Point::Settled),
+        Input::Fence { .. } => Some(Point::Fenced),
         _ => None,
     }
 }
@@ -70,7 +74,8 @@ impl Volume {
             Call::Reclaim(_) => stage.reached(Point::ReclaimArrived),
             Call::Abdicate(_) => stage.reached(Point::AbdicateArrived),
             Call::Settle(..) => stage.reached(Point::SettleArrived),
-            Call::View | Call::Fence(_) => {}
+            Call::Fence { .. } => stage.reached(Point::FenceArrived),
+            Call::View => {}
         }
         self.jobs.push_back(Job::Call { coordinator, term, call });
         self.work(stage, server);
@@ -97,15 +102,18 @@ impl Volume {
     /// Goes on as far as it can.
     pub(super) fn work(&mut self, stage: &mut Stage, server: &Server) {
         loop {
-            if let Some(current) = &self.current {
+            if let Some(current) = &mut self.current {
                 if current.drains && !self.running.is_empty() && !stage.has(Bug::NoDrain) {
                     self.gate = None;
                     stage.reached(Point::SealWaits);
                     return;
                 }
                 if current.drains && !current.is_stored && current.step.store == Store::First {
-                    // SEALED: closed first, then stored.
                     self.gate = None;
+                }
+                if std::mem::take(&mut current.stores_later) {
+                    self.store(stage, server);
+                    return;
                 }
                 if current.step.store == Store::First && !current.is_stored {
                     return;
@@ -138,10 +146,9 @@ impl Volume {
             (next.e_to, next.e_back) = (kept.e_to, kept.e_back);
         }
         let seals = step.changed && matches!(job, Job::Sealed { .. });
-        if step.store == Store::First && step.changed {
-            let delay = stage.between(200, 3 * MS);
-            let (volume, boot) = (self.number, server.boot);
-            stage.after(delay, Event::Stored { volume, boot });
+        let stores = step.store == Store::First && step.changed;
+        if stores && !seals {
+            self.store(stage, server);
         }
         if step.store == Store::Later {
             // A change that was lost with the memory is what fast mode must bear.
@@ -154,17 +161,29 @@ impl Volume {
         }
         let is_stored = !step.changed;
         let drains = step.reopen || seals;
-        self.current = Some(Current { job, step, is_stored, drains });
+        let stores_later = stores && seals;
+        self.current = Some(Current { job, step, is_stored, stores_later, drains });
+    }
+
+    fn store(&self, stage: &mut Stage, server: &Server) {
+        let delay = stage.between(200, 3 * MS);
+        let (volume, boot) = (self.number, server.boot);
+        stage.after(delay, Event::Stored { volume, boot });
     }
 
     /// What the record says. `None`: it has no say.
     fn judge(
         &self,
-        stage: &Stage,
+        stage: &mut Stage,
         server: &Server,
         job: &Job,
     ) -> (Result<Option<Step>, Refusal>, Option<Point>) {
-        let step = |input: Input<'_>| (self.record.step(input).map(Some), reached_by(&input));
+        let has = |bug| stage.bug == Some(bug);
+        let (late_fence, late_arm) = (has(Bug::LateFence), has(Bug::LateArm));
+        let mut step = |input: Input<'_>| {
+            stage.coverage.asked(self.record.phase, &input);
+            (self.record.step(input).map(Some), reached_by(&input))
+        };
         match job {
             Job::Greet { connection, greeting } => {
                 let Some(peer) = self.peers.get(connection) else { return (Ok(None), None) };
@@ -203,15 +222,13 @@ impl Volume {
                 let (term, by) = (*term, By::Coordinator { term: *term });
                 match call {
                     Call::View => (Ok(None), None),
-                    // Twice would fence the nominee that has claimed since.
-                    Call::Fence(name) if self.belongs_to(name) => (Ok(None), None),
-                    Call::Fence(name) => step(Input::Fence { term: None, nominee: Some(name) }),
+                    Call::Fence { nominee, seen: (owner, next_epoch) } => {
+                        let seen = Seen { owner: owner.as_deref(), next_epoch: *next_epoch };
+                        let seen = (!late_fence).then_some(seen);
+                        step(Input::Fence { term: None, nominee: Some(nominee), seen })
+                    }
                     Call::Arm { plan, next_epoch } => {
-                        let planned = if stage.has(Bug::LateArm) {
-                            self.record.next_epoch
-                        } else {
-                            *next_epoch
-                        };
+                        let planned = if late_arm { self.record.next_epoch } else { *next_epoch };
                         step(Input::Arm { plan, term, next_epoch: planned, generation: 0 })
                     }
                     Call::Reclaim(attempt) => step(Input::Reclaim { attempt: *attempt, by }),
@@ -238,6 +255,15 @@ impl Volume {
             if is == Phase::Reclaimed && was != is {
                 stage.reached(Point::Reclaimed);
             }
+            if was != is && matches!(is, Phase::Active | Phase::Reclaimed) && self.is_anchor() {
+                stage.by = match job {
+                    Job::Call { .. } => DecidedBy::Coordinator,
+                    _ => DecidedBy::Rings,
+                };
+            }
+            if let Job::Call { call: Call::Fence { nominee, .. }, .. } = &job {
+                stage.watch.fenced(self.number, host_of(nominee));
+            }
             self.watch(stage);
             let (number, record) = (self.number, &self.record);
             note!(
@@ -252,6 +278,11 @@ impl Volume {
         self.gate = self.record.admits().owner;
         self.finish(stage, server, &job, None);
         self.tell(stage, server);
+    }
+
+    fn is_anchor(&self) -> bool {
+        let volume = self.record.volume;
+        self.record.handoff.as_ref().is_some_and(|handoff| handoff.plan.anchor == volume)
     }
 
     /// What is about to be told.
@@ -307,7 +338,7 @@ impl Volume {
                     Call::Reclaim(attempt) | Call::Abdicate(attempt) | Call::Settle(attempt, _) => {
                         Some(*attempt)
                     }
-                    Call::View | Call::Fence(_) => None,
+                    Call::View | Call::Fence { .. } => None,
                 };
                 let attempt = attempt.or(self.record.handoff.as_ref().map(|h| h.plan.attempt));
                 let decided = attempt.and_then(|attempt| {

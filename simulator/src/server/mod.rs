@@ -14,7 +14,7 @@ mod job;
 
 use std::collections::{BTreeMap, VecDeque};
 
-use baton_protocol::access::{AccessRecord, Phase};
+use baton_protocol::access::{AccessRecord, Owner, Phase};
 use baton_protocol::handoff::{Answer, Count, Outcome, Proof, Try};
 use baton_protocol::window::{Arrival, Window};
 use baton_protocol::{Epoch, QueueId, Seq, SessionId, VolumeId};
@@ -131,10 +131,10 @@ impl Volume {
         }
     }
 
-    /// Nobody else may have it, and no handoff of it is under way.
-    pub(crate) fn belongs_to(&self, name: &str) -> bool {
-        let owner = self.record.owner.as_ref().is_some_and(|owner| owner.name == name);
-        owner && self.record.phase == Phase::Owned
+    /// It was fenced for this owner name, who has not claimed it yet.
+    pub(crate) fn is_nominated(&self, name: &str) -> bool {
+        let nominee = Owner { name: name.to_owned(), session: SessionId(0) };
+        self.record.phase == Phase::Owned && self.record.owner.as_ref() == Some(&nominee)
     }
 
     /// The server's process ends. What its kernel has of a request may still
@@ -275,6 +275,12 @@ impl Volume {
                 Arrival::New => {}
                 Arrival::Done => {
                     stage.send_to_client(connection, ToClient::Done { seq, read: 0 });
+                    return;
+                }
+                // It waited behind an OPEN in the network while the client had given
+                // this connection up and had its answer on another.
+                Arrival::TooOld if !stage.network.connections[connection].client_open => {
+                    self.part(stage, connection);
                     return;
                 }
                 arrival => {

@@ -2,23 +2,29 @@
 
 use baton_protocol::handoff::role::Order as RoleOrder;
 
-use super::{FAULT_MAX, Migration, World};
+use super::{FAULT_MAX, HANG_LONG, HANG_SHORT, LEFT_MAX, Migration, World};
 use crate::agenda::{MS, Time};
 use crate::coordinator::{Coordinator, Stand};
 use crate::fault::{Fault, Point, Trap};
 use crate::network::Partition;
 use crate::stage::{Event, note};
+use crate::vm::Vm;
 
 impl World {
     pub(super) fn plan_faults(&mut self) {
         self.calm_from = self.stage.now;
-        for _ in 0..self.stage.rng.usize(0..=7) {
-            let fault = Fault::ALL[self.stage.rng.usize(..Fault::ALL.len())];
+        let [least, most] = self.theme.faults();
+        for _ in 0..self.stage.rng.usize(least..=most) {
+            let (mut faults, mut points) = (&Fault::ALL[..], &Point::ALL[..]);
+            if let Some(pool) = self.theme.pool().filter(|_| self.stage.rng.u8(..4) != 0) {
+                (faults, points) = pool;
+            }
+            let fault = faults[self.stage.rng.usize(..faults.len())];
             if self.stage.setting.overlaps && fault.forgets() {
                 continue;
             }
             if self.stage.chance(0.6) {
-                let point = Point::ALL[self.stage.rng.usize(..Point::ALL.len())];
+                let point = points[self.stage.rng.usize(..points.len())];
                 let passes = self.stage.rng.u32(0..=3);
                 self.stage.traps.push(Trap { point, passes, fault });
             } else {
@@ -95,8 +101,17 @@ impl World {
                 let before = !std::mem::replace(&mut self.image_lost, true);
                 before && !matches!(self.migration, Migration::Sent { .. })
             }
+            Fault::SourceHostDied => self.lose_host(from),
+            Fault::DestinationHostDied => self.lose_host(to),
+            Fault::SourceHostHung => self.hang_host(from),
+            Fault::DestinationHostHung => self.hang_host(to),
+            // Counted when it is done.
+            Fault::FenceForced => {
+                self.force_fence();
+                false
+            }
             Fault::SourceResumed => {
-                let stopped = !self.vms[from].running;
+                let stopped = !self.vms[from].running && self.is_well(from);
                 if stopped {
                     self.run_vm(from);
                     self.migration = Migration::GivenUp;
@@ -104,7 +119,8 @@ impl World {
                 stopped
             }
             Fault::DestinationStarted => {
-                let can = !self.vms[to].running && self.vms[to].image.is_some();
+                let vm = &self.vms[to];
+                let can = !vm.running && vm.image.is_some() && self.is_well(to);
                 if can {
                     self.run_vm(to);
                 }
@@ -118,15 +134,12 @@ impl World {
                 })
             }
             Fault::SealOrdered => self.order(from, RoleOrder::Seal),
+            Fault::ActivateOrdered => self.order(to, RoleOrder::Activate),
             Fault::AbdicateOrdered => self.order(to, RoleOrder::Abdicate),
             Fault::ReclaimOrdered => self.order(from, RoleOrder::Reclaim),
+            Fault::OrdersContradict => self.contradict(),
         };
         if happened {
-            match fault {
-                Fault::ServerKilled | Fault::PowerLost => self.killed[0] += 1,
-                Fault::SourceKilled | Fault::DestinationKilled => self.killed[1] += 1,
-                _ => {}
-            }
             self.calm_from = self.calm_from.max(thaws);
             let place = Fault::ALL.iter().position(|other| *other == fault).unwrap_or_default();
             self.stage.hits.faults[place] += 1;
@@ -153,6 +166,57 @@ impl World {
         killed
     }
 
+    /// Only one host at a time: with both gone nobody is left to go on.
+    fn may_lose(&self, host: usize) -> bool {
+        let other = self.is_well(1 - host);
+        other && self.is_well(host) && self.fencing.is_none() && self.vms.len() < LEFT_MAX
+    }
+
+    fn lose_host(&mut self, host: usize) -> bool {
+        let may = self.may_lose(host);
+        if may {
+            self.hosts_now[host].is_dead = true;
+            self.wanted[host] = None;
+            if let Some(number) = self.current[host] {
+                self.backends[number].vanish(&mut self.stage);
+            }
+            self.vms[host] = Vm::new(host, self.volumes.len());
+        }
+        may
+    }
+
+    fn hang_host(&mut self, host: usize) -> bool {
+        let may = self.may_lose(host);
+        if may {
+            let [long, longest] = HANG_LONG;
+            let hangs = if self.stage.rng.bool() {
+                self.stage.between(FAULT_MAX, HANG_SHORT)
+            } else {
+                self.stage.between(long, longest)
+            };
+            let thaws = self.stage.now + hangs;
+            self.hosts_now[host].hangs_until = thaws;
+            self.vms[host].frozen_until = thaws;
+            self.freeze_backend(host, thaws);
+        }
+        may
+    }
+
+    /// Orders that contradict each other, to either side, fitting or not.
+    fn contradict(&mut self) -> bool {
+        let mut heard = false;
+        for _ in 0..self.stage.rng.usize(2..=5) {
+            let host = self.stage.rng.usize(..2);
+            heard |= match self.stage.rng.u8(..5) {
+                0 => self.order(host, RoleOrder::Seal),
+                1 => self.order(host, RoleOrder::Reclaim),
+                2 => self.order(host, RoleOrder::Abdicate),
+                _ => self.order(host, RoleOrder::Activate),
+            };
+        }
+        heard
+    }
+
     fn freeze_backend(&mut self, host: usize, thaws: Time) -> bool {
         let backend = self.current[host].map(|number| &mut self.backends[number]);
         backend.is_some_and(|backend| {
@@ -174,7 +238,7 @@ impl World {
         true
     }
 
-    fn order(&mut self, host: usize, order: RoleOrder) -> bool {
+    pub(super) fn order(&mut self, host: usize, order: RoleOrder) -> bool {
         let backend = self.current[host].map(|number| &mut self.backends[number]);
         let now = self.stage.now;
         let Some(backend) = backend.filter(|b| b.alive && b.frozen_until <= now) else {

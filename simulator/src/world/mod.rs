@@ -4,13 +4,16 @@
 //! | module | noun |
 //! |---|---|
 //! | `orchestrator` | who moves the VM, and how a round ends |
+//! | `operator` | who ends it by force |
 //! | `accident` | how a [`crate::fault::Fault`] is done to the world |
 
 mod accident;
+mod operator;
 mod orchestrator;
 
 use std::collections::HashSet;
 
+use baton_protocol::handoff::role::Standing;
 use baton_protocol::handoff::{Mode, Try};
 
 use crate::agenda::{Agenda, MS, Time};
@@ -18,11 +21,14 @@ use crate::backend::Backend;
 use crate::bug::Bug;
 use crate::checker;
 use crate::coordinator::{Coordinator, Journal, Order};
+use crate::coverage::Coverage;
+use crate::ending::Endings;
 use crate::fault::Hits;
 use crate::history::History;
 use crate::network::Network;
 use crate::server::{Server, Volume};
-use crate::stage::{DeadBackend, Event, Setting, Stage, note};
+use crate::stage::{BY_OPERATOR, DeadBackend, DecidedBy, Event, Setting, Stage, note};
+use crate::theme::Theme;
 use crate::trace::Trace;
 use crate::vm::{Image, Vm};
 use crate::watch::{Violation, Watch};
@@ -31,10 +37,19 @@ use crate::watch::{Violation, Watch};
 const LIVENESS: Time = 1500 * MS;
 /// How long an operator waits for what cannot be decided.
 const OPERATOR: Time = 500 * MS;
-/// No world takes longer, unless nobody gets out of it: 10 minutes.
-const END: Time = 600_000 * MS;
+/// No world takes longer, unless nobody gets out of it: 2 minutes.
+const END: Time = 120_000 * MS;
 /// The longest that something goes wrong.
 const FAULT_MAX: Time = 90 * MS;
+/// The longest that a host hangs whose handoff ends without it.
+const HANG_SHORT: Time = 400 * MS;
+/// The longest that a host hangs: longer than an operator waits, and after he has
+/// acted.
+const HANG_LONG: [Time; 2] = [OPERATOR + 100 * MS, 1200 * MS];
+/// More handoffs in a world in which somebody still hangs.
+const ROUNDS_MORE: u64 = 6;
+/// Machines in a world, with those that were left to themselves.
+const LEFT_MAX: usize = 6;
 
 /// How one world ended.
 #[derive(Debug)]
@@ -47,13 +62,12 @@ pub struct Report {
     pub trace: Trace,
     /// How often what happened.
     pub hits: Hits,
+    /// Which pairs of state and event were reached.
+    pub coverage: Coverage,
     /// Handoffs that were begun.
     pub handoffs: u64,
-    /// Handoffs that source and destination won.
-    pub won: [u64; 2],
-    /// Handoffs that only an operator could end: a server and a backend were
-    /// killed at the wrong moments.
-    pub fenced: u64,
+    /// How they ended.
+    pub endings: Endings,
     /// What the guests asked and were answered.
     pub history: History,
 }
@@ -85,15 +99,27 @@ enum Migration {
     },
 }
 
+/// One VM host.
+#[derive(Clone, Copy, Debug, Default)]
+struct Host {
+    is_dead: bool,
+    hangs_until: Time,
+}
+
 struct World {
     stage: Stage,
+    theme: Theme,
     servers: Vec<Server>,
     volumes: Vec<Volume>,
     backends: Vec<Backend>,
-    /// Per host: its backend now, and how its agent starts it again.
-    current: [Option<usize>; 2],
+    /// Per place, the hosts first, then machines that were left to themselves: the
+    /// backend now.
+    current: Vec<Option<usize>>,
+    vms: Vec<Vm>,
+    /// Per host: how its agent starts its backend again.
     wanted: [Option<bool>; 2],
-    vms: [Vm; 2],
+    hosts_now: [Host; 2],
+    fencing: Option<operator::Fencing>,
     coordinators: Vec<Coordinator>,
     journal: Journal,
     round: u64,
@@ -103,14 +129,12 @@ struct World {
     hosts: [usize; 2],
     migration: Migration,
     image_lost: bool,
-    /// Servers and backends that were killed in this round.
-    killed: [u32; 2],
-    /// Handoffs that only an operator could end.
-    fenced: u64,
+    /// An agent orders the destination to activate before its machine runs.
+    explicit: bool,
     /// Nothing goes wrong any more from here on.
     calm_from: Time,
     round_from: Time,
-    won: [u64; 2],
+    endings: Endings,
 }
 
 /// Plays the world of a seed to its end.
@@ -130,9 +154,9 @@ pub fn run(seed: u64, bug: Option<Bug>, keep_trace: bool) -> Report {
         violation,
         trace: stage.trace,
         hits: stage.hits,
+        coverage: stage.coverage,
         handoffs: world.round,
-        won: world.won,
-        fenced: world.fenced,
+        endings: world.endings,
         history: stage.history,
     }
 }
@@ -141,7 +165,8 @@ impl World {
     fn new(seed: u64, bug: Option<Bug>, keep_trace: bool) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         let volumes = rng.usize(1..=3);
-        let setting = Setting {
+        let theme = Theme::draw(&mut rng);
+        let mut setting = Setting {
             servers: rng.usize(1..=volumes),
             volumes,
             queues: rng.usize(1..=2),
@@ -156,8 +181,11 @@ impl World {
                 .expect("three"),
             loss: if rng.bool() { 0.05 } else { 0.0 },
         };
+        theme.set(&mut setting, &mut rng);
+        let volumes = setting.volumes;
         let mode = if rng.u8(..4) == 0 { Mode::Base } else { Mode::Fast };
-        let rounds = rng.u64(2..=5);
+        let [least, most] = theme.handoffs();
+        let rounds = rng.u64(least..=most);
         let mut stage = Stage {
             now: 0,
             agenda: Agenda::new(),
@@ -167,16 +195,18 @@ impl World {
             history: History::default(),
             network: Network::default(),
             hits: Hits::default(),
+            coverage: Coverage::default(),
             traps: Vec::new(),
             bug,
             carried: HashSet::new(),
+            by: DecidedBy::Nobody,
             activated: None,
             losing: 0,
             doubling: 0,
             setting: setting.clone(),
         };
-        note!(stage, "{setting:?} {mode:?}");
-        let mut vms = [Vm::new(0, volumes), Vm::new(1, volumes)];
+        note!(stage, "{theme:?} {setting:?} {mode:?}");
+        let mut vms = vec![Vm::new(0, volumes), Vm::new(1, volumes)];
         vms[0].image = Some(Image::new(volumes, setting.queues));
         vms[0].running = true;
         let server = |_| Server { up: true, boot: stage.rng.u64(1..), ..Server::default() };
@@ -184,17 +214,20 @@ impl World {
         let mut journal = Journal::default();
         let backend = Backend::start(&mut stage, 0, 0, true, &vms[0]);
         let coordinator = Coordinator::start(&mut stage, &mut journal, 0);
-        for host in 0..2 {
-            stage.after(100, Event::Guest { host });
+        for place in 0..2 {
+            stage.after(100, Event::Guest { place });
         }
         stage.after(5 * MS, Event::Orchestrator);
         Self {
+            theme,
             servers,
             volumes: (0..volumes)
                 .map(|volume| Volume::new(volume, setting.servers, setting.sectors))
                 .collect(),
             backends: vec![backend],
-            current: [Some(0), None],
+            current: vec![Some(0), None],
+            hosts_now: [Host::default(); 2],
+            fencing: None,
             wanted: [Some(true), None],
             vms,
             coordinators: vec![coordinator],
@@ -206,11 +239,10 @@ impl World {
             hosts: [0, 1],
             migration: Migration::Settled { winner: 0, since: 0, before: [0; 3] },
             image_lost: false,
-            killed: [0; 2],
-            fenced: 0,
+            explicit: false,
             calm_from: 0,
             round_from: 0,
-            won: [0; 2],
+            endings: Endings::default(),
             stage,
         }
     }
@@ -219,7 +251,7 @@ impl World {
         while let Some((at, event)) = self.stage.agenda.next() {
             self.stage.now = at;
             if at > END {
-                self.stage.watch.broken("end", "a guest does not go on, whatever is tried".into());
+                self.stage.watch.broken("I9", "a guest does not go on, whatever is tried".into());
                 return;
             }
             if let Some(thaws) = self.frozen_until(&event).filter(|thaws| *thaws > at) {
@@ -228,6 +260,9 @@ impl World {
             }
             let is_over = self.happens(event);
             if let Some([from, to]) = self.stage.activated.take() {
+                if !self.vms[to].running {
+                    self.stage.by = DecidedBy::Order;
+                }
                 self.look_at_leftovers(from, to);
             }
             if is_over || self.stage.watch.found().is_some() {
@@ -267,9 +302,12 @@ impl World {
             Event::Connect { backend, .. }
             | Event::Check { backend }
             | Event::Rings { backend, .. } => Some(self.backends[*backend].frozen_until),
+            Event::Reply { coordinator: BY_OPERATOR, .. } => None,
             Event::Reply { coordinator, .. } | Event::CoordinatorTick { coordinator } => {
                 Some(self.coordinators[*coordinator].frozen_until)
             }
+            Event::BackendStarts { host } => Some(self.hosts_now[*host].hangs_until),
+            Event::Image { .. } => Some(self.hosts_now[self.hosts[1]].hangs_until),
             _ => None,
         }
     }
@@ -292,7 +330,7 @@ impl World {
             Event::ToClient { connection, message } => {
                 let backend = &mut self.backends[stage.network.connections[connection].backend];
                 if backend.alive {
-                    let vm = &mut self.vms[backend.host];
+                    let vm = &mut self.vms[backend.place];
                     backend.hear(stage, vm, connection, message);
                 }
             }
@@ -323,6 +361,7 @@ impl World {
                     self.volumes[volume].call(stage, server, coordinator, term, call);
                 }
             }
+            Event::Reply { coordinator: BY_OPERATOR, reply } => self.operator_hears(&reply),
             Event::Reply { coordinator, reply } => {
                 let from = &mut self.coordinators[coordinator];
                 if from.up {
@@ -332,7 +371,10 @@ impl World {
             Event::CoordinatorTick { coordinator } => {
                 let ticks = &mut self.coordinators[coordinator];
                 let destination = self.current[self.hosts[1]];
-                let is_dead = destination.is_some_and(|number| !self.backends[number].alive);
+                let answers = !self.hosts_now[self.hosts[1]].is_dead
+                    && self.hosts_now[self.hosts[1]].hangs_until <= stage.now;
+                let is_dead =
+                    answers && destination.is_some_and(|number| !self.backends[number].alive);
                 if ticks.up
                     && let Some(Order::StartStandby) = ticks.tick(stage, &mut self.journal, is_dead)
                 {
@@ -351,12 +393,12 @@ impl World {
             Event::Check { backend } => {
                 let backend = &mut self.backends[backend];
                 if backend.alive {
-                    backend.check(stage, &mut self.vms[backend.host]);
+                    backend.check(stage, &mut self.vms[backend.place]);
                 }
             }
             Event::Rings { backend, member, on } => {
                 let backend = &mut self.backends[backend];
-                let vm = &mut self.vms[backend.host];
+                let vm = &mut self.vms[backend.place];
                 if backend.alive && on == vm.running {
                     backend.rings(stage, vm, member, on);
                 }
@@ -364,34 +406,54 @@ impl World {
             Event::BackendStarts { host } => self.start_backend(host),
             Event::Image { round, image } => {
                 let vm = &mut self.vms[self.hosts[1]];
-                if round == self.round && !vm.running && self.wanted[vm.host].is_some() {
+                let dead = self.hosts_now[vm.host].is_dead;
+                if round == self.round && !dead && !vm.running && self.wanted[vm.host].is_some() {
                     vm.image = Some(image);
                 }
             }
-            Event::Guest { host } => self.guest(host),
+            Event::Guest { place } => self.guest(place),
             Event::Orchestrator => return self.orchestrate(),
             Event::Fault(fault) => self.go_wrong(fault),
         }
         false
     }
 
-    fn guest(&mut self, host: usize) {
+    fn guest(&mut self, place: usize) {
         let stage = &mut self.stage;
-        let vm = &mut self.vms[host];
+        let vm = &mut self.vms[place];
+        if vm.frozen_until > stage.now {
+            return stage.after(5 * MS, Event::Guest { place });
+        }
         vm.ask(stage);
-        if let Some(backend) = self.current[host].map(|number| &mut self.backends[number])
+        let left = place > 1;
+        if let Some(backend) = self.current[place].map(|number| &mut self.backends[number])
             && backend.alive
             && backend.frozen_until <= stage.now
         {
             backend.take(stage, vm);
+            // Its agent stops a machine whose backend is parked, sooner or later.
+            if left && backend.standing() == Standing::Parked && stage.chance(0.05) {
+                backend.kill(stage);
+                return;
+            }
+        } else if left {
+            return;
         }
         let late = stage.now - self.round_from > 150 * MS;
-        let pause = if late || !vm.running { 5 * MS } else { stage.between(30, 300) };
-        stage.after(pause, Event::Guest { host });
+        let pause = if left {
+            stage.between(500, 4 * MS)
+        } else if late || !vm.running {
+            5 * MS
+        } else {
+            stage.between(30, 300)
+        };
+        stage.after(pause, Event::Guest { place });
     }
 
     fn start_backend(&mut self, host: usize) {
-        let Some(claims) = self.wanted[host] else { return };
+        let Some(claims) = self.wanted[host].filter(|_| !self.hosts_now[host].is_dead) else {
+            return;
+        };
         if self.current[host].is_some_and(|number| self.backends[number].alive) {
             return;
         }

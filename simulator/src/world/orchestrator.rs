@@ -3,29 +3,30 @@
 //! have the patience. An operator steps in where nothing else can.
 
 use baton_protocol::VolumeId;
-use baton_protocol::handoff::role::Standing;
+use baton_protocol::handoff::role::{Order, Standing};
 use baton_protocol::handoff::{HandoffId, Key, Members, Plan, Side, Try};
 
-use super::{LIVENESS, Migration, OPERATOR, World};
+use super::{Host, LIVENESS, Migration, OPERATOR, ROUNDS_MORE, World};
 use crate::agenda::{MS, Time};
 use crate::coordinator::{Row, Stand};
+use crate::ending::Ending;
 use crate::fault::Point;
 use crate::server::owner_name;
-use crate::stage::{Call, DeadBackend, Event, note};
+use crate::stage::{DeadBackend, DecidedBy, Event, note};
 use crate::vm::Vm;
 
 impl World {
     /// The coordinator has the destination's agent start a backend.
     pub(super) fn start_standby(&mut self) {
         let to = self.hosts[1];
-        if self.wanted[to].is_none() {
+        if self.wanted[to].is_none() && self.fencing.is_none() && self.is_well(to) {
             self.wanted[to] = Some(false);
             self.stage.after(MS, Event::BackendStarts { host: to });
         }
     }
 
     pub(super) fn run_vm(&mut self, host: usize) {
-        if self.vms[host].image.is_none() {
+        if self.vms[host].image.is_none() || !self.is_well(host) {
             return;
         }
         note!(self.stage, "the VM runs on host {host}");
@@ -51,16 +52,19 @@ impl World {
             self.stage.watch.broken("I9", what);
             return true;
         }
+        if self.fencing.is_some() {
+            self.fence_on();
+            return false;
+        }
         let stuck = now > self.calm_from.max(self.round_from) + OPERATOR;
-        if stuck && self.journal.row.is_some() && self.killed.iter().all(|killed| *killed > 0) {
-            self.fence();
+        if stuck && self.fence_what_is_stuck() {
+            return false;
         }
         if let Some((round, winner)) = self.journal.finished
             && round == self.round
             && !matches!(self.migration, Migration::Settled { .. })
         {
-            self.settled(self.hosts[winner as usize], self.hosts[1 - winner as usize]);
-            self.won[winner as usize] += 1;
+            self.settled(winner);
             return false;
         }
         match self.migration {
@@ -75,7 +79,7 @@ impl World {
                     self.migration = Migration::Precopy { until };
                 }
             }
-            Migration::Precopy { until } if now >= until => {
+            Migration::Precopy { until } if now >= until && self.is_well(from) => {
                 note!(self.stage, "the VM stops on host {from}");
                 self.vms[from].stop();
                 self.migration = Migration::Stopping { told: None, until: now + 100 * MS };
@@ -90,7 +94,14 @@ impl World {
             }
             Migration::Sent { until } => {
                 let vm = &self.vms[to];
-                if vm.image.is_some() && !vm.running && self.stage.chance(0.3) {
+                if self.explicit && !vm.running && self.stage.chance(0.4) {
+                    self.order(to, Order::Activate);
+                }
+                let backend = self.current[to].map(|number| &self.backends[number]);
+                let serves = backend.is_some_and(|b| b.alive && b.standing() == Standing::Serving);
+                let vm = &self.vms[to];
+                let can = vm.image.is_some() && !vm.running && (serves || !self.explicit);
+                if can && self.stage.chance(0.3) {
                     self.run_vm(to);
                 } else if now >= until {
                     self.give_up();
@@ -104,29 +115,12 @@ impl World {
         false
     }
 
-    /// After a server and a backend were killed in one handoff nobody may know who
-    /// holds the volumes. Then an operator says so, who has looked which VM went
-    /// on last.
-    fn fence(&mut self) {
-        let owner = self.stage.watch.owner();
-        let name = owner_name(owner);
-        let open: Vec<usize> =
-            (0..self.volumes.len()).filter(|v| !self.volumes[*v].belongs_to(&name)).collect();
-        if open.is_empty() {
-            note!(self.stage, "an operator has given the volumes to host {owner}");
-            self.fenced += 1;
-            let winner = if owner == self.hosts[0] { Side::Source } else { Side::Destination };
-            self.journal.finished = Some((self.round, winner));
-            self.journal.row = None;
-        }
-        for volume in open {
-            self.stage.call(0, 0, volume, Call::Fence(name.clone()));
-        }
-    }
-
     fn stop_rings(&mut self) {
         let [from, to] = self.hosts;
         let Migration::Stopping { told, until } = self.migration else { return };
+        if !self.is_well(from) {
+            return;
+        }
         let number = self.current[from].unwrap_or_default();
         let alive = self.backends[number].alive;
         let policy = self.stage.setting.dead_backend;
@@ -161,32 +155,50 @@ impl World {
         }
     }
 
-    /// The coordinator has settled: the VM goes on at `winner` and nowhere else.
-    fn settled(&mut self, winner: usize, loser: usize) {
-        self.kill_backend(loser);
+    /// The coordinator has settled: the VM goes on at the winner's host and nowhere
+    /// else.
+    fn settled(&mut self, winner: Side) {
+        let (host, loser) = (self.hosts[winner as usize], self.hosts[1 - winner as usize]);
+        self.endings.count(match (winner, self.stage.by) {
+            (Side::Destination, DecidedBy::Order) => Ending::DestinationOrdered,
+            (Side::Destination, _) => Ending::DestinationRan,
+            (Side::Source, DecidedBy::Coordinator) => Ending::CoordinatorReclaimed,
+            (Side::Source, DecidedBy::Nobody) => Ending::NeverBegan,
+            (Side::Source, _) => Ending::SourceCameBack,
+        });
         self.wanted[loser] = None;
-        self.vms[loser] = Vm::new(loser, self.volumes.len());
-        self.wanted[winner] = Some(true);
-        self.stage.traps.clear();
-        self.stage.after(0, Event::BackendStarts { host: winner });
-        if !self.vms[winner].running {
-            self.run_vm(winner);
+        if self.is_well(loser) {
+            self.kill_backend(loser);
+            self.vms[loser] = Vm::new(loser, self.volumes.len());
+        } else if !self.hosts_now[loser].is_dead {
+            self.set_aside(loser);
         }
-        self.calm_from = self.calm_from.max(self.stage.now);
-        let mut before = [0; 3];
-        before.iter_mut().zip(&self.vms[winner].answered).for_each(|(b, now)| *b = *now);
-        self.migration = Migration::Settled { winner, since: self.stage.now, before };
+        self.hosts_now[loser] = Host::default();
+        self.stage.traps.clear();
+        self.go_on_at(host);
     }
 
     fn look_at_winner(&mut self, winner: usize, since: Time, before: [u64; 3]) -> bool {
-        let vm = &self.vms[winner];
-        if vm.image.is_none() {
-            // Nobody ever had the VM's memory here: the decision is all there is.
-            return true;
+        if !self.is_well(winner) {
+            if self.stage.now > self.calm_from + OPERATOR {
+                self.evacuate(winner);
+            }
+            return false;
         }
+        if self.vms[winner].image.is_none() {
+            // The VM's memory was lost on the way, but the volumes are here.
+            self.boot(winner);
+            self.endings.booted += 1;
+        }
+        if !self.vms[winner].running {
+            self.run_vm(winner);
+        }
+        let vm = &self.vms[winner];
         self.round_from = self.stage.now.min(self.round_from.max(since));
         if vm.answered.iter().zip(before).all(|(now, before)| *now > before + 1) {
-            if self.round == self.rounds {
+            if self.round >= self.rounds + ROUNDS_MORE
+                || (self.round >= self.rounds && !self.does_anybody_hang())
+            {
                 return true;
             }
             self.begin(winner);
@@ -203,6 +215,11 @@ impl World {
         false
     }
 
+    /// A machine that was left to itself and has not noticed yet.
+    fn does_anybody_hang(&self) -> bool {
+        self.vms[2..].iter().any(|vm| vm.frozen_until + 20 * MS > self.stage.now)
+    }
+
     /// The next handoff is planned.
     fn begin(&mut self, from: usize) {
         let again = self.handoff.attempt > 0 && from == self.hosts[0] && self.stage.rng.bool();
@@ -214,7 +231,8 @@ impl World {
             Try { id: HandoffId(self.handoff.id.0 + 1), attempt: 1 }
         };
         self.image_lost = false;
-        self.killed = [0; 2];
+        self.explicit = self.stage.rng.u8(..3) == 0;
+        self.stage.by = DecidedBy::Nobody;
         self.round_from = self.stage.now;
         self.migration = Migration::Waiting;
         let volumes: Vec<VolumeId> = self.volumes.iter().map(|v| v.record.volume).collect();

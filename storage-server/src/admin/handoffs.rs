@@ -422,6 +422,9 @@ impl From<Refusal> for Problem {
             Refusal::StalePlan { .. } => {
                 ("baton:stale-plan", "The volume has changed since the handoff was planned")
             }
+            Refusal::StaleFence { .. } => {
+                ("baton:stale-fence", "The volume has changed hands since")
+            }
             Refusal::NotOwner { .. } | Refusal::Barred { .. } => {
                 ("baton:not-owner", "Another owns the volume")
             }

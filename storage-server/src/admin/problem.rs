@@ -83,6 +83,10 @@ impl From<VolumeError> for Problem {
             VolumeError::ShrinkRefused { .. } => {
                 (StatusCode::CONFLICT, "baton:shrink-refused", "A volume does not shrink")
             }
+            VolumeError::Full(_) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "a change found no room");
+                (StatusCode::INSUFFICIENT_STORAGE, "baton:metadata-full", "The disk is full")
+            }
             _ => {
                 tracing::error!(
                     error = &error as &dyn std::error::Error,

@@ -6,15 +6,15 @@ use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::{Json, http::header, response::IntoResponse};
-use baton_protocol::AccessMode;
 use baton_protocol::access::AccessRecord;
+use baton_protocol::{AccessMode, Epoch};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::Api;
 use super::problem::Problem;
 use super::record::HandoffView;
-use crate::volumes::{Connection, Request, RunningVolume};
+use crate::volumes::{Connection, Request, RunningVolume, SeenOwner};
 
 /// A volume.
 #[derive(Debug, Serialize, ToSchema)]
@@ -108,6 +108,19 @@ pub(super) struct FenceVolume {
     nominee: Option<String>,
     /// Term of the coordinator that says so; refused when a higher one has spoken.
     term: Option<u64>,
+    /// Whom it is meant for, as read in `access`: refused when the volume has changed
+    /// hands since. Without it whoever has the volume is fenced.
+    seen: Option<SeenAccess>,
+}
+
+/// What was read in a volume's `access` before it is fenced.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SeenAccess {
+    /// The owner's name; none if nobody owned the volume.
+    owner: Option<String>,
+    /// `next_epoch`.
+    next_epoch: u64,
 }
 
 /// How to delete.
@@ -254,12 +267,13 @@ pub(super) async fn fence(
     Path(name): Path<String>,
     request: Body<FenceVolume>,
 ) -> Result<Json<VolumeView>, Problem> {
-    let FenceVolume { reason, nominee, term } = body(request)?;
+    let FenceVolume { reason, nominee, term, seen } = body(request)?;
     if reason.trim().is_empty() {
         return Err(Problem::bad_request("`reason` is empty; say who fences and why, for the log"));
     }
     let volume = find(&api, &name)?;
-    let record = volume.change(Request::Fence { term, nominee: nominee.clone() }).await?;
+    let seen = seen.map(|seen| SeenOwner { owner: seen.owner, next_epoch: Epoch(seen.next_epoch) });
+    let record = volume.change(Request::Fence { term, nominee: nominee.clone(), seen }).await?;
     tracing::warn!(
         volume = name, epoch = %record.epoch, barred = record.barred, nominee, term, reason, "fenced"
     );

@@ -13,9 +13,28 @@ pub enum MetaError {
     /// Boxed: the engine's own type is large.
     #[error(transparent)]
     Engine(Box<redb::Error>),
+    /// It was closed when its disk was full, and is opened by the next change.
+    #[error("the metadata is closed since its disk was full")]
+    Closed,
+    /// What is there after a full disk is older than what was there before.
+    #[error("the metadata is at change {found} although change {acknowledged} was acknowledged")]
+    Behind { found: u64, acknowledged: u64 },
     /// The change is durable and may be there after a restart, although its caller is told that it failed.
     #[error("cannot note in pool.dat that the change is durable")]
     Mark(#[source] io::Error),
+}
+
+impl MetaError {
+    /// There was no room for the change; it was not made.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        let Self::Engine(error) = self else { return false };
+        let redb::Error::Io(error) = &**error else { return false };
+        matches!(
+            error.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+        )
+    }
 }
 
 impl<E: Into<redb::Error>> From<E> for MetaError {
@@ -96,9 +115,13 @@ pub enum VolumeError {
     )]
     ShrinkRefused { current: u64, asked: u64 },
     #[error(
+        "no room to record the change: the disk under the data directory is full; nothing was changed, and whoever owns the volume goes on; make room there and ask again"
+    )]
+    Full(#[source] MetaError),
+    #[error(
         "cannot record the change in the pool's metadata; check the disk under the data directory"
     )]
-    Metadata(#[from] MetaError),
+    Metadata(#[source] MetaError),
     #[error("no random number for a volume id could be had from the system")]
     Random(#[source] io::Error),
     #[error(transparent)]
@@ -107,6 +130,12 @@ pub enum VolumeError {
         "the volume is gone but its space could not be given back; it is given back at the next start"
     )]
     Reclaim(#[source] IoError),
+}
+
+impl From<MetaError> for VolumeError {
+    fn from(source: MetaError) -> Self {
+        if source.is_full() { Self::Full(source) } else { Self::Metadata(source) }
+    }
 }
 
 /// Why the pool as a whole could not do something.

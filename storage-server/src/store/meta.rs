@@ -1,16 +1,24 @@
 //! `meta.redb`: volumes, access records, the extent map as of the last checkpoint, and what the pool is.
 //!
 //! Every change is one durable transaction with a number, which `mark` keeps outside this file. Does not know the journal's files, slots' contents or running I/O.
+//!
+//! A change that finds the disk full is not made, and the next one opens the file anew, because the engine does nothing
+//! after a failure. So a disk that has room again is all that is needed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use redb::{
+    Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
+};
 
 use super::error::MetaError;
 use super::generation::DurabilityRow;
 use super::layout::{EXTENT_BYTES, FORMAT_VERSION, PoolId};
 use super::mark::Mark;
+use super::meta_file::MetaFile;
 
 /// Names and numbers: see the keys below.
 const FORMAT: TableDefinition<'_, &str, u64> = TableDefinition::new("format");
@@ -44,7 +52,9 @@ const CACHE_BYTES: usize = 16 << 20;
 
 #[derive(Debug)]
 pub(super) struct Meta {
-    db: Database,
+    path: PathBuf,
+    /// `None` between a change that found the disk full and the next one. Held while a change is made.
+    db: Mutex<Option<Database>>,
     /// `None` until `keep_mark`: while a pool is made, there is nothing that was acknowledged.
     mark: Option<Mark>,
 }
@@ -77,8 +87,7 @@ pub(super) struct Loaded {
 impl Meta {
     /// Makes a new database with nothing but the format in it.
     pub(super) fn create(path: &Path, pool_id: &PoolId) -> Result<Self, MetaError> {
-        let db = builder().create(path)?;
-        let meta = Self { db, mark: None };
+        let meta = Self::with(builder().create(path)?, path);
         let (low, high) = halves(pool_id);
         meta.change(|txn| {
             let mut format = txn.open_table(FORMAT)?;
@@ -96,8 +105,11 @@ impl Meta {
     }
 
     pub(super) fn open(path: &Path) -> Result<Self, MetaError> {
-        let db = builder().open(path)?;
-        Ok(Self { db, mark: None })
+        Ok(Self::with(open(path)?, path))
+    }
+
+    fn with(db: Database, path: &Path) -> Self {
+        Self { path: path.to_owned(), db: Mutex::new(Some(db)), mark: None }
     }
 
     /// From now on every change is noted in `mark`.
@@ -107,14 +119,12 @@ impl Meta {
 
     /// Number of the last change; 0 in a pool of an older server.
     pub(super) fn last_change(&self) -> Result<u64, MetaError> {
-        let txn = self.db.begin_read()?;
-        let format = txn.open_table(FORMAT)?;
-        Ok(format.get(KEY_CHANGE)?.map_or(0, |value| value.value()))
+        change_of(&self.begin_read()?)
     }
 
     /// `None` if the database is sound but not ours.
     pub(super) fn format(&self) -> Result<Option<Format>, MetaError> {
-        let txn = self.db.begin_read()?;
+        let txn = self.begin_read()?;
         let table = match txn.open_table(FORMAT) {
             Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
             table => table?,
@@ -137,7 +147,7 @@ impl Meta {
     }
 
     pub(super) fn load(&self) -> Result<Loaded, MetaError> {
-        let txn = self.db.begin_read()?;
+        let txn = self.begin_read()?;
         let access = txn.open_table(ACCESS)?;
         let mut loaded = Loaded::default();
         for row in txn.open_table(VOLUMES)?.iter()? {
@@ -164,7 +174,7 @@ impl Meta {
         &self,
         mut visit: impl FnMut(u64, u32, u32),
     ) -> Result<(), MetaError> {
-        let txn = self.db.begin_read()?;
+        let txn = self.begin_read()?;
         for row in txn.open_table(EXTENTS)?.iter()? {
             let (key, slot) = row?;
             let (volume, extent) = key.value();
@@ -203,7 +213,7 @@ impl Meta {
     }
 
     pub(super) fn durability(&self) -> Result<Option<DurabilityRow>, MetaError> {
-        let txn = self.db.begin_read()?;
+        let txn = self.begin_read()?;
         let table = match txn.open_table(DURABILITY) {
             Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
             table => table?,
@@ -232,7 +242,8 @@ impl Meta {
     /// Makes it look like a pool of a server that did not number its changes.
     #[cfg(test)]
     pub(super) fn forget_changes(&self) {
-        let txn = self.db.begin_write().unwrap();
+        let db = self.lock();
+        let txn = db.as_ref().unwrap().begin_write().unwrap();
         txn.open_table(FORMAT).unwrap().remove(KEY_CHANGE).unwrap();
         txn.commit().unwrap();
     }
@@ -320,7 +331,21 @@ impl Meta {
         &self,
         work: impl FnOnce(&WriteTransaction) -> Result<(), MetaError>,
     ) -> Result<(), MetaError> {
-        let txn = self.db.begin_write()?;
+        let mut db = self.lock();
+        let open = db.take().map_or_else(|| self.reopen(), Ok)?;
+        let done = self.commit(&open, work);
+        if !done.as_ref().is_err_and(MetaError::is_full) {
+            *db = Some(open);
+        }
+        done
+    }
+
+    fn commit(
+        &self,
+        db: &Database,
+        work: impl FnOnce(&WriteTransaction) -> Result<(), MetaError>,
+    ) -> Result<(), MetaError> {
+        let txn = db.begin_write()?;
         work(&txn)?;
         let number = {
             let mut format = txn.open_table(FORMAT)?;
@@ -331,6 +356,41 @@ impl Meta {
         txn.commit()?;
         self.mark.as_ref().map_or(Ok(()), |mark| mark.durable(number)).map_err(MetaError::Mark)
     }
+
+    /// After a full disk: what was committed before is there, and nothing less.
+    fn reopen(&self) -> Result<Database, MetaError> {
+        let db = open(&self.path)?;
+        let found = change_of(&db.begin_read()?)?;
+        let acknowledged = self.mark.as_ref().map_or(0, Mark::change);
+        if found < acknowledged {
+            return Err(MetaError::Behind { found, acknowledged });
+        }
+        tracing::info!("the metadata is open again after its disk was full");
+        Ok(db)
+    }
+
+    fn begin_read(&self) -> Result<ReadTransaction, MetaError> {
+        let db = self.lock();
+        Ok(db.as_ref().ok_or(MetaError::Closed)?.begin_read()?)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Database>> {
+        self.db.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The engine would make a new database in an empty file.
+fn open(path: &Path) -> Result<Database, MetaError> {
+    let file = OpenOptions::new().read(true).write(true).open(path).map_err(redb::Error::Io)?;
+    if file.metadata().map_err(redb::Error::Io)?.len() == 0 {
+        return Err(redb::Error::Corrupted("it is empty".to_owned()).into());
+    }
+    Ok(builder().create_with_backend(MetaFile::new(file)?)?)
+}
+
+fn change_of(txn: &ReadTransaction) -> Result<u64, MetaError> {
+    let format = txn.open_table(FORMAT)?;
+    Ok(format.get(KEY_CHANGE)?.map_or(0, |value| value.value()))
 }
 
 fn builder() -> redb::Builder {
@@ -349,4 +409,40 @@ fn halves(pool_id: &PoolId) -> (u64, u64) {
     #[allow(clippy::cast_possible_truncation, reason = "64 bits are left")]
     let high = (whole >> 64) as u64;
     (low, high)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    /// A file that came back shorter of a change than it was is not gone on with.
+    #[test]
+    fn after_a_full_disk_it_is_opened_again_and_not_behind_its_mark() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let path = dir.path().join("meta.redb");
+        let pool = dir.path().join("pool.dat");
+        File::create(&pool).expect("made").set_len(1 << 20).expect("long");
+        let id = [7; 16];
+        let mut meta = Meta::create(&path, &id).expect("made");
+        let mark = || {
+            let file = File::options().read(true).write(true).open(&pool).expect("open");
+            Mark::read(file, id).expect("read")
+        };
+        meta.keep_mark(mark());
+        meta.put_access(1, b"one").expect("written");
+        assert!(meta.lock().take().is_some(), "as a full disk leaves it");
+        assert!(matches!(meta.load(), Err(MetaError::Closed)));
+        meta.put_access(2, b"two").expect("opened and written");
+        assert_eq!(meta.last_change().expect("read"), mark().change());
+
+        drop(meta.lock().take());
+        mark().durable(99).expect("noted");
+        meta.keep_mark(mark());
+        for _ in 0..2 {
+            let refused = meta.put_access(3, b"three");
+            assert!(matches!(refused, Err(MetaError::Behind { acknowledged: 99, .. })));
+        }
+    }
 }

@@ -30,6 +30,7 @@ mod layout;
 mod lock;
 mod mark;
 mod meta;
+mod meta_file;
 mod pool_file;
 mod probe;
 mod read_plan;

@@ -42,7 +42,7 @@ pub use audit::Entry;
 pub use change::{Begun, ChangeError, Control};
 pub use events::Events;
 pub use incarnations::Incarnations;
-pub use request::{Asker, Request};
+pub use request::{Asker, Request, SeenOwner};
 pub use running::{Connection, RunningVolume};
 pub use seal::{Arrivals, SealWait, Sealing};
 pub use seat::{Killer, Lease, NoSeat, Seat};

@@ -1,7 +1,7 @@
 //! What may be asked of an access record, with its names owned so that it can
 //! wait for the lock.
 
-use baton_protocol::access::{By, Input};
+use baton_protocol::access::{By, Input, Seen};
 use baton_protocol::handoff::{Open, Plan, Proof, Try};
 use baton_protocol::{Epoch, SessionId};
 
@@ -24,6 +24,15 @@ pub enum Asker {
     },
 }
 
+/// [`Seen`] with its name owned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SeenOwner {
+    /// See [`Seen::owner`].
+    pub owner: Option<String>,
+    /// See [`Seen::next_epoch`].
+    pub next_epoch: Epoch,
+}
+
 /// [`Input`] with its names owned.
 #[derive(Clone, Debug)]
 #[allow(missing_docs, reason = "the fields are those of `Input`, where they are explained")]
@@ -35,7 +44,7 @@ pub enum Request {
     /// See [`Input::Release`].
     Release { session: SessionId, epoch: Epoch },
     /// See [`Input::Fence`].
-    Fence { term: Option<u64>, nominee: Option<String> },
+    Fence { term: Option<u64>, nominee: Option<String>, seen: Option<SeenOwner> },
     /// See [`Input::Arm`].
     Arm { plan: Box<Plan>, term: u64, next_epoch: Epoch },
     /// See [`Input::Seal`].
@@ -89,8 +98,11 @@ impl Request {
             Self::Claim { name, session } => Input::Claim { name, session: *session },
             Self::Rejoin { session, epoch } => Input::Rejoin { session: *session, epoch: *epoch },
             Self::Release { session, epoch } => Input::Release { session: *session, epoch: *epoch },
-            Self::Fence { term, nominee } => {
-                Input::Fence { term: *term, nominee: nominee.as_deref() }
+            Self::Fence { term, nominee, seen } => {
+                let seen = seen
+                    .as_ref()
+                    .map(|seen| Seen { owner: seen.owner.as_deref(), next_epoch: seen.next_epoch });
+                Input::Fence { term: *term, nominee: nominee.as_deref(), seen }
             }
             Self::Arm { plan, term, next_epoch } => Input::Arm {
                 plan,

@@ -5,6 +5,7 @@
 
 pub mod handoff;
 pub mod restart;
+pub mod small_disk;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -361,12 +362,17 @@ pub struct Daemon {
 
 pub fn daemon_command(dir: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_baton-storage"));
+    arguments(&mut command, dir);
+    command
+}
+
+/// What every server of a test is told.
+pub fn arguments(command: &mut Command, dir: &Path) {
     command
         .args(["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--data-dir"])
         .arg(dir.join("data"))
         .stdin(Stdio::null())
         .stderr(Stdio::piped());
-    command
 }
 
 impl Daemon {

@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 
 use super::super::{Agent, COMMAND_LIMIT};
 use super::{body, find};
-use crate::problem::Problem;
+use crate::problem::{Problem, found_no_room};
 use crate::supervisor::control::Control;
 use crate::supervisor::{BackendState, Role};
 
@@ -38,6 +38,10 @@ pub(super) async fn start(
     let StartBackend { role } = body(request)?;
     let vm = find(&agent, &name)?;
     let launch = agent.launch(&vm, role).map_err(|error| {
+        if found_no_room(&error) {
+            let what = format!("the agent cannot write what the backend of {name} needs");
+            return Problem::state_full(&what, &agent.config.run_dir);
+        }
         Problem::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             "baton:state-failed",

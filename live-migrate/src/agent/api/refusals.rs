@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 
 use super::super::inventory::InventoryError;
 use super::super::machine::IncomingError;
-use crate::problem::Problem;
+use crate::problem::{Problem, found_no_room};
 use crate::supervisor::SuperviseError;
 use crate::supervisor::control::ControlError;
 use crate::vmm::VmmError;
@@ -96,12 +96,19 @@ fn refusal_kind(kind: &str) -> Cow<'static, str> {
 
 impl From<SuperviseError> for Problem {
     fn from(error: SuperviseError) -> Self {
+        if let SuperviseError::Full { vm, path } = &error {
+            let what = format!("the agent cannot remember the backend of {vm}, so it starts none");
+            return Self::state_full(&what, path);
+        }
         let (status, kind, title) = match &error {
-            SuperviseError::Failed { .. } => {
+            SuperviseError::Failed { .. } | SuperviseError::Full { .. } => {
                 (StatusCode::CONFLICT, "baton:backend-failed", "The backend does not start")
             }
             SuperviseError::Slow { .. } => {
                 (StatusCode::GATEWAY_TIMEOUT, "baton:backend-slow", "The backend does not answer")
+            }
+            SuperviseError::EarlierMachine { .. } => {
+                (StatusCode::CONFLICT, "baton:earlier-machine", "An old machine is still here")
             }
             SuperviseError::Stuck { .. } => {
                 (StatusCode::CONFLICT, "baton:backend-stuck", "The backend cannot be stopped")
@@ -122,6 +129,9 @@ impl From<InventoryError> for Problem {
             }
             InventoryError::Full => {
                 (StatusCode::CONFLICT, "baton:too-many-vms", "The host knows too many VMs")
+            }
+            InventoryError::Disk { path, source } if found_no_room(source) => {
+                return Self::state_full("the agent cannot remember the VM", path);
             }
             InventoryError::Disk { .. } | InventoryError::Damaged { .. } => {
                 tracing::error!(error = Self::described(&error), "the inventory cannot be changed");

@@ -250,7 +250,7 @@ impl World {
             // that is for a person to decide.
             if round == 20 && self.row.unknown && !self.destination_alive {
                 for place in 0..self.records.len() {
-                    let fence = Ask::Fence { term: Some(TERM), nominee: None };
+                    let fence = Ask::Fence { term: Some(TERM), nominee: None, seen: None };
                     self.ask(place, fence).expect("fenced");
                 }
                 self.tell(Input::Fenced);

@@ -3,7 +3,7 @@
 use crate::handoff::Key;
 use crate::units::{Epoch, SessionId};
 
-use super::super::{AccessRecord, Owner, Phase, Refusal, Step, Store};
+use super::super::{AccessRecord, Owner, Phase, Refusal, Seen, Step, Store};
 use super::check_name;
 
 impl AccessRecord {
@@ -93,13 +93,24 @@ impl AccessRecord {
         Ok(self.to(next, Store::First, true))
     }
 
-    pub(super) fn fence(&self, term: Option<u64>, nominee: Option<&str>) -> Result<Step, Refusal> {
+    pub(super) fn fence(
+        &self,
+        term: Option<u64>,
+        nominee: Option<&str>,
+        seen: Option<Seen<'_>>,
+    ) -> Result<Step, Refusal> {
         if let Some(name) = nominee {
             check_name(name)?;
         }
         let mut next = self.clone();
         if let Some(term) = term {
             next.take_term(term)?;
+        }
+        let owner = self.owner.as_ref().map(|owner| owner.name.as_str());
+        // Not the epoch: an activation takes a number that was given out before.
+        if seen.is_some_and(|seen| (seen.owner, seen.next_epoch) != (owner, self.next_epoch)) {
+            let owner = owner.unwrap_or("nobody").to_owned();
+            return Err(Refusal::StaleFence { owner, epoch: self.epoch });
         }
         let old_owner =
             self.owner.as_ref().map(|owner| owner.name.clone()).or_else(|| self.barred.clone());

@@ -39,7 +39,16 @@ impl Role {
                 Some(bound) if bound != focus.attempt => self.park(Parked::Over),
                 Some(_) => {}
             }
+        } else if self.bound.is_some_and(|bound| bound != focus.attempt) && !self.had_any() {
+            // It hung until its host is the source of another handoff: the owner
+            // there is not this process, and its machine never began.
+            self.park(Parked::Over);
         }
+    }
+
+    /// This process has had a volume.
+    pub(super) fn had_any(&self) -> bool {
+        self.members.iter().any(|member| member.granted.is_some())
     }
 
     fn look_for_losses(&mut self, focus: Option<Focus>) {
@@ -56,6 +65,13 @@ impl Role {
             };
             // It was ours and is somebody else's.
             let member = &self.members[at];
+            // Epochs only grow: whatever the phase, and even if it is this host's
+            // turn again, another process has had the volume since. This one hung
+            // all the while, and its machine's memory is out of date.
+            let superseded = member.granted.is_some_and(|granted| record.epoch > granted);
+            if superseded && !mine {
+                return self.park(Parked::Lost);
+            }
             let older = member.asks[Kind::Open as usize].outstanding.is_some()
                 || (member.heard_at_grant.is_some() && member.heard_at_grant == self.heard(at));
             if decided && !mine && member.granted.is_some() && !older {

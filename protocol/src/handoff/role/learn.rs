@@ -23,6 +23,7 @@ impl Role {
             Input::Started { member: at } => {
                 let Some(member) = self.members.get_mut(at) else { return };
                 member.running = true;
+                member.ran = true;
                 member.stopped = false;
                 self.seal_ordered = false;
             }
@@ -47,8 +48,12 @@ impl Role {
         match order {
             Order::Seal => {
                 self.seal_ordered = true;
+                // A process whose machine never came cannot speak for the one before
+                // it, which may have died with requests of the guest in flight. A
+                // disk that the guest never used has none.
+                let came = self.members.iter().any(|member| member.ran);
                 for member in &mut self.members {
-                    member.stopped |= !member.running;
+                    member.stopped |= came && !member.running;
                 }
             }
             Order::Activate => self.ordered = true,

@@ -71,7 +71,8 @@ pub enum Input {
 /// What an agent can order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Order {
-    /// Source: seal as soon as the rings have stopped.
+    /// Source: seal as soon as the rings have stopped; nothing in a process to which
+    /// the machine never came.
     Seal,
     /// Destination: activate without waiting for the rings.
     Activate,

@@ -242,7 +242,9 @@ impl World {
             out.push(Action::StartDestination);
         }
         if self.left.orders > 0 {
+            out.push(Action::Order { side: D, order: Order::Activate });
             out.push(Action::Order { side: D, order: Order::Abdicate });
+            out.push(Action::Order { side: S, order: Order::Seal });
             out.push(Action::Order { side: S, order: Order::Reclaim });
         }
     }

@@ -98,6 +98,10 @@ impl World {
                 scope.show(self.actors[actor].side, &self.servers[ANCHOR].record, &mut record);
                 let seen = Some((boot_id, record.version));
                 self.actor(actor).seen[member] = seen;
+                if scope.is(Mutant::DestinationCaches) && self.actors[actor].side == D {
+                    let cell = self.servers[member].cell;
+                    self.actor(actor).cached[member].get_or_insert(cell);
+                }
                 self.tell(scope, actor, role::Input::View { member, boot_id, record });
             }
             Action::Stuck { actor, member } => {
@@ -163,7 +167,7 @@ impl World {
                 self.judge(scope, member, Input::Settle { attempt, term: TERM, proof })?.ok()?;
             }
             Action::Fence { member } => {
-                let fence = Input::Fence { term: Some(TERM), nominee: Some(THIRD) };
+                let fence = Input::Fence { term: Some(TERM), nominee: Some(THIRD), seen: None };
                 self.judge(scope, member, fence)?.ok()?;
                 self.server(member).fenced = true;
             }
@@ -179,8 +183,12 @@ impl World {
                 let attempt = self.attempt(scope);
                 let handoff = self.servers[member].record.handoff.as_ref()?;
                 let proof = Proof { side: Side::Destination, grant: 9, mac: [0; 32] };
-                let epoch = handoff.e_to;
-                self.send(1, member, OF_ROGUE, epoch, Some((attempt, proof)));
+                let (epoch, open) = if scope.is(Mutant::StandbyLetIn) {
+                    (self.servers[member].record.epoch, None)
+                } else {
+                    (handoff.e_to, Some((attempt, proof)))
+                };
+                self.send(1, member, OF_ROGUE, epoch, open);
             }
         }
         Some(())
@@ -254,6 +262,9 @@ impl World {
         server.boot += 1;
         server.record = scope.restart(&server.disk);
         server.arrived = (0, 0);
+        if scope.is(Mutant::ForgetsWrites) {
+            server.cell = 0;
+        }
         let unanswered = server.sealing.take();
         // Its client asks again.
         if let Some(sealing) = unanswered
@@ -262,6 +273,9 @@ impl World {
             self.net.insert(sealing.message);
         }
         self.check_decision(scope, member);
+        if self.servers[member].cell < self.acknowledged(member) {
+            self.broken.get_or_insert(Broken::Lost);
+        }
     }
 
     pub(super) fn kill(&mut self, at: usize) {

@@ -25,17 +25,24 @@ use baton_protocol::handoff::role::{self, Asked};
 use baton_protocol::handoff::{Answer, Proof, Role, Side, Try};
 use baton_protocol::{Epoch, SessionId};
 
-use crate::scope::{D, FIRST_OF_D, NAMES, S, Scope};
+use crate::scope::{ANCHOR, D, FIRST_OF_D, NAMES, S, Scope};
 
 pub(crate) use action::Action;
+
+/// Orders of agents in a run: enough to contradict themselves.
+const ORDERS: u8 = 2;
 
 /// What must never be seen; the numbers are those of `docs/handoff.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Broken {
     /// I1: one principal at a time, epochs never fall.
     TwoPrincipals,
-    /// I2, I4: an acknowledged write is gone, or an old one came back.
-    LostOrResurrected,
+    /// I2: an acknowledged write is gone.
+    Lost,
+    /// I3: a read sees less than what was acknowledged before.
+    StaleRead,
+    /// I4: an old write came back.
+    Resurrected,
     /// I5: the destination runs and a request of the source is not done.
     Undone,
     /// I6: a decision was undone, or a handoff that had ended began again.
@@ -44,6 +51,19 @@ pub(crate) enum Broken {
     Divided,
     /// I8: a standby wrote.
     StandbyWrote,
+}
+
+impl Broken {
+    pub(crate) const ALL: [Self; 8] = [
+        Self::TwoPrincipals,
+        Self::Lost,
+        Self::StaleRead,
+        Self::Resurrected,
+        Self::Undone,
+        Self::DecisionUndone,
+        Self::Divided,
+        Self::StandbyWrote,
+    ];
 }
 
 /// One member and its server.
@@ -82,6 +102,8 @@ pub(crate) struct Actor {
     slots: Vec<Option<(Message, Reply)>>,
     seen: Vec<Option<(u64, u64)>>,
     opens: Vec<Option<(Try, Proof)>>,
+    /// What a destination that reads ahead has read of each member.
+    cached: Vec<Option<u8>>,
 }
 
 /// An answer.
@@ -237,7 +259,7 @@ impl World {
                 late_arms: scope.late_arms,
                 stops: scope.stops,
                 starts: scope.starts,
-                orders: u8::from(scope.orders),
+                orders: if scope.orders { ORDERS } else { 0 },
                 rogue: u8::from(scope.rogue),
             },
             broken: None,
@@ -278,6 +300,11 @@ impl World {
             })
     }
 
+    /// How the anchor decided the last try.
+    pub(crate) fn is_won_by_destination(&self, scope: &Scope) -> bool {
+        self.servers[ANCHOR].record.winner(self.attempt(scope)) == Some(Side::Destination)
+    }
+
     pub(crate) fn is_fenced(&self) -> bool {
         self.servers.iter().any(|server| server.fenced)
     }
@@ -311,6 +338,7 @@ impl Actor {
             slots: vec![None; scope.members],
             seen: vec![None; scope.members],
             opens: vec![None; scope.members],
+            cached: vec![None; scope.members],
         }
     }
 }

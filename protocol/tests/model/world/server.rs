@@ -7,7 +7,7 @@ use baton_protocol::{Epoch, QueueId, Seq};
 
 use super::{Action, Body, Broken, Message, Reply, Request, Sealing, Stage, World, session};
 use crate::mutant::Mutant;
-use crate::scope::{ANCHOR, D, NAMES, OF_ROGUE, OF_THE_DEAD, Scope};
+use crate::scope::{ANCHOR, D, FIRST_OF_D, NAMES, OF_ROGUE, OF_THE_DEAD, S, Scope};
 
 impl World {
     pub(super) fn is_inside(&self, member: usize) -> bool {
@@ -107,6 +107,9 @@ impl World {
             return None;
         }
         self.requests.remove(&request);
+        if request.value != OF_ROGUE {
+            self.read(request);
+        }
         let (epoch, holder) = (request.epoch.0, from.0);
         let holders = &mut self.server(member).holders;
         let top = holders.last_key_value().map_or(0, |(epoch, _)| *epoch);
@@ -129,6 +132,23 @@ impl World {
         Some(())
     }
 
+    /// Whoever is let in reads what is there, too.
+    fn read(&mut self, request: Request) {
+        let member = request.member;
+        let cached = self.actors[request.actor].cached[member];
+        let read = cached.unwrap_or(self.servers[member].cell);
+        if read < self.acknowledged(member) {
+            self.broken = Some(Broken::StaleRead);
+        }
+    }
+
+    /// The highest number that some guest was told is written.
+    pub(super) fn acknowledged(&self, member: usize) -> u8 {
+        let of = |side: usize| self.vms[side].acked[member];
+        // What D begins with is nobody's write.
+        if of(D) > FIRST_OF_D { of(D) } else { of(S) }
+    }
+
     pub(super) fn apply(&mut self, request: Request) {
         let d = self.actors[request.actor].side == D;
         let other_won = self.winners.values().all(|winner| *winner == Side::Source);
@@ -142,7 +162,7 @@ impl World {
             self.broken = Some(Broken::StandbyWrote);
         }
         if !d && self.d_wrote {
-            self.broken = Some(Broken::LostOrResurrected);
+            self.broken = Some(Broken::Resurrected);
         }
         self.d_wrote |= d;
         self.server(request.member).arrived = (session(request.actor).0, request.value);
@@ -152,7 +172,7 @@ impl World {
 
     pub(super) fn put(&mut self, member: usize, value: u8) {
         if value < self.servers[member].cell {
-            self.broken = Some(Broken::LostOrResurrected);
+            self.broken = Some(Broken::Resurrected);
         }
         self.server(member).cell = value;
     }

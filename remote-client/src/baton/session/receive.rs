@@ -260,6 +260,10 @@ impl Session {
             Status::Busy | Status::Protocol => {
                 return self.dropped(now, DropReason::Refused { status, text });
             }
+            // It could not record what was asked for, and has not done it: a full disk.
+            Status::Io if matches!(opcode, Opcode::Handoff | Opcode::Open) => {
+                return self.dropped(now, DropReason::Refused { status, text });
+            }
             Status::OutOfRange if opcode.has_range() => IoError::OutOfRange,
             Status::NoSpace if opcode.is_mutation() => IoError::NoSpace,
             Status::NotPermitted if opcode.is_mutation() => IoError::ReadOnly,

@@ -540,3 +540,22 @@ fn a_power_loss_between_the_hosts_fails_the_destinations_first_flush() {
         assert_eq!(flush(&mut p, 3), Ok(()), "covered: {lost:?}");
     }
 }
+
+/// The server's disk is full, say: it has broken no rule, and is asked again a while later.
+#[test]
+fn a_decision_that_could_not_be_recorded_is_asked_for_again() {
+    let mut p = pair(source(Mode::Base), AccessMode::Owner, true);
+    seal_by_hand(&mut p.server, ME);
+    p.server.show_record(&mut p.connection);
+    p.drive();
+    p.server.refuse_requests = Some(Status::Io);
+    p.session.ask(p.now, TRY, Asked::Reclaim);
+    p.drive();
+    assert_eq!(answers(&mut p), []);
+    let refused = |n: &Notice| matches!(n, Notice::Dropped(DropReason::Refused { .. }));
+    assert!(p.notices.iter().any(refused), "{:?}", p.notices);
+    p.server.refuse_requests = None;
+    p.advance(Duration::from_secs(1));
+    p.drive();
+    assert_eq!(answers(&mut p), [(Asked::Reclaim, Outcome::Granted)]);
+}

@@ -58,6 +58,10 @@ impl Server {
             Opcode::Handoff => {
                 let request = HandoffRequest::decode(payload).expect("a client sends valid asks");
                 self.asked.push(request.clone());
+                if let Some(status) = self.refuse_requests {
+                    self.reply(c, h, status, b"told to");
+                    return Some(());
+                }
                 let refused = self.decide(&request, session).err();
                 match request.ask {
                     Ask::Seal(_) if refused.is_none() => {

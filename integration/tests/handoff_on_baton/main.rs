@@ -1,121 +1,19 @@
 //! Disks change hands between two backends with no VMM in between: a raw front-end plays both ends, and the real storage
 //! servers decide. What a guest wrote before is there after, and whoever lost waits and sees no error.
 
+mod rows;
+mod scene;
+
 use baton_integration::baton::wait_until;
 use baton_integration::bench::handoff::{Syncs, syncs};
 use baton_integration::blk::{OK, Request};
 use baton_integration::daemon::Daemon;
-use baton_integration::handoff::{Attempt, Begin, Fleet, Host};
+use baton_integration::handoff::{Begin, Host};
 use baton_integration::raw_frontend::{Options, RawFrontend};
 use baton_integration::workspace::TestDir;
+use scene::{A_WHILE, QUEUES, SOON, Scene, block, connect, is_parked, options};
 use serde_json::Value;
 use std::time::Duration;
-
-const DISK_BYTES: u64 = 16 << 20;
-const SOON: Duration = Duration::from_secs(20);
-/// For things that must not happen.
-const A_WHILE: Duration = Duration::from_millis(300);
-const QUEUES: u16 = 2;
-
-/// Two hosts with the VM's disks, a handoff from the first to the second, and the VM running on the first.
-struct Scene {
-    fleet: Fleet,
-    source: Host,
-    destination: Host,
-    /// The VM on the source, by disk.
-    guest: Vec<RawFrontend>,
-    attempt: Attempt,
-    dir: TestDir,
-}
-
-fn options() -> Options {
-    Options { queues: QUEUES, ..Options::default() }
-}
-
-fn connect(host: &Host, disks: usize, options: Options) -> Vec<RawFrontend> {
-    (0..disks).map(|disk| RawFrontend::connect(host.socket(disk), options).unwrap()).collect()
-}
-
-fn block(salt: u8) -> Vec<u8> {
-    vec![salt; 4096]
-}
-
-impl Scene {
-    /// Up to the moment before the VM stops: armed, ready, a dirty log kept.
-    fn new(servers: usize, disks: usize, mode: &'static str) -> Self {
-        let dir = TestDir::new("handoff").unwrap();
-        let mut fleet = Fleet::start(dir.path(), servers, disks, DISK_BYTES).unwrap();
-        fleet.mode = mode;
-        let host = |label, owner, begin| {
-            Host::start_with(dir.path(), label, owner, &fleet, begin, QUEUES).unwrap()
-        };
-        let source = host("a", "host-a/vm", Begin::Claim);
-        let mut guest = connect(&source, disks, options());
-        for (disk, salt) in guest.iter_mut().zip(1..) {
-            disk.queue(0).write(0, &block(salt)).unwrap();
-        }
-        let destination = host("b", "host-b/vm", Begin::Standby);
-        let attempt = fleet.arm("host-a/vm", "host-b/vm").unwrap();
-        destination.wait_standing("ready").unwrap();
-        for disk in &mut guest {
-            disk.start_logging().unwrap();
-        }
-        Self { fleet, source, destination, guest, attempt, dir }
-    }
-
-    fn write_more(&mut self) {
-        for (disk, salt) in self.guest.iter_mut().zip(101..) {
-            disk.queue(1).write(8, &block(salt)).unwrap();
-        }
-    }
-
-    /// The VMM on the source stops its guest.
-    fn stop(&mut self) {
-        for disk in &self.guest {
-            for queue in 0..QUEUES {
-                disk.enable(queue, false).unwrap();
-            }
-            for queue in 0..QUEUES {
-                disk.get_vring_base(queue).unwrap();
-            }
-        }
-    }
-
-    /// The VMM on the source was told to cancel, and goes on with its guest.
-    fn resume(&mut self) {
-        for disk in &mut self.guest {
-            for index in 0..QUEUES {
-                let base = disk.queue(index).ring.used_index();
-                disk.set_up_queue(index, base).unwrap();
-                disk.enable(index, true).unwrap();
-                disk.queue(index).kick_anyway().unwrap();
-            }
-        }
-    }
-
-    /// The VMM on the destination starts it.
-    fn start_there(&self) -> Vec<RawFrontend> {
-        connect(&self.destination, self.guest.len(), options())
-    }
-
-    fn check(guest: &mut [RawFrontend]) {
-        for (disk, salt) in guest.iter_mut().zip(1..) {
-            assert_eq!(disk.queue(0).read(0, 4096).unwrap(), block(salt));
-            assert_eq!(disk.queue(1).read(8, 4096).unwrap(), block(salt + 100));
-            disk.queue(1).write(16, &block(salt + 50)).unwrap();
-            disk.queue(0).flush().unwrap();
-            assert_eq!(disk.queue(0).read(16, 4096).unwrap(), block(salt + 50));
-        }
-    }
-}
-
-/// The disk's requests wait and get no answer.
-fn is_parked(disk: &mut RawFrontend) {
-    let data = block(0xbd);
-    disk.queue(0).submit(&Request::Write { sector: 0, data: &data }).unwrap();
-    disk.queue(0).kick().unwrap();
-    assert!(disk.queue(0).wait_completion(A_WHILE).unwrap().is_none(), "answered");
-}
 
 /// The process ends by itself, soon and without an error.
 fn ends_promptly(daemon: &mut Daemon) {
@@ -354,7 +252,7 @@ fn row_23_while_the_anchor_is_down_both_sides_wait_and_one_gets_the_volumes() {
 }
 
 #[test]
-fn a_server_that_restarts_after_the_seal_does_not_stop_the_move() {
+fn row_20_a_server_that_restarts_after_the_seal_does_not_stop_the_move() {
     for which in [0, 1] {
         let mut scene = Scene::new(2, 2, "fast");
         scene.write_more();
@@ -368,7 +266,7 @@ fn a_server_that_restarts_after_the_seal_does_not_stop_the_move() {
 }
 
 #[test]
-fn a_server_that_restarts_before_the_seal_goes_on_with_the_source() {
+fn row_19_a_server_that_restarts_before_the_seal_goes_on_with_the_source() {
     for which in [0, 1] {
         let mut scene = Scene::new(2, 2, "fast");
         scene.fleet.servers[which].kill_and_restart().unwrap();

@@ -1,0 +1,331 @@
+//! Rows of the failure table in docs/handoff.md that need real processes, and no VMM.
+
+use super::scene::{A_WHILE, QUEUES, SOON, Scene, Side, block, connect, is_parked, options};
+use baton_integration::baton::wait_until;
+use baton_integration::blk::{OK, Request};
+use baton_integration::handoff::{Begin, Host};
+use baton_integration::raw_frontend::{Options, RawFrontend};
+
+/// The next answer of the disk's first queue is good.
+fn answers(disk: &mut RawFrontend) {
+    let done = disk.queue(0).wait_completion(SOON).unwrap().expect("an answer");
+    assert_eq!(done.status, OK);
+}
+
+/// A process that stood by all the time, or for a try that was called off, is not
+/// asked when another is nominated, and gets nothing when its VMM starts all the same.
+#[test]
+fn row_08_a_stale_standby_is_not_nominated() {
+    let mut scene = Scene::new(2, 2, "fast");
+    let idle =
+        Host::start_with(scene.dir.path(), "c", "host-c/vm", &scene.fleet, Begin::Standby, QUEUES)
+            .unwrap();
+    // The first try is called off; its standby is left running.
+    scene.fleet.reclaim(&scene.attempt).unwrap();
+    scene.fleet.settle(&scene.attempt).unwrap();
+    scene.destination.wait_standing("parked").unwrap();
+    // Another, to the same host, with a process of its own for it.
+    let next =
+        Host::start_with(scene.dir.path(), "b2", "host-b/vm", &scene.fleet, Begin::Standby, QUEUES)
+            .unwrap();
+    scene.attempt = scene.fleet.arm("host-a/vm", "host-b/vm").unwrap();
+    next.wait_standing("ready").unwrap();
+    let mut stale = connect(&idle, 2, options());
+    stale.extend(scene.start_there());
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    // Everything is sealed, and both VMMs have started their rings.
+    stale.iter_mut().for_each(is_parked);
+    assert_ne!(idle.standing().unwrap(), "serving", "nobody named it");
+    assert_eq!(scene.destination.standing().unwrap(), "parked");
+    scene.fleet.wait_phase(&["sealed"]).unwrap();
+    let mut new = connect(&next, 2, options());
+    Scene::check(&mut new);
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+    stale.iter_mut().for_each(is_parked);
+    Scene::check(&mut new);
+}
+
+/// It holds no epoch. A VMM that goes on waits for the anchor's answer, whichever it is.
+#[test]
+fn row_10_a_source_that_is_cut_off_behind_its_seal_waits_for_the_anchor() {
+    for destination_started in [false, true] {
+        let (mut scene, proxies) = Scene::proxied(2, 2, Side::Source);
+        scene.write_more();
+        scene.stop();
+        scene.source.wait_standing("sealed").unwrap();
+        proxies.iter().for_each(|proxy| proxy.hold_requests());
+        scene.resume();
+        scene.source.wait_standing("reclaiming").unwrap();
+        scene.guest.iter_mut().for_each(is_parked);
+        assert!(scene.fleet.phase(0).is_ok_and(|phase| phase == "sealed"));
+        let mut there = if destination_started { scene.start_there() } else { Vec::new() };
+        Scene::check(&mut there);
+        proxies.iter().for_each(|proxy| proxy.release_requests());
+        if destination_started {
+            scene.source.wait_standing("parked").unwrap();
+            scene.guest.iter_mut().for_each(|disk| {
+                assert!(disk.queue(0).wait_completion(A_WHILE).unwrap().is_none(), "answered");
+            });
+            assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+            Scene::check(&mut there);
+        } else {
+            scene.source.wait_standing("serving").unwrap();
+            for (disk, salt) in scene.guest.iter_mut().zip(1..) {
+                answers(disk);
+                // What waited was written; the rest is there.
+                assert_eq!(disk.queue(0).read(0, 4096).unwrap(), block(0xbd));
+                assert_eq!(disk.queue(1).read(8, 4096).unwrap(), block(salt + 100));
+            }
+            assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "source");
+        }
+    }
+}
+
+/// The server dies with requests that it never answered, and with the seal that waited
+/// for them: nobody can say what was done, so the destination gives up and the source
+/// does them again.
+#[test]
+fn row_21_a_server_that_dies_in_the_seal_gives_the_vm_back_to_the_source() {
+    for which in [0, 1] {
+        let mut scene = Scene::new(2, 2, "fast");
+        scene.write_more();
+        scene.fleet.servers[which].daemon.freeze().unwrap();
+        let data = block(77);
+        for disk in &mut scene.guest {
+            disk.queue(0).submit(&Request::Write { sector: 24, data: &data }).unwrap();
+            disk.queue(0).kick().unwrap();
+        }
+        let source = &scene.source;
+        let taken = || source.status().is_ok_and(|s| s["disks"][which]["in_flight"] == 1);
+        wait_until("the write is under way", SOON, taken).unwrap();
+        std::thread::scope(|scope| {
+            let guest = &scene.guest;
+            // The VMM is answered when the last request is.
+            let stops = scope.spawn(move || {
+                for disk in guest {
+                    for queue in 0..QUEUES {
+                        disk.enable(queue, false).unwrap();
+                    }
+                }
+                for disk in guest {
+                    for queue in 0..QUEUES {
+                        disk.get_vring_base(queue).unwrap();
+                    }
+                }
+            });
+            source.wait_standing("sealing").unwrap();
+            scene.fleet.servers[which].kill_and_restart().unwrap();
+            stops.join().unwrap();
+        });
+        scene.destination.wait_standing("parked").unwrap();
+        // A frozen anchor wants the destination's word; any other decides at once.
+        let audit = scene.fleet.server(0).get("/v1/volumes/disk0/audit").unwrap();
+        let entries = audit["entries"].as_array().unwrap();
+        let abdicated = entries.iter().any(|entry| entry["what"] == "abdicate");
+        assert_eq!(abdicated, which == 0, "{audit:#}");
+        scene.source.wait_standing("serving").unwrap();
+        for disk in &mut scene.guest {
+            answers(disk);
+        }
+        scene.start_there().iter_mut().for_each(is_parked);
+        scene.resume();
+        for disk in &mut scene.guest {
+            assert_eq!(disk.queue(0).read(24, 4096).unwrap(), block(77));
+        }
+        Scene::check(&mut scene.guest);
+        assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "source");
+    }
+}
+
+/// Nothing was under way to it, so it does not matter whether it comes back with its
+/// memory or without; until it does, the destination waits.
+#[test]
+fn row_25_a_member_that_is_away_in_the_seal_is_waited_for() {
+    for which in [0, 1] {
+        for killed in [false, true] {
+            let mut scene = Scene::new(2, 2, "fast");
+            scene.write_more();
+            scene.fleet.servers[which].daemon.freeze().unwrap();
+            // All was answered: the VMM does not wait for the seals.
+            scene.stop();
+            let mut there = scene.start_there();
+            there.iter_mut().for_each(|disk| {
+                disk.queue(0).submit(&Request::Read { sector: 0, len: 4096 }).unwrap();
+                disk.queue(0).kick().unwrap();
+                assert!(disk.queue(0).wait_completion(A_WHILE).unwrap().is_none(), "not sealed");
+            });
+            assert_eq!(scene.source.standing().unwrap(), "sealing");
+            if killed {
+                scene.fleet.servers[which].kill_and_restart().unwrap();
+            } else {
+                scene.fleet.servers[which].daemon.thaw().unwrap();
+            }
+            for disk in &mut there {
+                answers(disk);
+            }
+            Scene::check(&mut there);
+            scene.source.wait_standing("parked").unwrap();
+            assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+        }
+    }
+}
+
+/// What the server had to say went into a network that swallows it. Nobody says it
+/// again; the next connection asks.
+#[test]
+fn row_26_a_push_of_sealed_that_is_lost_is_told_by_the_next_connection() {
+    let (mut scene, proxies) = Scene::proxied(2, 2, Side::Destination);
+    scene.write_more();
+    proxies.iter().for_each(|proxy| proxy.fall_silent());
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    let mut there = scene.start_there();
+    there.iter_mut().for_each(|disk| {
+        disk.queue(0).submit(&Request::Read { sector: 0, len: 4096 }).unwrap();
+        disk.queue(0).kick().unwrap();
+        assert!(disk.queue(0).wait_completion(A_WHILE).unwrap().is_none(), "told nothing");
+    });
+    let status = scene.destination.status().unwrap();
+    assert_eq!(status["handoff"]["standing"], "activating");
+    for member in status["handoff"]["members"].as_array().unwrap() {
+        assert_eq!(member["phase"], "armed", "the push was lost: {member}");
+    }
+    proxies.iter().for_each(|proxy| {
+        proxy.speak();
+        proxy.cut();
+    });
+    for disk in &mut there {
+        answers(disk);
+    }
+    Scene::check(&mut there);
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+}
+
+/// The anchor has decided, and a member's server, or the winner's process, dies before
+/// the member heard of it.
+#[test]
+fn row_30_a_crash_between_volumes_leaves_them_with_one_side() {
+    for server_dies in [false, true] {
+        let mut scene = Scene::new(2, 2, "fast");
+        scene.write_more();
+        scene.stop();
+        scene.source.wait_standing("sealed").unwrap();
+        let unstarted = Options { start: false, ..options() };
+        let mut there = connect(&scene.destination, 2, unstarted);
+        scene.fleet.servers[1].daemon.freeze().unwrap();
+        there.iter_mut().for_each(|disk| disk.start().unwrap());
+        // The anchor's volume is used while the other's server does not answer.
+        assert_eq!(there[0].queue(0).read(0, 4096).unwrap(), block(1));
+        assert_eq!(scene.fleet.phase(0).unwrap(), "active");
+        if server_dies {
+            scene.fleet.servers[1].kill_and_restart().unwrap();
+        } else {
+            scene.destination.daemon.kill().unwrap();
+            scene.fleet.servers[1].daemon.thaw().unwrap();
+            scene.destination.set_begin(Begin::Claim).unwrap();
+            scene.destination.restart().unwrap();
+            drop(there);
+            there = scene.start_there();
+        }
+        // The source wants both back and gets neither.
+        scene.resume();
+        scene.source.wait_standing("parked").unwrap();
+        scene.guest.iter_mut().for_each(is_parked);
+        Scene::check(&mut there);
+        assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+        for member in 0..2 {
+            assert_eq!(scene.fleet.owner(member).unwrap(), "host-b/vm");
+        }
+        Scene::check(&mut there);
+    }
+}
+
+/// The source's backend is replaced by a newer one while the handoff waits for the
+/// VM, and the destination's when it has become the owner.
+#[test]
+fn row_35_a_backend_that_is_updated_in_a_handoff_goes_on() {
+    let mut scene = Scene::new(2, 2, "fast");
+    scene.source.daemon.kill().unwrap();
+    scene.source.restart().unwrap();
+    assert_eq!(scene.source.standing().unwrap(), "serving", "armed, and a process of the owner");
+    scene.fleet.wait_phase(&["armed"]).unwrap();
+    scene.guest.iter_mut().for_each(|disk| disk.reconnect().unwrap());
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    let mut there = scene.start_there();
+    Scene::check(&mut there);
+    // Active and not settled: as its host's supervisor restarts it.
+    scene.destination.daemon.kill().unwrap();
+    scene.destination.restart().unwrap();
+    there.iter_mut().for_each(|disk| disk.reconnect().unwrap());
+    Scene::check(&mut there);
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+    // And settled.
+    scene.destination.daemon.kill().unwrap();
+    scene.destination.set_begin(Begin::Claim).unwrap();
+    scene.destination.restart().unwrap();
+    there.iter_mut().for_each(|disk| disk.reconnect().unwrap());
+    Scene::check(&mut there);
+}
+
+/// The machine had started its rings, so it cannot be told from one of an earlier try,
+/// and is turned away by the next process. Nobody activates; the move is called off,
+/// and the next one takes another machine.
+#[test]
+fn row_14_a_standby_that_dies_under_a_started_machine_is_a_try_that_failed() {
+    let mut scene = Scene::new(2, 2, "fast");
+    let mut there = scene.start_there();
+    scene.destination.wait_standing("activating").unwrap();
+    scene.destination.daemon.kill().unwrap();
+    scene.destination.restart().unwrap();
+    scene.destination.wait_standing("ready").unwrap();
+    for disk in &mut there {
+        let turned_away = disk.reconnect().and_then(|()| disk.capacity());
+        assert!(turned_away.is_err(), "{turned_away:?}");
+    }
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    assert!(there[0].reconnect().and_then(|()| there[0].capacity()).is_err());
+    std::thread::sleep(A_WHILE);
+    scene.fleet.wait_phase(&["sealed"]).unwrap();
+    assert_eq!(scene.destination.standing().unwrap(), "ready", "nobody has started its rings");
+
+    assert_eq!(scene.fleet.reclaim(&scene.attempt).unwrap()["outcome"], "source");
+    scene.resume();
+    Scene::check(&mut scene.guest);
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "source");
+    drop(there);
+    scene.destination.daemon.kill().unwrap();
+    scene.destination.restart().unwrap();
+    scene.attempt = scene.fleet.arm("host-a/vm", "host-b/vm").unwrap();
+    scene.destination.wait_standing("ready").unwrap();
+    scene.guest.iter_mut().for_each(|disk| disk.start_logging().unwrap());
+    scene.stop();
+    Scene::check(&mut scene.start_there());
+}
+
+/// One that has not started its rings is as good for the next process as for the one
+/// that died.
+#[test]
+fn row_14_a_standby_that_dies_under_a_waiting_machine_is_no_matter() {
+    let mut scene = Scene::new(2, 2, "fast");
+    let unstarted = Options { start: false, ..options() };
+    let mut there = connect(&scene.destination, 2, unstarted);
+    there.iter().for_each(|disk| assert!(disk.capacity().is_ok()));
+    scene.destination.daemon.kill().unwrap();
+    scene.destination.restart().unwrap();
+    scene.destination.wait_standing("ready").unwrap();
+    for disk in &mut there {
+        disk.attach().unwrap();
+        assert!(disk.capacity().is_ok());
+    }
+    scene.write_more();
+    scene.stop();
+    there.iter_mut().for_each(|disk| disk.start().unwrap());
+    Scene::check(&mut there);
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+}
