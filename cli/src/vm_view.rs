@@ -6,7 +6,7 @@ use crate::view::{Align::Left, Align::Right, items, table, text};
 
 /// VMs, one line for each host that knows one.
 pub(crate) fn vms(answer: &Value) -> String {
-    let header = ["VM", "DISKS", "HOST", "BACKEND", "ROLE", "HANDOFF"].map(str::to_owned);
+    let header = ["VM", "DISKS", "HOST", "BACKEND", "STARTED AS", "HANDOFF"].map(str::to_owned);
     let mut rows = vec![header];
     for vm in items(&answer["vms"]) {
         let handoff = match &vm["handoff"] {

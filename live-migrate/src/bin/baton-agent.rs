@@ -4,8 +4,8 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use baton_live_migrate::agent;
 use baton_live_migrate::agent::config::{Config, LogFormat};
+use baton_live_migrate::agent::{self, StartError};
 use baton_live_migrate::dev_ca;
 use baton_live_migrate::identity::{Identity, Role};
 use baton_live_migrate::problem::Problem;
@@ -86,6 +86,10 @@ async fn run(config: Config) -> ExitCode {
     };
     let agent = match agent::start(config).await {
         Ok(agent) => agent,
+        // Starting it again would not help.
+        Err(error @ (StartError::Credentials(_) | StartError::WrongHost { .. })) => {
+            return fail(USAGE, &error);
+        }
         Err(error) => return fail(FAILED, &error),
     };
     say(&format!("listening api={}", agent.address));

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use baton_live_migrate::coordinator::config::Config;
-use baton_live_migrate::coordinator::server;
+use baton_live_migrate::coordinator::server::{self, StartError};
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -65,6 +65,10 @@ async fn serve(config: Config) -> ExitCode {
     };
     let coordinator = match server::start(config).await {
         Ok(coordinator) => coordinator,
+        // Starting it again would not help.
+        Err(error @ (StartError::Credentials(_) | StartError::WrongRole(_))) => {
+            return fail(USAGE, &error);
+        }
         Err(error) => return fail(FAILED, &error),
     };
     say(&format!("listening api={} term={}", coordinator.address, coordinator.term));

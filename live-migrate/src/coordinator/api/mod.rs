@@ -27,6 +27,7 @@ use super::core::Core;
 use super::fault::Fault;
 use crate::door::Peer;
 use crate::identity::Role;
+use crate::problem::Problem;
 
 const BODY_BYTES_MAX: usize = 64 << 10;
 
@@ -143,6 +144,13 @@ fn may_hand_off(peer: &Peer, hosts: &[&str]) -> Result<(), Fault> {
             if identity.role == Role::Host && hosts.contains(&identity.name.as_str()) =>
         {
             Ok(())
+        }
+        Peer::Tls(identity) if identity.role == Role::Host => {
+            let detail = format!(
+                "you are {identity}; a host may hand over only what leaves it or comes to it: say from and to, or call as an operator"
+            );
+            let (status, kind) = (StatusCode::FORBIDDEN, "baton:forbidden");
+            Err(Problem::new(status, kind, "The caller may not do this", detail).into())
         }
         _ => may_order(peer),
     }
