@@ -15,7 +15,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::extract::connect_info::Connected;
-use axum::http::StatusCode;
 use axum::serve::{IncomingStream, Listener};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -96,12 +95,7 @@ impl Peer {
                     "you are {identity}; only {} may do this: call with such a certificate",
                     allowed.join(" or ")
                 );
-                Err(Problem::new(
-                    StatusCode::FORBIDDEN,
-                    "baton:forbidden",
-                    "The caller may not do this",
-                    detail,
-                ))
+                Err(Problem::forbidden(detail))
             }
             Self::Tls(_) | Self::Unix { .. } | Self::Loopback => Ok(()),
         }

@@ -26,7 +26,15 @@ pub struct Problem {
 }
 
 impl Problem {
+    /// The caller is known and may not do this.
+    #[must_use]
+    pub fn forbidden(detail: impl ToString) -> Self {
+        let title = "The caller may not do this";
+        Self::new(StatusCode::FORBIDDEN, "baton:forbidden", title, detail)
+    }
+
     /// One of a kind.
+    #[must_use]
     pub fn new(
         status: StatusCode,
         kind: &'static str,

@@ -303,6 +303,16 @@ fn it_needs_no_privileges() {
     assert!(daemon.terminate(SOON).unwrap().success());
 }
 
+/// Or it would grow, and wait for all processors, when a front-end starts its rings.
+#[test]
+fn the_table_of_open_files_is_long_enough_from_the_start() {
+    let stack = Stack::start(&["--num-queues", "64"]);
+    let path = format!("/proc/{}/status", stack.backend.daemon.pid());
+    let status = fs::read_to_string(path).unwrap();
+    let length = status.lines().find_map(|line| line.strip_prefix("FDSize:")).unwrap();
+    assert!(length.trim().parse::<u64>().unwrap() >= 800, "{length}");
+}
+
 #[test]
 fn an_idle_disk_costs_no_wake_up_and_little_memory() {
     let stack = Stack::start(&["--num-queues", "4"]);

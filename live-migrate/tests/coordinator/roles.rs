@@ -48,6 +48,10 @@ async fn operators_may_all_and_hosts_only_what_concerns_them() {
     std::fs::write(&other, text).expect("written");
     let refused = server::start(Config::load(&other).expect("good")).await.expect_err("a host's");
     assert!(refused.to_string().contains("baton://host/host-a"), "{refused}");
+    let program = env!("CARGO_BIN_EXE_baton-coordinator");
+    let ended = std::process::Command::new(program).arg("--config").arg(&other).output();
+    let code = ended.expect("it runs").status.code();
+    assert_eq!(code, Some(2), "systemd does not start it again");
     let coordinator = server::start(Config::load(&file).expect("good")).await.expect("it starts");
     let endpoint: Endpoint =
         format!("https://{}", coordinator.address).parse().expect("an endpoint");
@@ -76,9 +80,10 @@ async fn operators_may_all_and_hosts_only_what_concerns_them() {
         ),
         (&z, Method::PUT, put, &handoff),
     ] {
-        let (problem, detail) = kind(call(client, method, path, body).await);
+        let (problem, detail) = kind(call(client, method.clone(), path, body).await);
         assert_eq!(problem, "baton:forbidden", "{path}");
         assert!(detail.contains("operator"), "{detail}");
+        assert_eq!(detail.contains("say from and to"), method == Method::PUT, "{detail}");
     }
     // What is let in gets as far as the agents, which do not exist.
     for (client, method, path, body) in [

@@ -149,8 +149,7 @@ fn may_hand_off(peer: &Peer, hosts: &[&str]) -> Result<(), Fault> {
             let detail = format!(
                 "you are {identity}; a host may hand over only what leaves it or comes to it: say from and to, or call as an operator"
             );
-            let (status, kind) = (StatusCode::FORBIDDEN, "baton:forbidden");
-            Err(Problem::new(status, kind, "The caller may not do this", detail).into())
+            Err(Problem::forbidden(detail).into())
         }
         _ => may_order(peer),
     }

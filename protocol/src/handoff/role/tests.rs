@@ -209,6 +209,15 @@ impl Bench {
         let by = By::Backend { name: SOURCE, session };
         RecordInput::Reclaim { attempt: attempt_of(1), by }
     }
+
+    /// The coordinator ends the first try, which the source has won, at both members.
+    fn settle_for_source(&mut self, grant: u64) {
+        let attempt = attempt_of(1);
+        let proof = Proof::new(&plan(1).key, attempt, Side::Source, grant, S1);
+        for member in [ANCHOR, OTHER] {
+            self.at(member, RecordInput::Settle { attempt, term: 1, proof: Some((S1, proof)) });
+        }
+    }
 }
 
 fn ask(member: usize, attempt: u32, ask: Asked) -> Output {

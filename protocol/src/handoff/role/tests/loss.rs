@@ -51,12 +51,7 @@ fn a_destination_is_good_for_one_try() {
     let mut bench = Bench::destination();
     let reclaim = bench.reclaim_by(S1);
     bench.at(ANCHOR, reclaim);
-    for member in [ANCHOR, OTHER] {
-        let (attempt, plan) = (attempt_of(1), plan(1));
-        let proof = Proof::new(&plan.key, attempt, Side::Source, 1, S1);
-        let settle = RecordInput::Settle { attempt, term: 1, proof: Some((S1, proof)) };
-        bench.at(member, settle);
-    }
+    bench.settle_for_source(1);
     bench.arm(2);
     let outputs = bench.view(ANCHOR);
     assert!(outputs.contains(&Output::Park(Parked::Over)), "{outputs:?}");

@@ -106,14 +106,9 @@ fn an_unfreeze_meant_for_an_earlier_incarnation_is_asked_again() {
 #[test]
 fn a_source_that_a_coordinator_settled_while_held_goes_on() {
     let mut bench = Bench::sealed_source();
-    let (attempt, plan) = (attempt_of(1), plan(1));
-    let proof = Proof::new(&plan.key, attempt, Side::Source, 3, S1);
     let reclaim = bench.reclaim_by(S1);
     bench.at(ANCHOR, reclaim);
-    for member in [ANCHOR, OTHER] {
-        let settle = RecordInput::Settle { attempt, term: 1, proof: Some((S1, proof)) };
-        bench.at(member, settle);
-    }
+    bench.settle_for_source(3);
     let outputs = bench.views();
     let goes = outputs.iter().filter(|o| matches!(o, Output::Go { epoch: Epoch(3), .. }));
     assert_eq!(goes.count(), 2, "{outputs:?}");
@@ -126,12 +121,7 @@ fn a_wish_to_come_back_does_not_cancel_the_next_try() {
     assert_eq!(bench.role.step(Input::Order(Order::Reclaim)), [ask(ANCHOR, 1, Asked::Reclaim)]);
     let reclaim = bench.reclaim_by(S1);
     bench.asked(ANCHOR, 1, Asked::Reclaim, reclaim);
-    for member in [ANCHOR, OTHER] {
-        let (attempt, plan) = (attempt_of(1), plan(1));
-        let proof = Proof::new(&plan.key, attempt, Side::Source, 1, S1);
-        let settle = RecordInput::Settle { attempt, term: 1, proof: Some((S1, proof)) };
-        bench.at(member, settle);
-    }
+    bench.settle_for_source(1);
     bench.views();
     bench.arm(2);
     assert_eq!(asks(&bench.views(), Asked::Reclaim), 0);
@@ -148,12 +138,7 @@ fn a_refused_seal_of_an_older_try_does_not_stand_for_the_new_one() {
     bench.stop();
     let reclaim = bench.reclaim_by(S1);
     bench.at(ANCHOR, reclaim);
-    for member in [ANCHOR, OTHER] {
-        let (attempt, plan) = (attempt_of(1), plan(1));
-        let proof = Proof::new(&plan.key, attempt, Side::Source, 1, S1);
-        let settle = RecordInput::Settle { attempt, term: 1, proof: Some((S1, proof)) };
-        bench.at(member, settle);
-    }
+    bench.settle_for_source(1);
     bench.arm(2);
     bench.views();
     let outputs = bench.hear(OTHER, 1, Asked::Seal, Outcome::NoSuchHandoff);
