@@ -11,6 +11,7 @@
 //! | `carry_out` | one action: calls until it is done, reports what it learns |
 //! | [`storages`], [`agents`] | who is called |
 //! | [`prepare`] | a new handoff: who, what and whether |
+//! | `sides` | its two hosts, asked before anything is armed |
 //! | `tidings` | what the agents did by themselves, taken into the log of events |
 //! | [`vms`] | a VM as a whole: where it is, who owns it, fencing it, why |
 //! | [`migrate`] | drives a whole migration |
@@ -29,6 +30,7 @@ pub mod migrate;
 pub mod plan;
 pub mod prepare;
 pub mod server;
+mod sides;
 pub mod storages;
 mod tidings;
 pub mod view;

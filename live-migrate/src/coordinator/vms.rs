@@ -15,7 +15,7 @@ use super::core::{Core, unix_us};
 use super::fault::Fault;
 use super::journal::{Change, Event};
 use super::plan::{self, Input};
-use super::prepare::{unknown_vm, vm_name};
+use super::prepare::vm_name;
 use super::storages::{RecordView, StorageError, StorageServer, place_of};
 
 /// A VM that was fenced from a host.
@@ -96,24 +96,15 @@ pub async fn list(core: &Arc<Core>) -> Value {
     json!({"vms": vms, "unreachable": silent})
 }
 
-/// The VM as any agent tells it now, or as it was remembered.
+/// The VM as it was remembered, or as an agent tells it now.
 async fn find(core: &Arc<Core>, vm: &str) -> Result<VmView, Fault> {
     vm_name(vm)?;
     if let Some(view) = core.remembered(vm) {
         return Ok(view);
     }
-    let mut silent = None;
-    for agent in core.agents.iter() {
-        match agent.vm(vm).await {
-            Ok(view) => {
-                core.remember(&view).await?;
-                return Ok(view);
-            }
-            Err(error) if error.is_missing() => {}
-            Err(error) => silent = Some(error),
-        }
-    }
-    Err(silent.map_or_else(|| unknown_vm(vm, "no agent knows such a VM"), Into::into))
+    let view = super::sides::find(core, vm, None).await?.view;
+    core.remember(&view).await?;
+    Ok(view)
 }
 
 async fn volumes<'a>(core: &'a Arc<Core>, view: &VmView) -> Result<Vec<Volume<'a>>, Fault> {
@@ -159,7 +150,14 @@ pub async fn access(core: &Arc<Core>, vm: &str) -> Result<Value, Fault> {
             format!("`{vm}` has no disk on a storage server"),
         )
     })?;
-    let record = anchor.record.as_ref().map_err(|error| Fault::from(error.clone()))?;
+    let record = match &anchor.record {
+        Ok(record) => record,
+        Err(error) => {
+            // Not the others: the anchor decides.
+            let owner = super::sides::owner_so_far(core, vm, None);
+            return Err(Fault::storage(error.clone(), &owner));
+        }
+    };
     let host_of = |record: &RecordView| {
         let owner = record.owner.as_ref()?;
         Some(owner.name.strip_suffix(&format!("/{vm}")).unwrap_or(&owner.name).to_owned())

@@ -1,6 +1,7 @@
 //! `baton-coordinator` as a program, on servers with real access records and
 //! agents with pretended backends.
 
+mod away;
 mod crashes;
 mod handoffs;
 mod migrations;

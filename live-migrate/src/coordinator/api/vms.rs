@@ -82,7 +82,8 @@ pub(super) async fn fence(
 /// up. Answered at once; the handoff of the same id shows how far it is.
 #[utoipa::path(post, path = "/v1/vms/{vm}/migrations", params(("vm" = String, Path)), request_body = MigrateVm,
     responses((status = 202, body = String), (status = 200, description = "It was asked for before.", body = String),
-    (status = 404, body = Fault), (status = 409, body = Fault), (status = 503, body = Fault)))]
+    (status = 404, body = Fault), (status = 409, body = Fault),
+    (status = 503, description = "`baton:agent-unreachable`, which names the source, the destination or both, `baton:storage-unreachable`: nothing was armed.", body = Fault)))]
 pub(super) async fn migrate(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
