@@ -13,7 +13,8 @@
 //! | [`prepare`] | a new handoff: who, what and whether |
 //! | `sides` | its two hosts, asked before anything is armed |
 //! | `tidings` | what the agents did by themselves, taken into the log of events |
-//! | [`vms`] | a VM as a whole: where it is, who owns it, fencing it, why |
+//! | [`vms`] | a VM as a whole: where it is, who owns it, why |
+//! | [`fence`] | takes a VM's volumes from a dead host |
 //! | [`migrate`] | drives a whole migration |
 //! | `api`, [`view`], [`fault`] | HTTP: routes, what is shown, problems |
 //! | [`core`], [`config`], [`server`] | what is shared, what is configured, start |
@@ -24,6 +25,7 @@ mod carry_out;
 pub mod config;
 pub mod core;
 pub mod fault;
+pub mod fence;
 pub mod journal;
 pub mod keeper;
 pub mod migrate;

@@ -3,6 +3,7 @@
 
 mod away;
 mod crashes;
+mod fences;
 mod handoffs;
 mod migrations;
 mod real_storage;
