@@ -93,11 +93,14 @@ impl InflightRegion {
     /// Makes an empty region and its descriptor.
     ///
     /// # Errors
-    /// When the kernel refuses a memfd of that size.
+    /// Without rings, or when the kernel refuses a memfd of that size.
     pub fn create(
         num_queues: u16,
         queue_size: u16,
     ) -> io::Result<(Self, OwnedFd, InflightDescription)> {
+        if num_queues == 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it was asked for no rings"));
+        }
         let len = ring_bytes(queue_size) * usize::from(num_queues) + TRAILER_BYTES;
         // SAFETY: a constant C string.
         let fd = unsafe { libc::memfd_create(c"baton-inflight".as_ptr(), libc::MFD_CLOEXEC) };
