@@ -12,6 +12,7 @@ use crate::bench::cpu::Snapshot;
 use crate::blk::Request;
 use crate::daemon::Daemon;
 use crate::handoff::{Attempt, Begin, Fleet, Host};
+use crate::memory::BASE;
 use crate::raw_frontend::{Options, RawFrontend};
 use crate::raw_wire::{Answer, Ask, Control, Mode};
 use anyhow::{Context, Result, bail};
@@ -206,6 +207,9 @@ fn connect(host: &Host) -> Result<Vec<RawFrontend>> {
         let mut disk = RawFrontend::connect(socket, options())?;
         disk.set_features(disk.features())?;
         disk.send_memory()?;
+        // A VMM that takes a machine in has written its memory by the time it starts the rings.
+        let map = disk.memory().map();
+        disk.memory().write(BASE, &vec![0; map.len()]);
         Ok(disk)
     };
     host.sockets().iter().map(ready).collect()

@@ -239,6 +239,17 @@ impl Agent {
         self.call(Method::GET, &format!("/v1/vms/{vm}"), None).await.map(VmView)
     }
 
+    /// [`Self::vm`], not waited for longer than this.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn vm_within(&self, vm: &str, within: Duration) -> Result<VmView, AgentError> {
+        let within = self.timeout.min(within);
+        let answer =
+            self.client.call_within(Method::GET, &format!("/v1/vms/{vm}"), None, within).await;
+        answer.map(VmView).map_err(|error| self.judge(error))
+    }
+
     /// [`Self::vm`], asked again for at most `patience` while nobody answers.
     ///
     /// # Errors

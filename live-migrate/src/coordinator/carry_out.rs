@@ -9,6 +9,7 @@ use baton_fault_point as fault_point;
 
 use super::agents::{Agent, AgentError, VmView};
 use super::core::Core;
+use super::fault::while_storage_is_away;
 use super::keeper::Reports;
 use super::plan::{Action, Input, Member, Row, Standing, Trouble};
 use super::storages::{Reclaimed, StorageError};
@@ -79,7 +80,11 @@ impl Work {
                 self.reports.tell(Input::StaleTerm).await;
                 std::future::pending::<()>().await;
             }
-            StorageError::Unreachable(trouble) | StorageError::Refused { trouble } => {
+            StorageError::Unreachable(Trouble { kind, detail }) => {
+                let detail = format!("{detail}; {}", while_storage_is_away(&self.row));
+                patience.wait(&self.reports, Some(&Trouble { kind, detail })).await;
+            }
+            StorageError::Refused { trouble } => {
                 patience.wait(&self.reports, Some(&trouble)).await;
             }
         }

@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use super::agents::AgentError;
 use super::journal::JournalError;
 use super::keeper::AskError;
-use super::plan::{Refusal, Row, Trouble, Winner};
+use super::plan::{Member, Progress, Refusal, Row, State, Trouble, Winner};
 use super::storages::StorageError;
 use crate::problem::Problem;
 
@@ -75,6 +75,22 @@ impl Fault {
         let (kind, title, status) =
             known.copied().unwrap_or(("baton:refused", "It was refused", StatusCode::CONFLICT));
         Self::new(status, kind, title, &trouble.detail)
+    }
+
+    /// A storage server did not do what was asked of it, and nothing was armed or
+    /// changed. `owner` says who owns the volumes, as far as that is known without it.
+    #[must_use]
+    pub fn storage(error: StorageError, owner: &str) -> Self {
+        match error {
+            StorageError::Unreachable(Trouble { kind, detail }) => Self::of(&Trouble {
+                kind,
+                detail: format!(
+                    "{detail}; {owner}; nothing was armed or changed, and the VM stays where it is: see to that server and ask again"
+                ),
+            }),
+            StorageError::Refused { trouble } => Self::of(&trouble),
+            StorageError::StaleTerm(_) => stopping(),
+        }
     }
 
     /// There is no such thing.
@@ -151,6 +167,37 @@ pub fn owner_sentence(row: &Row) -> String {
     }
 }
 
+/// Who owns the volumes, what may be armed and what to do, while a storage server is
+/// away in the middle of a handoff.
+#[must_use]
+pub fn while_storage_is_away(row: &Row) -> String {
+    let Row { vm, from, to, .. } = row;
+    if row.outcome().is_none() || row.winner.is_some() {
+        return format!(
+            "{}; what is left of the handoff is cleaned up by itself when that server answers: see to it",
+            owner_sentence(row)
+        );
+    }
+    let armed = |member: &&Member| matches!(member.progress, Progress::Asked | Progress::Armed);
+    let armed: Vec<&str> =
+        row.members.iter().filter(armed).map(|member| member.volume.as_str()).collect();
+    let last = format!("see to that server, or `baton handoff cancel {vm}`");
+    if armed.is_empty() {
+        return format!(
+            "the source {from} owns the volumes of `{vm}`, which goes on there, and nothing is armed: {last}"
+        );
+    }
+    let armed = armed.join(", ");
+    if row.state == State::Preparing {
+        return format!(
+            "the source {from} owns the volumes of `{vm}`, which goes on there; armed for {to}, or about to be: {armed}; that takes nothing from the source, and is taken back if the handoff fails: {last}"
+        );
+    }
+    format!(
+        "as last known the source {from} owns the volumes of `{vm}`; armed for {to}, which may take them once the machine has stopped on {from}: {armed}; if it has, resume neither side until that server answers: {last}"
+    )
+}
+
 fn stopping() -> Fault {
     Fault::new(
         StatusCode::SERVICE_UNAVAILABLE,
@@ -181,17 +228,6 @@ impl From<JournalError> for Fault {
                 "The journal failed",
                 format!("{other}; nothing was started"),
             ),
-        }
-    }
-}
-
-impl From<StorageError> for Fault {
-    fn from(error: StorageError) -> Self {
-        match error {
-            StorageError::Unreachable(trouble) | StorageError::Refused { trouble } => {
-                Self::of(&trouble)
-            }
-            StorageError::StaleTerm(_) => stopping(),
         }
     }
 }

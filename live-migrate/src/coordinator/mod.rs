@@ -11,8 +11,10 @@
 //! | `carry_out` | one action: calls until it is done, reports what it learns |
 //! | [`storages`], [`agents`] | who is called |
 //! | [`prepare`] | a new handoff: who, what and whether |
+//! | `sides` | its two hosts, asked before anything is armed |
 //! | `tidings` | what the agents did by themselves, taken into the log of events |
-//! | [`vms`] | a VM as a whole: where it is, who owns it, fencing it, why |
+//! | [`vms`] | a VM as a whole: where it is, who owns it, why |
+//! | [`fence`] | takes a VM's volumes from a dead host |
 //! | [`migrate`] | drives a whole migration |
 //! | `api`, [`view`], [`fault`] | HTTP: routes, what is shown, problems |
 //! | [`core`], [`config`], [`server`] | what is shared, what is configured, start |
@@ -23,12 +25,14 @@ mod carry_out;
 pub mod config;
 pub mod core;
 pub mod fault;
+pub mod fence;
 pub mod journal;
 pub mod keeper;
 pub mod migrate;
 pub mod plan;
 pub mod prepare;
 pub mod server;
+mod sides;
 pub mod storages;
 mod tidings;
 pub mod view;

@@ -14,7 +14,8 @@ use super::agents::{Agent, DiskView, VmView};
 use super::core::{Core, unix_us};
 use super::fault::{Fault, owner_sentence};
 use super::keeper::Handle;
-use super::plan::{self, Member, Progress, Row, Seen, Standing, State, Trigger, Trouble};
+use super::plan::{self, Member, Progress, Row, Seen, Standing, State, Trigger};
+use super::sides::{self, Found};
 use super::storages::place_of;
 use crate::identity::is_name;
 
@@ -186,12 +187,12 @@ async fn plan(
         )));
     }
     agent(core, &request.to)?;
-    let (view, hint) = view(core, vm, request.from.as_deref()).await?;
+    let Found { view, named, serving } = sides::find(core, vm, request.from.as_deref()).await?;
     let disks = chosen(&view, request.volumes.as_deref())?;
     let mut members = Vec::with_capacity(disks.len());
     let mut owner = None;
     for disk in disks {
-        let (member, owned_by) = member(core, &disk).await?;
+        let (member, owned_by) = member(core, vm, &disk, serving.as_deref()).await?;
         match owned_by {
             Some(name) if owner.as_ref().is_none_or(|owner| *owner == name) => owner = Some(name),
             Some(name) => {
@@ -213,7 +214,7 @@ async fn plan(
     }
     let owned_by = owner.as_deref().unwrap_or_default();
     let running_on = owned_by.strip_suffix(&format!("/{vm}")).unwrap_or_default();
-    let from = request.from.clone().or(hint).unwrap_or_else(|| running_on.to_owned());
+    let from = request.from.clone().or(named).unwrap_or_else(|| running_on.to_owned());
     if plan::owner(&from, vm) != owned_by {
         let known = core.agents.of(&from).is_some();
         let what = format!("belongs to `{owned_by}`, not to `{from}/{vm}`");
@@ -231,6 +232,11 @@ async fn plan(
             format!("{from} owns the volumes of `{vm}` and runs it; there is nothing to move"),
         ));
     }
+    // Where the rings switch it and somebody else drives the machines, nothing is asked
+    // of the source's agent.
+    let orders = driven.is_some() || request.mode == Trigger::Explicit;
+    let there = sides::answer(core, vm, (&from, &request.to), orders).await?;
+    let view = there.unwrap_or(view);
     if driven.is_some() && view.monitor_is_foreign() {
         return Err(Fault::new(
             StatusCode::CONFLICT,
@@ -241,7 +247,6 @@ async fn plan(
             ),
         ));
     }
-    nothing_runs_at(core, vm, &from, &request.to).await?;
     let key = plan::random_key().map_err(|error| {
         Fault::new(StatusCode::INTERNAL_SERVER_ERROR, "baton:failed", "No random bytes", error)
     })?;
@@ -285,68 +290,6 @@ async fn plan(
     })
 }
 
-/// The destination's agent answers, and says that the VM does not run there. Asked
-/// before anything is armed, so that a dead host costs the VM nothing.
-async fn nothing_runs_at(core: &Core, vm: &str, from: &str, to: &str) -> Result<(), Fault> {
-    let there = match agent(core, to)?.vm_patiently(vm, core.config.agent_patience).await {
-        Ok(there) => there,
-        // It will be told of the VM.
-        Err(error) if error.is_missing() => return Ok(()),
-        Err(error) => {
-            let Trouble { kind, detail } = error.trouble();
-            return Err(Fault::of(&Trouble {
-                kind: kind.clone(),
-                detail: format!(
-                    "{detail}; the source {from} owns the volumes of `{vm}`, which goes on there, and nothing was armed: see to baton-agent on {to} and ask again"
-                ),
-            }));
-        }
-    };
-    if there.standing_word() != Some("serving") && there.run() != "running" {
-        return Ok(());
-    }
-    Err(Fault::new(
-        StatusCode::CONFLICT,
-        "baton:destination-runs-vm",
-        "The destination runs the VM already",
-        format!(
-            "`{vm}` runs on {to} already (machine: {}, backend: {}), and the source {from} owns the volumes; stop the one on {to} first",
-            there.run(),
-            there.standing_word().unwrap_or("none"),
-        ),
-    ))
-}
-
-/// The VM as its source's agent tells it, and where it was found.
-async fn view(
-    core: &Core,
-    vm: &str,
-    from: Option<&str>,
-) -> Result<(VmView, Option<String>), Fault> {
-    if let Some(from) = from {
-        return match agent(core, from)?.vm(vm).await {
-            Ok(view) => Ok((view, Some(from.to_owned()))),
-            Err(error) if error.is_missing() => {
-                Err(unknown_vm(vm, &format!("the agent of {from} knows no such VM")))
-            }
-            Err(error) => Err(error.into()),
-        };
-    }
-    let mut silent = None;
-    for agent in core.agents.iter() {
-        match agent.vm(vm).await {
-            // The volumes say which host it is.
-            Ok(view) => return Ok((view, None)),
-            Err(error) if error.is_missing() => {}
-            Err(error) => silent = Some(error),
-        }
-    }
-    match silent {
-        Some(error) => Err(error.into()),
-        None => Err(unknown_vm(vm, "no agent knows such a VM")),
-    }
-}
-
 fn chosen(view: &VmView, wanted: Option<&[String]>) -> Result<Vec<DiskView>, Fault> {
     let all = view.disks();
     let Some(wanted) = wanted else {
@@ -387,7 +330,12 @@ fn chosen(view: &VmView, wanted: Option<&[String]>) -> Result<Vec<DiskView>, Fau
     }
 }
 
-async fn member(core: &Core, disk: &DiskView) -> Result<(Member, Option<String>), Fault> {
+async fn member(
+    core: &Core,
+    vm: &str,
+    disk: &DiskView,
+    serving: Option<&str>,
+) -> Result<(Member, Option<String>), Fault> {
     let not_movable = |why: String| {
         Fault::new(
             StatusCode::CONFLICT,
@@ -411,7 +359,7 @@ async fn member(core: &Core, disk: &DiskView) -> Result<(Member, Option<String>)
                 format!("disk `{}`: {error}", disk.name),
             )
         } else {
-            error.into()
+            Fault::storage(error, &sides::owner_so_far(core, vm, serving))
         }
     })?;
     let member = Member {

@@ -103,6 +103,9 @@ pub struct HandoffView {
     pub id: String,
     /// Which try.
     pub attempt: u32,
+    /// Owner name of the destination.
+    #[serde(default)]
+    pub to: String,
     /// Its seal is known.
     #[serde(default)]
     pub sealed: bool,

@@ -1,62 +1,23 @@
-//! VMs as a whole: where they are, who owns their volumes, fencing them, why
-//! things are as they are. Ownership is read from the access records each time.
+//! VMs as a whole: where they are, who owns their volumes, why things are as they
+//! are. Ownership is read from the access records each time.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use axum::http::StatusCode;
 use futures_util::future::join_all;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use utoipa::ToSchema;
 
 use super::agents::VmView;
-use super::core::{Core, unix_us};
+use super::core::Core;
 use super::fault::Fault;
-use super::journal::{Change, Event};
-use super::plan::{self, Input};
-use super::prepare::{unknown_vm, vm_name};
+use super::prepare::vm_name;
 use super::storages::{RecordView, StorageError, StorageServer, place_of};
 
-/// A VM that was fenced from a host.
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct FenceVm {
-    /// The host that shall not touch the volumes any more.
-    pub dead_host: String,
-    /// Who fences and why; for the log and the audit.
-    pub reason: String,
-    /// Although the host's agent answers and says that the VM runs.
-    #[serde(default)]
-    pub force: bool,
-    /// The only host that may claim the volumes next; any but the dead one if absent.
-    pub nominee: Option<String>,
-}
-
-/// What became of one volume.
-#[derive(Clone, Debug, Serialize, ToSchema)]
-pub struct FencedVolume {
-    /// Its name.
-    pub volume: String,
-    /// Its server.
-    pub storage: String,
-    /// Nothing of the dead host can reach it any more.
-    pub fenced: bool,
-    /// It was the dead host's, and this call took it.
-    pub taken: bool,
-    /// Whose it was already, if it was not the dead host's: the VM may run nowhere else.
-    pub belongs_to: Option<String>,
-    /// Its epoch afterwards.
-    pub epoch: u64,
-    /// What happened.
-    pub detail: String,
-}
-
 /// A volume of a VM with its access record.
-struct Volume<'a> {
-    server: &'a StorageServer,
-    name: String,
-    record: Result<RecordView, StorageError>,
+pub(super) struct Volume<'a> {
+    pub(super) server: &'a StorageServer,
+    pub(super) name: String,
+    pub(super) record: Result<RecordView, StorageError>,
 }
 
 /// All VMs that any agent knows now, or knew.
@@ -96,27 +57,21 @@ pub async fn list(core: &Arc<Core>) -> Value {
     json!({"vms": vms, "unreachable": silent})
 }
 
-/// The VM as any agent tells it now, or as it was remembered.
-async fn find(core: &Arc<Core>, vm: &str) -> Result<VmView, Fault> {
+/// The VM as it was remembered, or as an agent tells it now.
+pub(super) async fn find(core: &Arc<Core>, vm: &str) -> Result<VmView, Fault> {
     vm_name(vm)?;
     if let Some(view) = core.remembered(vm) {
         return Ok(view);
     }
-    let mut silent = None;
-    for agent in core.agents.iter() {
-        match agent.vm(vm).await {
-            Ok(view) => {
-                core.remember(&view).await?;
-                return Ok(view);
-            }
-            Err(error) if error.is_missing() => {}
-            Err(error) => silent = Some(error),
-        }
-    }
-    Err(silent.map_or_else(|| unknown_vm(vm, "no agent knows such a VM"), Into::into))
+    let view = super::sides::find(core, vm, None).await?.view;
+    core.remember(&view).await?;
+    Ok(view)
 }
 
-async fn volumes<'a>(core: &'a Arc<Core>, view: &VmView) -> Result<Vec<Volume<'a>>, Fault> {
+pub(super) async fn volumes<'a>(
+    core: &'a Arc<Core>,
+    view: &VmView,
+) -> Result<Vec<Volume<'a>>, Fault> {
     let mut found = Vec::new();
     // The anchor of the last handoff first: it is the one that decides.
     let anchor = core.latest(view.name()).and_then(|handle| {
@@ -159,7 +114,14 @@ pub async fn access(core: &Arc<Core>, vm: &str) -> Result<Value, Fault> {
             format!("`{vm}` has no disk on a storage server"),
         )
     })?;
-    let record = anchor.record.as_ref().map_err(|error| Fault::from(error.clone()))?;
+    let record = match &anchor.record {
+        Ok(record) => record,
+        Err(error) => {
+            // Not the others: the anchor decides.
+            let owner = super::sides::owner_so_far(core, vm, None);
+            return Err(Fault::storage(error.clone(), &owner));
+        }
+    };
     let host_of = |record: &RecordView| {
         let owner = record.owner.as_ref()?;
         Some(owner.name.strip_suffix(&format!("/{vm}")).unwrap_or(&owner.name).to_owned())
@@ -206,135 +168,4 @@ pub async fn why(core: &Arc<Core>, vm: &str) -> Result<Value, Fault> {
     let audit = join_all(audits).await;
     let handoff = core.latest(vm).map(|handle| super::view::handoff(&handle.row()));
     Ok(json!({"access": access, "audit": audit, "handoff": handoff}))
-}
-
-/// Takes all volumes of a VM from a host. Each is answered when nothing of that
-/// host can reach it any more.
-///
-/// # Errors
-/// [`Fault`]; the VM may be started elsewhere only after it succeeded.
-pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value, Fault> {
-    let FenceVm { dead_host, reason, force, nominee } = request;
-    if reason.trim().is_empty() {
-        return Err(Fault::bad_request("`reason` is empty; say who fences and why, for the audit"));
-    }
-    super::prepare::agent(core, &dead_host)?;
-    if let Some(nominee) = &nominee {
-        super::prepare::agent(core, nominee)?;
-    }
-    let _turn = core.turn(vm).await;
-    let view = find(core, vm).await?;
-    if !force
-        && let Some(agent) = core.agents.of(&dead_host)
-        && let Ok(there) = agent.vm(vm).await
-        && (there.run() == "running" || there.standing_word() == Some("serving"))
-    {
-        return Err(Fault::new(
-            StatusCode::CONFLICT,
-            "baton:host-alive",
-            "The host is not dead",
-            format!(
-                "the agent of {dead_host} answers, and `{vm}` runs there (machine: {}, backend: {}) and owns its volumes; stop it there, migrate it, or fence with force",
-                there.run(),
-                there.standing_word().unwrap_or("none")
-            ),
-        ));
-    }
-    let owner = plan::owner(&dead_host, vm);
-    let nominee = nominee.map(|host| plan::owner(&host, vm));
-    let volumes = volumes(core, &view).await?;
-    let fences = volumes
-        .into_iter()
-        .map(|volume| fence_one(core, volume, &owner, nominee.as_deref(), &reason));
-    let results = join_all(fences).await;
-    core.metrics.fences.fetch_add(1, Ordering::Relaxed);
-    let all = results.iter().all(|result| result.fenced);
-    let data = json!({"vm": vm, "dead_host": dead_host, "reason": reason, "force": force,
-        "done": all, "volumes": results});
-    tracing::warn!(vm, dead_host, reason, force, done = all, "fenced");
-    let event = Event {
-        seq: 0,
-        kind: "baton.vm.fenced".to_owned(),
-        subject: format!("vms/{vm}"),
-        at_unix_us: unix_us(),
-        data: data.clone(),
-    };
-    let told = core.journal.write(Change { events: vec![event], ..Change::default() }).await;
-    if let Err(error) = told {
-        tracing::error!(%error, vm, "the fence was carried out, but is not in the journal");
-    }
-    if !all {
-        let left: Vec<&str> =
-            results.iter().filter(|r| !r.fenced).map(|r| r.detail.as_str()).collect();
-        return Err(Fault::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "baton:fence-incomplete",
-            "Not every volume is fenced",
-            format!(
-                "do not start `{vm}` elsewhere: {}; fence again when they answer",
-                left.join("; ")
-            ),
-        ));
-    }
-    if let Some(handle) = core.latest(vm) {
-        let row = handle.row();
-        // One that is over must not go on saying that the dead host owns the volumes.
-        let stale = row.state.is_over() && results.iter().any(|result| result.taken);
-        if stale || (!row.state.is_over() && row.from == dead_host && row.winner.is_none()) {
-            let _ = handle.ask(Input::Fenced).await;
-        }
-    }
-    Ok(data)
-}
-
-async fn fence_one(
-    core: &Core,
-    volume: Volume<'_>,
-    owner: &str,
-    nominee: Option<&str>,
-    reason: &str,
-) -> FencedVolume {
-    let mut result = FencedVolume {
-        volume: volume.name.clone(),
-        storage: volume.server.name.clone(),
-        fenced: false,
-        taken: false,
-        belongs_to: None,
-        epoch: 0,
-        detail: String::new(),
-    };
-    let record = match volume.record {
-        Ok(record) => record,
-        Err(error) => {
-            result.detail = format!("volume `{}`: {error}", volume.name);
-            return result;
-        }
-    };
-    let current = record.owner.as_ref().map(|owner| owner.name.as_str());
-    // Asked again after somebody else has come: that one keeps it.
-    if current != Some(owner) {
-        result.fenced = true;
-        result.epoch = record.epoch;
-        result.belongs_to = current.map(str::to_owned);
-        result.detail = match current {
-            Some(other) => format!("belongs to `{other}`"),
-            None => "belongs to nobody".to_owned(),
-        };
-        return result;
-    }
-    match volume.server.fence(&volume.name, core.term, reason, nominee, &record).await {
-        Ok(epoch) => {
-            result.fenced = true;
-            result.taken = true;
-            result.epoch = epoch;
-            result.detail = format!("taken from `{owner}`");
-        }
-        Err(error) => {
-            if matches!(error, StorageError::StaleTerm(_)) {
-                core.step_down("a storage server has heard a higher term");
-            }
-            result.detail = format!("volume `{}`: {error}", volume.name);
-        }
-    }
-    result
 }

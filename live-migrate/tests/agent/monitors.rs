@@ -111,12 +111,70 @@ async fn row_37_a_machine_that_lost_its_volumes_is_stopped_and_one_that_waits_is
     assert!(event["detail"].as_str().expect("text").contains("do not resume it"), "{event}");
     let view = agent.get("/v1/vms/web").await.expect("a view");
     assert_eq!(view["vmm"]["run"], "paused");
-    // Resumed by mistake, it is stopped again.
-    agent.post("/v1/vms/web/vmm/resume", json!({})).await.expect("told");
+    // Resumed by mistake while nothing is known of that, it is stopped again.
+    std::fs::remove_file(&handoff).expect("removed");
+    let resumed = agent.post("/v1/vms/web/vmm/resume", json!({})).await.expect("runs");
+    assert_eq!((&resumed["run"], &resumed["standing"]), (&json!("running"), &json!(null)));
+    std::fs::write(&handoff, lost.to_string()).expect("written");
     wait("it is stopped again", async || {
         agent.get("/v1/vms/web").await.expect("a view")["vmm"]["run"] == "paused"
     })
     .await;
+    agent.post("/v1/vms/web/vmm/quit", json!({})).await.expect("ended");
+}
+
+/// Row 37 of the failure table: nobody is told that a VM runs which has lost its volumes.
+#[tokio::test]
+async fn row_37_a_machine_that_lost_its_volumes_is_not_said_to_run() {
+    if no_qemu("row_37_a_machine_that_lost_its_volumes_is_not_said_to_run") {
+        return;
+    }
+    let command = format!("[vmm]\nincoming_command = {QEMU}\n{WEB}");
+    let command = command.replace(", \"-incoming\", \"defer\"", "");
+    // A watchdog that looks once a minute: the answer is the request's own.
+    let mut agent = Agent::with("exec_pretended \"$@\"", "hang_ms = 600000", &command);
+    agent.run().await;
+    let _ = agent.post("/v1/vms/web/vmm/incoming", json!({"uri": "unix:/x"})).await;
+    agent.start_backend("owner").await;
+    let handoff = agent.path("run/web/control.handoff");
+    let says = |standing: &str, parked: Option<&str>| {
+        let words = json!({"standing": standing, "parked": parked, "side": "source", "id": "THIS"});
+        std::fs::write(handoff.with_extension("new"), words.to_string()).expect("written");
+        std::fs::rename(handoff.with_extension("new"), &handoff).expect("renamed");
+    };
+    let resume = || agent.post("/v1/vms/web/vmm/resume", json!({}));
+    let run = async || agent.get("/v1/vms/web/vmm").await.expect("status")["run"].clone();
+    let refusal_says = |refusal: (u16, String, String), done: &str| {
+        let (status, kind, detail) = refusal;
+        assert_eq!((status, kind.as_str()), (409, "baton:parked"), "{detail}");
+        for part in [
+            "`web` must not run on host-a",
+            done,
+            "handoff THIS: the destination won, and owns the volumes",
+            "end it",
+        ] {
+            assert!(detail.contains(part), "{part}: {detail}");
+        }
+    };
+    // Known before: the monitor is not told.
+    says("parked", Some("lost"));
+    refusal_says(refused(resume().await), "was not resumed");
+    assert_eq!(run().await, "paused");
+    // Known only once the rings run: it is not said to run, and stopped again.
+    says("reclaiming", None);
+    let (answer, ()) = tokio::join!(resume(), async {
+        wait("its CPUs run", async || run().await == "running").await;
+        says("parked", Some("lost"));
+    });
+    refusal_says(refused(answer), "was stopped again");
+    assert_eq!(run().await, "paused");
+    // Nobody can say yet: that is said.
+    says("reclaiming", None);
+    let answer = resume().await.expect("runs");
+    assert_eq!((&answer["run"], &answer["standing"]), (&json!("running"), &json!("reclaiming")));
+    says("serving", None);
+    let answer = resume().await.expect("runs");
+    assert_eq!((&answer["run"], &answer["standing"]), (&json!("running"), &json!("serving")));
     agent.post("/v1/vms/web/vmm/quit", json!({})).await.expect("ended");
 }
 

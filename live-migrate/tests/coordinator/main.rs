@@ -1,7 +1,9 @@
 //! `baton-coordinator` as a program, on servers with real access records and
 //! agents with pretended backends.
 
+mod away;
 mod crashes;
+mod fences;
 mod handoffs;
 mod migrations;
 mod real_storage;

@@ -36,6 +36,8 @@ pub(crate) struct Storage {
     /// Has no room to record a change, and makes none.
     pub(crate) full: AtomicBool,
     hang: watch::Sender<Option<&'static str>>,
+    /// Calls that hang, or have.
+    pub(crate) hung: AtomicU64,
 }
 
 impl Storage {
@@ -71,6 +73,7 @@ impl Storage {
             silent: AtomicBool::new(false),
             full: AtomicBool::new(false),
             hang: watch::channel(None).0,
+            hung: AtomicU64::new(0),
         });
         let app = Router::new()
             .route("/v1/volumes", get(list))
@@ -137,6 +140,9 @@ async fn hush(State(storage): State<Arc<Storage>>, request: Request, next: Next)
     let storage = Arc::clone(&storage);
     let answer = tokio::spawn(async move {
         let mut hang = storage.hang.subscribe();
+        if hang.borrow().is_some_and(|call| path.ends_with(call)) {
+            storage.hung.fetch_add(1, Ordering::SeqCst);
+        }
         let _ = hang.wait_for(|call| call.is_none_or(|call| !path.ends_with(call))).await;
         next.run(request).await
     });
@@ -176,7 +182,7 @@ fn view(record: &AccessRecord) -> Value {
         "coordinator_term": record.coordinator_term,
         "owner": record.owner.as_ref().map(|o| json!({"name": o.name, "session": o.session.to_string()})),
         "handoff": record.handoff.as_ref().map(|h| json!({"id": h.plan.attempt.id.to_string(),
-            "attempt": h.plan.attempt.attempt, "sealed": h.sealed, "wanted_back": h.wanted_back})),
+            "attempt": h.plan.attempt.attempt, "from": h.plan.from, "to": h.plan.to, "sealed": h.sealed, "wanted_back": h.wanted_back})),
         "decided": record.decided.as_ref().map(|d| json!({"id": d.attempt.id.to_string(),
             "attempt": d.attempt.attempt, "winner": d.winner})),
     })

@@ -116,11 +116,16 @@ impl From<Asked> for Kind {
     }
 }
 
-/// A member's record as last heard.
+/// A member's record as last heard, and what of it is looked at with every event of any member: names and lists are
+/// compared once, here.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct View {
     boot_id: u64,
     record: AccessRecord,
+    /// Of its handoff, by this process's owner name.
+    side: Option<Side>,
+    /// Its handoff's plan is for the members there are.
+    whole: bool,
 }
 
 /// See the module's documentation.
@@ -351,6 +356,17 @@ impl Role {
     /// Incarnation of the server and version of the record as last heard.
     fn heard(&self, at: usize) -> Option<(u64, u64)> {
         self.views.get(at)?.as_ref().map(|view| (view.boot_id, view.record.version))
+    }
+
+    fn view(&self, boot_id: u64, record: AccessRecord) -> View {
+        let plan = record.handoff.as_ref().map(|handoff| &handoff.plan);
+        let side = plan.and_then(|plan| match () {
+            () if plan.from == self.name => Some(Side::Source),
+            () if plan.to == self.name => Some(Side::Destination),
+            () => None,
+        });
+        let whole = plan.is_some_and(|plan| plan.members == self.whole);
+        View { boot_id, side, whole, record }
     }
 
     fn handoff_of(&self, at: usize) -> Option<&Handoff> {

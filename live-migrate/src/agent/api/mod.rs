@@ -7,6 +7,7 @@
 mod backends;
 mod monitors;
 mod refusals;
+mod resume;
 mod vms;
 
 use std::sync::Arc;
@@ -61,7 +62,7 @@ const CALLERS: [Role; 2] = [Role::Coordinator, Role::Operator];
         monitors::migrate,
         monitors::proceed,
         monitors::cancel,
-        monitors::resume,
+        resume::resume,
         monitors::stop,
         monitors::quit,
         events,
@@ -91,7 +92,7 @@ const ROUTES: [(&str, &[&str], Method); 20] = [
     ("/v1/vms/{vm}/vmm/migrate", &["post"], || post(monitors::migrate)),
     ("/v1/vms/{vm}/vmm/continue", &["post"], || post(monitors::proceed)),
     ("/v1/vms/{vm}/vmm/cancel", &["post"], || post(monitors::cancel)),
-    ("/v1/vms/{vm}/vmm/resume", &["post"], || post(monitors::resume)),
+    ("/v1/vms/{vm}/vmm/resume", &["post"], || post(resume::resume)),
     ("/v1/vms/{vm}/vmm/stop", &["post"], || post(monitors::stop)),
     ("/v1/vms/{vm}/vmm/quit", &["post"], || post(monitors::quit)),
     ("/v1/events", &["get"], || get(events)),

@@ -30,7 +30,7 @@ pub(super) struct WaitOptions {
     wait_ms: u64,
 }
 
-fn monitor(agent: &Agent, name: &str) -> Result<(VmDefinition, Arc<dyn Vmm>), Problem> {
+pub(super) fn monitor(agent: &Agent, name: &str) -> Result<(VmDefinition, Arc<dyn Vmm>), Problem> {
     let vm = find(agent, name)?;
     match agent.vmm(&vm) {
         Some(vmm) => Ok((vm, vmm)),
@@ -155,19 +155,6 @@ pub(super) async fn cancel(
 ) -> Result<Json<VmmStatus>, Problem> {
     let (_, vmm) = monitor(&agent, &name)?;
     vmm.cancel().await?;
-    Ok(Json(vmm.status().await?))
-}
-
-/// Lets the VM run.
-#[utoipa::path(post, path = "/v1/vms/{vm}/vmm/resume", params(("vm" = String, Path)),
-    responses((status = 200, body = VmmStatus), (status = 404, body = Problem),
-    (status = 409, body = Problem), (status = 504, body = Problem)))]
-pub(super) async fn resume(
-    State(agent): State<Arc<Agent>>,
-    Path(name): Path<String>,
-) -> Result<Json<VmmStatus>, Problem> {
-    let (_, vmm) = monitor(&agent, &name)?;
-    vmm.resume().await?;
     Ok(Json(vmm.status().await?))
 }
 

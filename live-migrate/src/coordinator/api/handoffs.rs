@@ -123,7 +123,8 @@ async fn wait(handle: &Handle, until: Until, timeout: Duration) -> Arc<Row> {
     ("wait" = Option<String>, Query, description = "Answer when this state is reached."),
     ("timeout" = Option<String>, Query, description = "Or after this time, such as 30s.")),
     request_body = PrepareHandoff, responses((status = 201, body = String), (status = 200, description = "It was asked for before, with the same body.", body = String),
-    (status = 404, body = Fault), (status = 409, body = Fault), (status = 503, body = Fault), (status = 507, body = Fault)))]
+    (status = 404, body = Fault), (status = 409, body = Fault),
+    (status = 503, description = "`baton:agent-unreachable`, `baton:storage-unreachable`: nothing was armed.", body = Fault), (status = 507, body = Fault)))]
 pub(super) async fn prepare(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,

@@ -8,8 +8,9 @@ use serde_json::Value;
 
 use super::{Api, body, may_look, may_order};
 use crate::coordinator::fault::Fault;
+use crate::coordinator::fence::{self as fences, FenceVm};
 use crate::coordinator::migrate::MigrateVm;
-use crate::coordinator::vms::{self, FenceVm};
+use crate::coordinator::vms;
 use crate::door::Peer;
 
 /// Lists VMs and where they are.
@@ -64,7 +65,9 @@ pub(super) async fn verb(
 }
 
 /// Takes all volumes of a VM from a dead host. Answered when nothing of that
-/// host can reach them any more; only then may the VM be started elsewhere.
+/// host can reach them any more; only then may the VM be started elsewhere. In the
+/// middle of a handoff too: what that host could still win is taken back first, and
+/// who has won meanwhile keeps all volumes (`belongs_to`).
 #[utoipa::path(post, path = "/v1/vms/{vm}:fence", params(("vm" = String, Path)), request_body = FenceVm,
     responses((status = 200, body = String), (status = 403, body = Fault), (status = 404, body = Fault),
     (status = 409, body = Fault), (status = 503, description = "Not every volume is fenced: do not start the VM elsewhere.", body = Fault)))]
@@ -75,14 +78,15 @@ pub(super) async fn fence(
     request: Result<Json<FenceVm>, JsonRejection>,
 ) -> Result<Json<Value>, Fault> {
     may_order(&peer)?;
-    Ok(Json(vms::fence(&core, &vm, body(request)?).await?))
+    Ok(Json(fences::fence(&core, &vm, body(request)?).await?))
 }
 
 /// Migrates a VM: prepares the handoff, tells both machines what to do, cleans
 /// up. Answered at once; the handoff of the same id shows how far it is.
 #[utoipa::path(post, path = "/v1/vms/{vm}/migrations", params(("vm" = String, Path)), request_body = MigrateVm,
     responses((status = 202, body = String), (status = 200, description = "It was asked for before.", body = String),
-    (status = 404, body = Fault), (status = 409, body = Fault), (status = 503, body = Fault)))]
+    (status = 404, body = Fault), (status = 409, body = Fault),
+    (status = 503, description = "`baton:agent-unreachable`, which names the source, the destination or both, `baton:storage-unreachable`: nothing was armed.", body = Fault)))]
 pub(super) async fn migrate(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,

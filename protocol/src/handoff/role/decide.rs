@@ -60,7 +60,7 @@ impl Role {
             let decided = match record.phase {
                 Phase::Sealed | Phase::Frozen => false,
                 // The source is the owner: another incarnation of this one.
-                Phase::Armed => record.handoff.as_ref().is_some_and(|h| h.plan.from == self.name),
+                Phase::Armed => view.side == Some(Side::Source),
                 _ => true,
             };
             // It was ours and is somebody else's.
@@ -107,7 +107,7 @@ impl Role {
         let Some(handoff) = &view.record.handoff else { return };
         let attempt = handoff.plan.attempt;
         let owner = view.record.owner.as_ref().map(|owner| owner.session);
-        if handoff.plan.from != self.name || owner != Some(self.session) {
+        if view.side != Some(Side::Source) || owner != Some(self.session) {
             return;
         }
         // It is decided, though this member does not know yet.

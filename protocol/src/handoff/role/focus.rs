@@ -2,7 +2,7 @@
 
 use super::{Focus, Role};
 use crate::access::Phase;
-use crate::handoff::{Side, Try};
+use crate::handoff::Try;
 
 impl Role {
     /// The try that names this VM's owner name: one that is not decided before
@@ -22,17 +22,11 @@ impl Role {
 
     fn open_focus(&self) -> Option<Focus> {
         let mine = (0..self.members.len()).filter_map(|at| {
-            let handoff = self.handoff_of(at)?;
-            let side = if handoff.plan.from == self.name {
-                Side::Source
-            } else if handoff.plan.to == self.name {
-                Side::Destination
-            } else {
-                return None;
-            };
-            let phase = self.views[at].as_ref()?.record.phase;
+            let view = self.views[at].as_ref()?;
+            let (plan, side) = (&view.record.handoff.as_ref()?.plan, view.side?);
+            let phase = view.record.phase;
             let undecided = matches!(phase, Phase::Armed | Phase::Sealed | Phase::Frozen);
-            Some((undecided, handoff.plan.attempt, side, handoff.plan.anchor))
+            Some((undecided, plan.attempt, side, plan.anchor))
         });
         let newest = mine.max_by_key(|(undecided, attempt, ..)| (*undecided, *attempt));
         let (_, attempt, side, anchor) = newest?;
@@ -42,9 +36,10 @@ impl Role {
 
     /// All members show this try, and they are the ones that were planned.
     pub(super) fn is_complete(&self, focus: Focus) -> bool {
-        (0..self.members.len()).all(|at| {
-            self.handoff_of(at).is_some_and(|handoff| {
-                handoff.plan.attempt == focus.attempt && handoff.plan.members == self.whole
+        self.views.iter().all(|view| {
+            view.as_ref().is_some_and(|view| {
+                let handoff = view.record.handoff.as_ref();
+                view.whole && handoff.is_some_and(|h| h.plan.attempt == focus.attempt)
             })
         })
     }

@@ -1,6 +1,6 @@
 //! What a fact changes in what the machine knows.
 
-use super::{Ask, Asked, Input, Kind, Order, Parked, Role, View};
+use super::{Ask, Asked, Input, Kind, Order, Parked, Role};
 use crate::access::{AccessRecord, Phase};
 use crate::handoff::message::{Answer, Outcome};
 use crate::handoff::{Side, Try};
@@ -100,7 +100,7 @@ impl Role {
                 member.sealed = None;
             }
         }
-        self.views[at] = Some(View { boot_id, record });
+        self.views[at] = Some(self.view(boot_id, record));
     }
 
     fn answered(&mut self, at: usize, attempt: Try, ask: Asked, answer: Answer) {
