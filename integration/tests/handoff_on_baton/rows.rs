@@ -4,6 +4,7 @@ use super::scene::{A_WHILE, QUEUES, SOON, Scene, Side, block, connect, is_parked
 use baton_integration::baton::wait_until;
 use baton_integration::blk::{OK, Request};
 use baton_integration::handoff::{Begin, Fleet, Host};
+use baton_integration::proxy::Proxy;
 use baton_integration::raw_frontend::{Options, RawFrontend};
 
 /// The next answer of the disk's first queue is good.
@@ -49,10 +50,11 @@ fn row_08_a_stale_standby_is_not_nominated() {
 
 /// A process that was frozen before its server said anything of its try, with a machine that
 /// has started its rings, thaws in the next try of the VM to its host. It has never heard of
-/// its own; it was told which that is when it was started.
+/// its own, not even in what lay in its connections, for these are gone; it was told which
+/// that is when it was started.
 #[test]
 fn row_08_a_standby_that_froze_before_it_heard_of_its_try_takes_no_other() {
-    let mut scene = Scene::new(2, 2, "fast");
+    let (mut scene, proxies) = Scene::proxied(2, 2, Side::Destination);
     scene.fleet.reclaim(&scene.attempt).unwrap();
     scene.fleet.settle(&scene.attempt).unwrap();
     scene.destination.daemon.kill().unwrap();
@@ -61,9 +63,12 @@ fn row_08_a_standby_that_froze_before_it_heard_of_its_try_takes_no_other() {
         Host::start_for(dir, label, "host-b/vm", fleet, &scene.attempt, QUEUES).unwrap()
     };
     scene.attempt = Fleet::attempt();
+    scene.fleet.through = proxies.iter().map(Proxy::address).collect();
     let frozen = standby(&scene, "b1");
+    scene.fleet.through.clear();
     let mut stale = connect(&frozen, 2, options());
     frozen.daemon.freeze().unwrap();
+    proxies.iter().for_each(Proxy::cut);
     scene.fleet.arm_try(&scene.attempt, "host-a/vm", "host-b/vm").unwrap();
     assert_eq!(scene.fleet.reclaim(&scene.attempt).unwrap()["outcome"], "source");
     assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "source");
