@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
+use baton_protocol::handoff::Try;
 use clap::Parser;
 use serde::Deserialize;
 
@@ -60,9 +61,11 @@ pub struct Args {
     /// Unix socket for status and control, for this process's user only
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// Do not claim the volumes; wait until a handoff grants them
-    #[arg(long)]
-    standby: bool,
+    /// Do not claim the volumes; wait until a handoff grants them. With a try, written
+    /// as its id, a slash and the number of the attempt, until that one does and no
+    /// other
+    #[arg(long, value_name = "ID/ATTEMPT", num_args = 0..=1, require_equals = true)]
+    standby: Option<Option<Try>>,
     /// Name under which the volumes are claimed, the same after a restart and
     /// different for every other VM [default: HOSTNAME:SOCKET or HOSTNAME:CONFIG]
     #[arg(long, value_name = "NAME")]
@@ -119,6 +122,8 @@ pub struct Config {
     pub owner: String,
     /// Volumes are not claimed: a handoff grants them.
     pub standby: bool,
+    /// The only try of a handoff that may, if it is known.
+    pub only_for: Option<Try>,
     /// Control socket, if there is to be one.
     pub control: Option<PathBuf>,
     /// At least one.
@@ -252,7 +257,8 @@ impl Config {
         };
         Ok(Self {
             owner: owner(args.owner.as_deref(), &identity)?,
-            standby: args.standby,
+            standby: args.standby.is_some(),
+            only_for: args.standby.flatten(),
             control: args.control.clone(),
             disks: vec![check(raw, socket)?],
         })
@@ -280,8 +286,9 @@ impl Config {
         refuse_duplicates(&disks)?;
         let named = args.owner.as_deref().or(raw.owner.as_deref());
         let control = args.control.clone().or(raw.control);
-        let standby = args.standby || raw.standby;
-        Ok(Self { owner: owner(named, &absolute(path))?, standby, control, disks })
+        let owner = owner(named, &absolute(path))?;
+        let standby = args.standby.is_some() || raw.standby;
+        Ok(Self { owner, standby, only_for: args.standby.flatten(), control, disks })
     }
 }
 
@@ -441,6 +448,25 @@ mod tests {
         for conflicting in [["--fd", "3"], ["--config", "x"], ["--blk-file", "y"]] {
             let args = [&["baton-backend"], &base[..], &conflicting].concat();
             assert!(Args::try_parse_from(args).is_err(), "{conflicting:?}");
+        }
+    }
+
+    #[test]
+    fn a_standby_may_be_told_its_try() {
+        let base = ["--socket-path", "/s", "--volume", "baton://s:1/v"];
+        let made = |more: &[&str]| {
+            let made = config(&[&base, more].concat()).expect("good");
+            (made.standby, made.only_for.map(|attempt| attempt.to_string()))
+        };
+        let attempt = "01ARZ3NDEKTSV4RRFFQ69G5FAV/2".to_owned();
+        assert_eq!(made(&[]), (false, None));
+        assert_eq!(made(&["--standby"]), (true, None));
+        assert_eq!(made(&["--standby", "--num-queues", "1"]), (true, None));
+        assert_eq!(made(&[&format!("--standby={attempt}")]), (true, Some(attempt)));
+        for wrong in ["--standby=", "--standby=2", "--standby=01ARZ3NDEKTSV4RRFFQ69G5FAV/0"] {
+            let args = [&["baton-backend"], &base[..], &[wrong]].concat();
+            let error = Args::try_parse_from(args).expect_err("refused").to_string();
+            assert!(error.contains("ID/ATTEMPT"), "{wrong}: {error}");
         }
     }
 

@@ -103,7 +103,8 @@ fn run(config: &Config) -> anyhow::Result<()> {
         Ok((disk.options.name.clone(), volume))
     });
     let volumes = volumes.collect::<anyhow::Result<Vec<_>>>()?;
-    let (handoff, members) = VmHandoff::new(&config.owner, options.session, &volumes);
+    let (handoff, members) =
+        VmHandoff::new(&config.owner, options.session, config.only_for, &volumes);
     let mut ready = Vec::new();
     for (((disk, front_ends), (name, volume)), member) in
         config.disks.iter().zip(front_ends).zip(volumes).zip(members)

@@ -13,7 +13,7 @@ use crate::daemon::Daemon;
 use crate::workspace::program;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
@@ -60,6 +60,13 @@ pub struct Attempt {
     pub id: String,
     /// From 1.
     pub attempt: u32,
+}
+
+/// As `--standby` takes it.
+impl fmt::Display for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.id, self.attempt)
+    }
 }
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -113,11 +120,17 @@ impl Fleet {
     /// Plans a move of all volumes between two owner names: the anchor first, then the others.
     pub fn arm(&self, from: &str, to: &str) -> Result<Attempt> {
         let attempt = Self::attempt();
-        let plan = self.plan(&attempt, from, to);
+        self.arm_try(&attempt, from, to)?;
+        Ok(attempt)
+    }
+
+    /// [`Self::arm`] for a try that somebody was told before.
+    pub fn arm_try(&self, attempt: &Attempt, from: &str, to: &str) -> Result<()> {
+        let plan = self.plan(attempt, from, to);
         for member in 0..self.members.len() {
             self.post(member, "arm", &self.arming(member, &plan)?)?;
         }
-        Ok(attempt)
+        Ok(())
     }
 
     /// Body of an ARM that is planned now.
@@ -239,6 +252,8 @@ pub struct Host {
     dir: PathBuf,
     label: String,
     env: Environment,
+    /// More of the command line.
+    flags: Vec<String>,
 }
 
 /// How a backend begins.
@@ -274,6 +289,19 @@ impl Host {
         Self::start_in(dir, label, owner, fleet, begin, queues, Environment::new())
     }
 
+    /// A backend that stands by for one try only.
+    pub fn start_for(
+        dir: &Path,
+        label: &str,
+        owner: &str,
+        fleet: &Fleet,
+        attempt: &Attempt,
+        queues: u16,
+    ) -> Result<Self> {
+        let flags = vec![format!("--standby={attempt}")];
+        Self::begin(dir, (label, owner), fleet, Begin::Claim, queues, Environment::new(), flags)
+    }
+
     /// [`Self::start_with`] environment variables, which a restarted process gets too.
     pub fn start_in(
         dir: &Path,
@@ -283,6 +311,18 @@ impl Host {
         begin: Begin,
         queues: u16,
         env: Environment,
+    ) -> Result<Self> {
+        Self::begin(dir, (label, owner), fleet, begin, queues, env, Vec::new())
+    }
+
+    fn begin(
+        dir: &Path,
+        (label, owner): (&str, &str),
+        fleet: &Fleet,
+        begin: Begin,
+        queues: u16,
+        env: Environment,
+        flags: Vec<String>,
     ) -> Result<Self> {
         let control = dir.join(format!("{label}.control"));
         let mut text = format!("owner = \"{owner}\"\ncontrol = \"{}\"\n", control.display());
@@ -303,14 +343,14 @@ impl Host {
         }
         let config = dir.join(format!("{label}.toml"));
         fs::write(&config, text)?;
-        let daemon = launch(dir, label, &config, &env)?;
+        let daemon = launch(dir, label, &config, &env, &flags)?;
         let (dir, label, owner) = (dir.to_owned(), label.to_owned(), owner.to_owned());
-        Ok(Self { daemon, owner, sockets, control, config, dir, label, env })
+        Ok(Self { daemon, owner, sockets, control, config, dir, label, env, flags })
     }
 
     /// Starts it again with the same configuration, after a kill or an end.
     pub fn restart(&mut self) -> Result<()> {
-        self.daemon = launch(&self.dir, &self.label, &self.config, &self.env)?;
+        self.daemon = launch(&self.dir, &self.label, &self.config, &self.env, &self.flags)?;
         Ok(())
     }
 
@@ -382,9 +422,19 @@ pub fn ask(socket: &Path, order: &Value, timeout: Duration) -> Result<Value> {
     Ok(answer)
 }
 
-fn launch(dir: &Path, label: &str, config: &Path, env: &Environment) -> Result<Daemon> {
+fn launch(
+    dir: &Path,
+    label: &str,
+    config: &Path,
+    env: &Environment,
+    flags: &[String],
+) -> Result<Daemon> {
     let mut command = Command::new(program("baton-backend")?);
-    command.arg("--config").arg(config).envs(env.iter().map(|(name, value)| (name, value)));
+    command
+        .arg("--config")
+        .arg(config)
+        .args(flags)
+        .envs(env.iter().map(|(name, value)| (name, value)));
     let mut daemon = Daemon::start_command(dir, label, command)?;
     daemon.wait_line("listening socket=", READY_TIMEOUT)?;
     Ok(daemon)

@@ -32,11 +32,13 @@ pub enum Bug {
     /// The server fences whoever has the volume now, for whomever the fence was
     /// meant.
     LateFence,
+    /// A standby is not told its try, and takes the first that it hears of.
+    StandbyTakesAnyTry,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::EpochIgnored,
         Self::NoDrain,
         Self::AnchorSealOnly,
@@ -48,6 +50,7 @@ impl Bug {
         Self::FlushForgotten,
         Self::LateArm,
         Self::LateFence,
+        Self::StandbyTakesAnyTry,
     ];
 
     fn name(self) -> &'static str {
@@ -63,6 +66,7 @@ impl Bug {
             Self::FlushForgotten => "flush-forgotten",
             Self::LateArm => "late-arm",
             Self::LateFence => "late-fence",
+            Self::StandbyTakesAnyTry => "standby-takes-any-try",
         }
     }
 }

@@ -8,6 +8,8 @@ pub enum Point {
     ArmArrived,
     /// A member is armed.
     Armed,
+    /// A process has started that stands by, and has heard nothing yet.
+    StandbyStarted,
     /// The VMM has stopped a source's rings.
     RingsStopped,
     /// SEAL has arrived at a member.
@@ -52,9 +54,10 @@ pub enum Point {
 
 impl Point {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::ArmArrived,
         Self::Armed,
+        Self::StandbyStarted,
         Self::RingsStopped,
         Self::SealArrived,
         Self::SealWaits,
@@ -135,6 +138,8 @@ pub enum Fault {
     SourceHostHung,
     /// The destination's host hangs like that.
     DestinationHostHung,
+    /// The destination's backend dies, and its host hangs as the next one starts.
+    DestinationDiedAndHung,
     /// An operator fences every member, for either host, though nobody is dead.
     FenceForced,
     /// The orchestrator cancels the handoff.
@@ -153,7 +158,7 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 34] = [
         Self::ServerKilled,
         Self::PowerLost,
         Self::SourceKilled,
@@ -180,6 +185,7 @@ impl Fault {
         Self::DestinationHostDied,
         Self::SourceHostHung,
         Self::DestinationHostHung,
+        Self::DestinationDiedAndHung,
         Self::FenceForced,
         Self::Cancelled,
         Self::SealOrdered,
@@ -202,6 +208,7 @@ impl Fault {
                 | Self::DestinationHostDied
                 | Self::SourceHostHung
                 | Self::DestinationHostHung
+                | Self::DestinationDiedAndHung
                 | Self::FenceForced
         )
     }

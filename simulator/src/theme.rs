@@ -21,26 +21,30 @@ pub(crate) enum Theme {
     NewSource,
     /// Servers restart around the decision.
     Servers,
+    /// A standby whose machine runs already hangs before it has heard anything, and
+    /// its host goes on in another handoff.
+    Hung,
 }
 
 impl Theme {
-    /// Of sixteen worlds; every seeded bug is to be found a few dozen times in ten
+    /// Of eighteen worlds; every seeded bug is to be found a few dozen times in ten
     /// thousand handoffs.
     pub(crate) fn draw(rng: &mut fastrand::Rng) -> Self {
-        match rng.u8(..16) {
+        match rng.u8(..18) {
             0..=4 => Self::Mixed,
             5..=7 => Self::Late,
             8..=9 => Self::Connections,
             10..=12 => Self::DyingSource,
             13..=14 => Self::NewSource,
-            _ => Self::Servers,
+            15 => Self::Servers,
+            _ => Self::Hung,
         }
     }
 
     /// The world as the theme needs it.
     pub(crate) fn set(self, setting: &mut Setting, rng: &mut fastrand::Rng) {
         match self {
-            Self::Mixed | Self::Servers => {}
+            Self::Mixed | Self::Servers | Self::Hung => {}
             Self::Late | Self::NewSource => setting.overlaps = false,
             Self::Connections => {
                 setting.overlaps = true;
@@ -63,7 +67,7 @@ impl Theme {
     /// How many handoffs a world has, at least and at most.
     pub(crate) fn handoffs(self) -> [u64; 2] {
         // What is late for one comes in another.
-        if self == Self::Late { [4, 8] } else { [2, 5] }
+        if matches!(self, Self::Late | Self::Hung) { [4, 8] } else { [2, 5] }
     }
 
     /// How many faults a handoff has, at least and at most.
@@ -71,6 +75,7 @@ impl Theme {
         match self {
             Self::Mixed => [0, 7],
             Self::Connections => [4, 12],
+            Self::Hung => [1, 4],
             _ => [2, 7],
         }
     }
@@ -115,6 +120,9 @@ impl Theme {
                 ],
                 &[Point::ArmArrived, Point::Armed],
             )),
+            Self::Hung => {
+                Some((&[Fault::DestinationDiedAndHung], &[Point::ImageSent, Point::RingsStarted]))
+            }
             Self::Servers => Some((
                 &[Fault::ServerKilled, Fault::PowerLost, Fault::DestinationKilled],
                 &[

@@ -127,3 +127,8 @@ fn i9_an_arm_that_comes_late_is_found() {
 fn i9_a_fence_that_comes_late_is_found() {
     found(Bug::LateFence, &["I7", "I9"], &["I9"]);
 }
+
+#[test]
+fn i6_a_standby_that_takes_any_try_is_found() {
+    found(Bug::StandbyTakesAnyTry, &["I6"], &["I6"]);
+}

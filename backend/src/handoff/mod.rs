@@ -73,6 +73,8 @@ impl State {
 #[derive(Debug)]
 pub struct VmHandoff {
     owner: String,
+    /// Said at the start.
+    only_for: Option<Try>,
     members: Vec<Member>,
     state: Mutex<State>,
 }
@@ -100,6 +102,8 @@ pub enum OrderError {
 pub struct Shown {
     standing: Standing,
     parked: Option<Parked>,
+    /// The try that this process was started for, as `--standby` takes it.
+    only_for: Option<String>,
     /// Of the last handoff that named this VM.
     id: Option<String>,
     attempt: u32,
@@ -124,10 +128,12 @@ struct ShownMember {
 impl VmHandoff {
     /// The role of `owner` on those of the volumes that can be handed over, each
     /// with its disk's name; with every volume's place. `None`: there are none.
+    /// As a standby it may be good for one try only.
     #[must_use]
     pub fn new(
         owner: &str,
         session: SessionId,
+        only_for: Option<Try>,
         volumes: &[(String, Arc<dyn Volume>)],
     ) -> (Option<Arc<Self>>, Vec<Option<MemberHandle>>) {
         let members: Vec<Member> = volumes
@@ -140,6 +146,10 @@ impl VmHandoff {
         }
         let ids: Vec<_> = members.iter().map(|member| member.port().volume()).collect();
         let role = Role::new(owner, session, &ids);
+        let role = match only_for {
+            Some(attempt) => role.only_for(attempt),
+            None => role,
+        };
         let state = State {
             standing: role.standing(),
             role,
@@ -151,7 +161,8 @@ impl VmHandoff {
             ready: vec![None; members.len()],
             journal: Journal::default(),
         };
-        let vm = Arc::new(Self { owner: owner.to_owned(), members, state: Mutex::new(state) });
+        let vm =
+            Arc::new(Self { owner: owner.to_owned(), only_for, members, state: Mutex::new(state) });
         for (at, member) in vm.members.iter().enumerate() {
             if let Some(epoch) = member.port().claimed() {
                 vm.feed(Input::Claimed { member: at, epoch });
@@ -228,6 +239,7 @@ impl VmHandoff {
         Shown {
             standing: state.role.standing(),
             parked: state.role.parked(),
+            only_for: self.only_for.map(|attempt| attempt.to_string()),
             id: state.last.map(|(attempt, _)| attempt.id.to_string()),
             attempt: state.last.map_or(0, |(attempt, _)| attempt.attempt),
             side: state.last.map(|(_, side)| side),

@@ -145,7 +145,7 @@ impl Scene {
         let volumes = VOLUMES.map(|id| Arc::new(Told { id, ..Told::default() }));
         let named =
             volumes.each_ref().map(|v| (v.id.to_string(), Arc::clone(v) as Arc<dyn Volume>));
-        let (_, disks) = VmHandoff::new("b", DESTINATION, &named);
+        let (_, disks) = VmHandoff::new("b", DESTINATION, None, &named);
         let disks = disks.into_iter().map(Option::unwrap).collect();
         let mut scene = Self { volumes, disks, records: armed };
         scene.show();

@@ -3,7 +3,8 @@
 use super::scene::{A_WHILE, QUEUES, SOON, Scene, Side, block, connect, is_parked, options};
 use baton_integration::baton::wait_until;
 use baton_integration::blk::{OK, Request};
-use baton_integration::handoff::{Begin, Host};
+use baton_integration::handoff::{Begin, Fleet, Host};
+use baton_integration::proxy::Proxy;
 use baton_integration::raw_frontend::{Options, RawFrontend};
 
 /// The next answer of the disk's first queue is good.
@@ -45,6 +46,48 @@ fn row_08_a_stale_standby_is_not_nominated() {
     assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
     stale.iter_mut().for_each(is_parked);
     Scene::check(&mut new);
+}
+
+/// A process that was frozen before its server said anything of its try, with a machine that
+/// has started its rings, thaws in the next try of the VM to its host. It has never heard of
+/// its own, not even in what lay in its connections, for these are gone; it was told which
+/// that is when it was started.
+#[test]
+fn row_08_a_standby_that_froze_before_it_heard_of_its_try_takes_no_other() {
+    let (mut scene, proxies) = Scene::proxied(2, 2, Side::Destination);
+    scene.fleet.reclaim(&scene.attempt).unwrap();
+    scene.fleet.settle(&scene.attempt).unwrap();
+    scene.destination.daemon.kill().unwrap();
+    let standby = |scene: &Scene, label| {
+        let (dir, fleet) = (scene.dir.path(), &scene.fleet);
+        Host::start_for(dir, label, "host-b/vm", fleet, &scene.attempt, QUEUES).unwrap()
+    };
+    scene.attempt = Fleet::attempt();
+    scene.fleet.through = proxies.iter().map(Proxy::address).collect();
+    let frozen = standby(&scene, "b1");
+    scene.fleet.through.clear();
+    let mut stale = connect(&frozen, 2, options());
+    frozen.daemon.freeze().unwrap();
+    proxies.iter().for_each(Proxy::cut);
+    scene.fleet.arm_try(&scene.attempt, "host-a/vm", "host-b/vm").unwrap();
+    assert_eq!(scene.fleet.reclaim(&scene.attempt).unwrap()["outcome"], "source");
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "source");
+
+    // Nobody has started the next try's process yet: the old one is the newest there is.
+    scene.attempt = Fleet::attempt();
+    scene.fleet.arm_try(&scene.attempt, "host-a/vm", "host-b/vm").unwrap();
+    frozen.daemon.thaw().unwrap();
+    scene.write_more();
+    scene.stop();
+    scene.source.wait_standing("sealed").unwrap();
+    frozen.wait_standing("parked").unwrap();
+    stale.iter_mut().for_each(is_parked);
+    scene.fleet.wait_phase(&["sealed"]).unwrap();
+
+    let next = standby(&scene, "b2");
+    Scene::check(&mut connect(&next, 2, options()));
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+    stale.iter_mut().for_each(is_parked);
 }
 
 /// It holds no epoch. A VMM that goes on waits for the anchor's answer, whichever it is.

@@ -14,6 +14,8 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use baton_protocol::handoff::Try;
+
 use crate::door::{Address, Door, DoorError, Peer};
 use crate::supervisor::{Launch, Role, Settings, Supervisor};
 use crate::tls::{Credentials, CredentialsError};
@@ -145,8 +147,8 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
 impl Agent {
     fn take_over(&self) {
         for vm in self.inventory.list() {
-            let Some(role) = self.supervisor.remembered(&vm.name) else { continue };
-            match self.launch(&vm, role) {
+            let Some((role, only_for)) = self.supervisor.remembered(&vm.name) else { continue };
+            match self.launch(&vm, role, only_for) {
                 Ok(launch) => self.supervisor.adopt(launch),
                 Err(error) => {
                     tracing::error!(vm = vm.name, %error, "cannot take over a backend");
@@ -156,7 +158,7 @@ impl Agent {
     }
 
     /// Writes a backend's configuration and says how to start it.
-    fn launch(&self, vm: &VmDefinition, role: Role) -> io::Result<Launch> {
+    fn launch(&self, vm: &VmDefinition, role: Role, only_for: Option<Try>) -> io::Result<Launch> {
         let vm_dir = self.config.vm_dir(&vm.name);
         // A unit of systemd has its directory made by systemd, for its own user.
         if self.config.manager == crate::supervisor::Manager::Child {
@@ -184,6 +186,7 @@ impl Agent {
             config,
             control: self.config.control_socket(&vm.name),
             standby: role == Role::Standby,
+            only_for,
             log: self.config.state_dir.join(format!("{}.backend.log", vm.name)),
             environment: at("env"),
         })

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_protocol::handoff::Try;
 use serde_json::{Value, json};
 
 use super::config::{Config, Host};
@@ -284,13 +285,21 @@ impl Agent {
         self.call(Method::PUT, &format!("/v1/vms/{vm}"), Some(definition)).await.map(drop)
     }
 
-    /// Starts a backend that claims nothing.
+    /// Starts a backend that claims nothing and is good for this try only.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn stand_by(&self, vm: &str) -> Result<(), AgentError> {
+    pub async fn stand_by(&self, vm: &str, attempt: Try) -> Result<(), AgentError> {
         let path = format!("/v1/vms/{vm}/backend");
-        self.call(Method::PUT, &path, Some(&json!({"role": "standby"}))).await.map(drop)
+        let told = json!({"role": "standby", "try": attempt.to_string()});
+        match self.call(Method::PUT, &path, Some(&told)).await {
+            // An agent from before there was a try to tell. Its backends take the first
+            // of which they hear.
+            Err(AgentError::Refused { trouble, .. }) if trouble.kind == "baton:bad-request" => {
+                self.call(Method::PUT, &path, Some(&json!({"role": "standby"}))).await.map(drop)
+            }
+            other => other.map(drop),
+        }
     }
 
     /// Stops the backend; there may be none.

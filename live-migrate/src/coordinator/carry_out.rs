@@ -246,6 +246,7 @@ impl Work {
         id: &str,
         heard: &mut tokio::time::Instant,
     ) -> Result<Standing, AgentError> {
+        let attempt = self.row.attempt();
         let found = agent.vm(&self.row.vm).await;
         if !matches!(found, Err(AgentError::Unreachable(_))) {
             *heard = tokio::time::Instant::now();
@@ -255,7 +256,7 @@ impl Work {
             Err(error) if error.is_missing() && start => {
                 let definition = self.core.definition(&self.row.vm, &self.row.from).await?;
                 agent.define(&self.row.vm, &definition).await?;
-                agent.stand_by(&self.row.vm).await?;
+                agent.stand_by(&self.row.vm, attempt).await?;
                 return Ok(Standing::Starting);
             }
             // Its machine may run all the same.
@@ -273,11 +274,11 @@ impl Work {
             // Of a handoff before this one.
             Standing::Parked => {
                 agent.stop_backend(&self.row.vm).await?;
-                agent.stand_by(&self.row.vm).await?;
+                agent.stand_by(&self.row.vm, attempt).await?;
                 Ok(Standing::Starting)
             }
             _ if !vm.backend_runs() => {
-                agent.stand_by(&self.row.vm).await?;
+                agent.stand_by(&self.row.vm, attempt).await?;
                 Ok(Standing::Starting)
             }
             other => Ok(other),

@@ -85,13 +85,29 @@ impl Keeper {
 
     /// What the next start is like; the process that runs is left alone.
     pub(super) fn set(&self, launch: Launch) {
-        if let Some(record) = Record::read(&self.settings.record(&launch.vm))
-            && record.standby != launch.standby
-        {
-            self.remember(&launch, &Record { standby: launch.standby, ..record });
+        let mut now = self.launch.lock().unwrap_or_else(PoisonError::into_inner);
+        self.take(&mut now, launch);
+    }
+
+    /// A backend that serves has had its try: whichever comes after it is no
+    /// destination of that one, and may be the source of another.
+    fn has_served(&self) {
+        let mut now = self.launch.lock().unwrap_or_else(PoisonError::into_inner);
+        if now.only_for.is_some() {
+            let launch = Launch { only_for: None, ..now.clone() };
+            self.take(&mut now, launch);
+        }
+    }
+
+    fn take(&self, now: &mut Launch, launch: Launch) {
+        if let Some(record) = Record::read(&self.settings.record(&launch.vm)) {
+            let next = Record::of(record.process.clone(), &launch);
+            if next != record {
+                self.remember(&launch, &next);
+            }
         }
         self.show(|state| state.role = Some(Role::of(launch.standby)));
-        *self.launch.lock().unwrap_or_else(PoisonError::into_inner) = launch;
+        *now = launch;
     }
 
     fn show(&self, change: impl FnOnce(&mut BackendState)) {
@@ -155,8 +171,7 @@ impl Keeper {
 
     fn note(&self, launch: &Launch, process: &Process, adopted: bool) {
         if let Some(process) = process.id() {
-            let record = Record { process: process.clone(), standby: launch.standby };
-            self.remember(launch, &record);
+            self.remember(launch, &Record::of(process.clone(), launch));
         }
         self.show(|state| {
             state.run = Run::Starting;
@@ -214,6 +229,9 @@ impl Keeper {
             let answer = control.ask(&json!({"cmd": "status"}), Watchdog::period(hang)).await;
             if let Ok(status) = &answer {
                 self.front_ends.hear(&launch.vm, status);
+                if status["handoff"]["standing"] == "serving" {
+                    self.has_served();
+                }
                 if let Some(heard) = &self.settings.heard {
                     let _ = heard.try_send((launch.vm.clone(), status.clone()));
                 }

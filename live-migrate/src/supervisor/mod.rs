@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use baton_protocol::handoff::Try;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::{mpsc, watch};
@@ -151,11 +152,13 @@ impl Supervisor {
         kept.get(vm).map_or_else(BackendState::default, |kept| kept.keeper.state.borrow().clone())
     }
 
-    /// How the backend of a VM was started by an agent before this one, on this boot of the host.
+    /// How the backend of a VM was started by an agent before this one, on this boot of
+    /// the host; and for which try, if it stands by for one only.
     #[must_use]
-    pub fn remembered(&self, vm: &str) -> Option<Role> {
+    pub fn remembered(&self, vm: &str) -> Option<(Role, Option<Try>)> {
         let record = Record::read(&self.settings.record(vm))?;
-        record.process.is_of_this_boot().then(|| Role::of(record.standby))
+        let only_for = record.only_for.and_then(|attempt| attempt.parse().ok());
+        record.process.is_of_this_boot().then_some((Role::of(record.standby), only_for))
     }
 
     /// Takes over a backend that [is remembered](Self::remembered): keeps the

@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+use super::runner::Launch;
 use crate::problem::found_no_room;
 
 /// How often a process that is not our child is looked at.
@@ -95,9 +96,18 @@ const RECORD_BYTES: usize = 512;
 pub(super) struct Record {
     pub(super) process: ProcessId,
     pub(super) standby: bool,
+    /// As a backend takes it. Left out where there is none, so that an agent that
+    /// does not know of it understands the rest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) only_for: Option<String>,
 }
 
 impl Record {
+    pub(super) fn of(process: ProcessId, launch: &Launch) -> Self {
+        let only_for = launch.only_for.map(|attempt| attempt.to_string());
+        Self { process, standby: launch.standby, only_for }
+    }
+
     /// `None` when there is none, or what is there is not ours to understand.
     pub(super) fn read(path: &Path) -> Option<Self> {
         let text = fs::read(path).ok()?;
@@ -141,6 +151,7 @@ impl Record {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use serde_json::json;
     use std::process::{Command, Stdio};
 
     #[test]
@@ -176,9 +187,19 @@ mod tests {
         let path = dir.path().join("vm.json");
         assert_eq!(Record::read(&path), None);
         let me = i32::try_from(std::process::id()).expect("pid");
-        let record = Record { process: ProcessId::of(me).expect("runs"), standby: true };
-        record.write(&path).expect("written");
-        assert_eq!(Record::read(&path), Some(record));
+        let process = ProcessId::of(me).expect("runs");
+        let old = json!({"process": process, "standby": true});
+        let attempt = "01ARZ3NDEKTSV4RRFFQ69G5FAV/2".to_owned();
+        for only_for in [None, Some(attempt)] {
+            let record = Record { process: process.clone(), standby: true, only_for };
+            record.write(&path).expect("written");
+            assert_eq!(Record::read(&path), Some(record));
+        }
+        // One that an agent wrote before there were tries, and the same back.
+        fs::write(&path, old.to_string()).expect("write");
+        let record = Record::read(&path).expect("understood");
+        assert_eq!((record.standby, &record.only_for), (true, &None));
+        assert_eq!(serde_json::to_value(&record).expect("JSON"), old);
         fs::write(&path, "{").expect("write");
         assert_eq!(Record::read(&path), None);
     }

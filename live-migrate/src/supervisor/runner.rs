@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use baton_protocol::handoff::Try;
 use nix::sys::signal::Signal;
 use tokio::process::{Child, Command};
 
@@ -42,6 +43,8 @@ pub struct Launch {
     pub control: PathBuf,
     /// Waits for a handoff and claims nothing.
     pub standby: bool,
+    /// In one try only, if it is known.
+    pub only_for: Option<Try>,
     /// Where its output goes.
     pub log: PathBuf,
     /// Read by the unit.
@@ -57,8 +60,10 @@ impl Launch {
             "--control".to_owned(),
             text(&self.control),
         ];
-        if self.standby {
-            arguments.push("--standby".to_owned());
+        match self.only_for {
+            _ if !self.standby => {}
+            Some(attempt) => arguments.push(format!("--standby={attempt}")),
+            None => arguments.push("--standby".to_owned()),
         }
         arguments
     }

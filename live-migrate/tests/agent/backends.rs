@@ -1,9 +1,12 @@
 //! Backends are started, watched, and outlive the agent.
 
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::{Agent, WEB, freeze, pid_of, refused, runs, signal, wait};
+
+/// Of a handoff.
+const TRY: &str = "01ARZ3NDEKTSV4RRFFQ69G5FAV/2";
 
 #[tokio::test]
 async fn a_backend_is_started_shown_and_stopped() {
@@ -81,6 +84,53 @@ async fn backends_outlive_the_agent_and_are_found_again() {
     assert_eq!(agent.backend().await["run"], "stopped");
 }
 
+/// Whichever process comes after one, and whichever agent starts it, until one has served: what
+/// comes then is the owner's next process, in any handoff.
+#[tokio::test]
+async fn a_standby_is_told_its_try_until_it_has_served() {
+    let mut agent = Agent::start().await;
+    let told = async |agent: &Agent| {
+        let view = agent.get("/v1/vms/web").await.expect("a view");
+        (view["status"]["standby"].clone(), view["status"]["only_for"].clone())
+    };
+    let mut pid = pid_of(&agent.start_for(TRY).await);
+    for is_taken_over in [false, true] {
+        if is_taken_over {
+            agent.end(Signal::SIGKILL);
+        }
+        signal(pid, Signal::SIGKILL);
+        if is_taken_over {
+            agent.run().await;
+        }
+        pid = agent.wait_successor(pid).await;
+        assert_eq!(told(&agent).await, (json!(true), json!(TRY)));
+    }
+    std::fs::write(agent.path("run/web/control.handoff"), "{\"standing\": \"serving\"}")
+        .expect("written");
+    let record = agent.path("state/web.backend.json");
+    wait("the try is had", async || {
+        !std::fs::read_to_string(&record).is_ok_and(|text| text.contains(TRY))
+    })
+    .await;
+    signal(pid, Signal::SIGKILL);
+    agent.wait_successor(pid).await;
+    assert_eq!(told(&agent).await, (json!(true), Value::Null));
+}
+
+#[tokio::test]
+async fn a_try_is_for_a_standby_and_is_written_as_one() {
+    let agent = Agent::start().await;
+    for (role, attempt, part) in
+        [("owner", TRY, "leave it out"), ("standby", "2", "ID/ATTEMPT"), ("standby", "", "ULID")]
+    {
+        let result = agent.put("/v1/vms/web/backend", json!({"role": role, "try": attempt})).await;
+        let (status, kind, detail) = refused(result);
+        assert_eq!((status, &*kind), (400, "baton:bad-request"));
+        assert!(detail.contains(part), "{detail}");
+    }
+    assert_eq!(agent.backend().await["run"], "stopped");
+}
+
 #[tokio::test]
 async fn a_recycled_number_is_not_taken_for_a_backend() {
     let mut agent = Agent::start().await;
@@ -88,7 +138,7 @@ async fn a_recycled_number_is_not_taken_for_a_backend() {
     agent.end(Signal::SIGKILL);
     // As if the number were given to another process: this one, which was born at another time.
     let path = agent.path("state/web.backend.json");
-    let mut record: serde_json::Value =
+    let mut record: Value =
         serde_json::from_slice(&std::fs::read(&path).expect("record")).expect("JSON");
     record["process"]["pid"] = std::process::id().into();
     std::fs::write(&path, record.to_string()).expect("write");
@@ -175,8 +225,8 @@ async fn a_unit_of_systemd_is_started_found_and_stopped() {
     std::fs::create_dir_all(agent.path("run/web")).expect("directory");
 
     agent.run().await;
-    let pid = pid_of(&agent.start_backend("standby").await);
-    assert_eq!(agent.get("/v1/vms/web").await.expect("a view")["status"]["standby"], true);
+    let pid = pid_of(&agent.start_for(TRY).await);
+    assert_eq!(agent.get("/v1/vms/web").await.expect("a view")["status"]["only_for"], TRY);
     agent.end(Signal::SIGKILL);
     agent.run().await;
     wait("taken over", async || agent.backend().await["run"] == "running").await;

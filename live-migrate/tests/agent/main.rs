@@ -58,7 +58,8 @@ fn pretended_backend() {
                 "pid": std::process::id(),
                 "handoff": handoff,
                 "owner": config["owner"].as_str(),
-                "standby": arguments.contains(&"--standby"),
+                "standby": arguments.iter().any(|argument| argument.starts_with("--standby")),
+                "only_for": arguments.iter().find_map(|argument| argument.strip_prefix("--standby=")),
                 "disks": names.iter().map(|name| json!({"name": name, "drained": drained, "front_end": front_end})).collect::<Vec<_>>(),
             }),
             Some(command @ ("seal" | "activate" | "abdicate")) => {

@@ -148,6 +148,12 @@ impl Agent {
         self.put("/v1/vms/web/backend", json!({"role": role})).await.expect("started")
     }
 
+    /// A standby for one try.
+    pub(crate) async fn start_for(&self, attempt: &str) -> Value {
+        let told = json!({"role": "standby", "try": attempt});
+        self.put("/v1/vms/web/backend", told).await.expect("started")
+    }
+
     pub(crate) async fn backend(&self) -> Value {
         self.get("/v1/vms/web").await.expect("a view")["backend"].take()
     }

@@ -315,6 +315,8 @@ async fn row_31_an_explicit_handoff_is_tried_again_with_another_backend() {
         .await;
         assert_eq!(cluster.b.machine("web").stood_by, attempt, "a destination is good for one try");
     }
+    let tries = [1, 2, 3].map(|attempt| json!(format!("{id}/{attempt}")));
+    assert_eq!(cluster.b.machine("web").stood_for, tries);
     assert_eq!(coordinator.post(&id, "switchover").await.expect("sealed")["state"], "SEALED");
     let row = coordinator.post(&id, "activate").await.expect("active");
     assert_eq!((&row["outcome"], &row["attempt"]), (&json!("destination"), &json!(3)));
@@ -375,4 +377,15 @@ async fn a_standby_backend_that_dies_is_started_again() {
     let row = coordinator.get(&format!("/v1/vms/web/handoffs/{id}?wait=READY")).await;
     assert_eq!(row["outcome"], "source");
     assert_eq!(cluster.storages[0].record("root").phase, Phase::Armed);
+}
+
+/// One from before a backend could be told its try.
+#[tokio::test]
+async fn an_old_agent_starts_a_backend_without_its_try() {
+    let cluster = Cluster::new().await;
+    cluster.b.is_old.store(true, std::sync::atomic::Ordering::SeqCst);
+    let coordinator = cluster.coordinator("c", "").await;
+    coordinator.prepare(&id()).await.expect("READY");
+    let machine = cluster.b.machine("web");
+    assert_eq!((machine.backend, machine.stood_for), (Some("standby"), vec![]));
 }

@@ -354,6 +354,8 @@ pub(crate) struct Machine {
     pub(crate) resets: u32,
     /// Standby backends started so far.
     pub(crate) stood_by: u32,
+    /// For which tries, where that was said.
+    pub(crate) stood_for: Vec<Value>,
 }
 
 /// A host's agent, with its backends and machines.
@@ -368,6 +370,8 @@ pub(crate) struct Agent {
     pub(crate) refuses: AtomicBool,
     /// Starts no backend, for it has no room to remember it.
     pub(crate) full: AtomicBool,
+    /// Knows of no try that a backend is started for.
+    pub(crate) is_old: AtomicBool,
     /// What it did by itself.
     pub(crate) did: Mutex<Vec<Value>>,
 }
@@ -384,6 +388,7 @@ impl Agent {
             silent: AtomicBool::new(false),
             refuses: AtomicBool::new(false),
             full: AtomicBool::new(false),
+            is_old: AtomicBool::new(false),
             did: Mutex::default(),
         });
         let app = Router::new()
@@ -562,8 +567,13 @@ async fn agent_start(
     if agent.full.load(Ordering::SeqCst) {
         return Err(problem(507, "baton:state-full", "the disk is full").into());
     }
+    let told = body.get("try");
+    if told.is_some() && agent.is_old.load(Ordering::SeqCst) {
+        return Err(problem(400, "baton:bad-request", "unknown field `try`").into());
+    }
     let standby = body["role"] == "standby";
     agent.with(&vm, |machine| {
+        machine.stood_for.extend(told.filter(|_| machine.backend.is_none()).cloned());
         machine.stood_by += u32::from(standby && machine.backend.is_none());
         machine.backend.get_or_insert(if standby { "standby" } else { "owner" });
     });

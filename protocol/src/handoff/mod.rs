@@ -98,6 +98,31 @@ pub struct Try {
     pub attempt: u32,
 }
 
+/// As [`Try::from_str`] reads it: `ID/ATTEMPT`.
+impl fmt::Display for Try {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.id, self.attempt)
+    }
+}
+
+/// Why a text is not the name of a try.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not a try of a handoff; write ID/ATTEMPT, a ULID and a number from 1")]
+pub struct TryError(String);
+
+impl FromStr for Try {
+    type Err = TryError;
+
+    fn from_str(text: &str) -> Result<Self, TryError> {
+        let parts = text.split_once('/').and_then(|(id, attempt)| {
+            let digits = attempt.bytes().all(|byte| byte.is_ascii_digit());
+            Some((id.parse().ok()?, attempt.parse().ok().filter(|number| digits && *number > 0)?))
+        });
+        let (id, attempt) = parts.ok_or_else(|| TryError(text.chars().take(80).collect()))?;
+        Ok(Self { id, attempt })
+    }
+}
+
 /// What is on disk inside the blackout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -236,7 +261,23 @@ mod tests {
         assert_eq!(id.to_string(), "01ARZ3NDEKTSV4RRFFQ69G5FAV");
     }
 
+    #[test]
+    fn what_is_not_a_try_is_refused() {
+        let id = "01ARZ3NDEKTSV4RRFFQ69G5FAV";
+        for number in ["", "/", "/0", "/+1", "/-1", "/1/", "/4294967296", "/x", ":1"] {
+            let text = format!("{id}{number}");
+            assert!(text.parse::<Try>().is_err(), "{text}");
+        }
+        assert!("/1".parse::<Try>().is_err());
+    }
+
     proptest! {
+        #[test]
+        fn a_printed_try_parses_to_itself(id: u128, attempt in 1_u32..) {
+            let attempt = Try { id: HandoffId(id), attempt };
+            prop_assert_eq!(attempt.to_string().parse(), Ok(attempt));
+        }
+
         #[test]
         fn a_printed_id_parses_to_itself(id: u128) {
             prop_assert_eq!(HandoffId(id).to_string().parse(), Ok(HandoffId(id)));
@@ -245,6 +286,7 @@ mod tests {
         #[test]
         fn any_text_parses_or_is_refused(text: String) {
             let _ = text.parse::<HandoffId>();
+            let _ = text.parse::<Try>();
         }
     }
 }

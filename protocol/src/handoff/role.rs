@@ -30,6 +30,9 @@
 //! - A process that was away while somebody else had the volumes has lost, even
 //!   if it is its host's turn again: the epoch says so. One that was bound to
 //!   another try and never had a volume is no source either.
+//! - Whoever starts a process that stands by may say for which try. Without that
+//!   it takes the first of which it hears for its own, and one that hung until
+//!   the next is taken in by that.
 //!
 //! Does not know rings, sockets or clocks. Each ask may be repeated by the
 //! transport at will: all are idempotent.
@@ -143,7 +146,8 @@ pub struct Role {
     activate_sent: Option<Try>,
     /// The try that this destination gave up.
     abdicated: Option<Try>,
-    /// The only try in which this process may be the destination.
+    /// The only try in which this process may be the destination: the one that it
+    /// was started for, or else the first that it heard of.
     bound: Option<Try>,
     /// The try that this process has seen undecided: a member not yet sealed,
     /// or the anchor sealed and with its memory. No incarnation before it had
@@ -205,6 +209,14 @@ impl Role {
         }
     }
 
+    /// The same for a process that was started to stand by for this try: it takes
+    /// part in no other until it has had a volume, also if it has not heard of
+    /// its own.
+    #[must_use]
+    pub fn only_for(self, attempt: Try) -> Self {
+        Self { bound: Some(attempt), ..self }
+    }
+
     /// Takes a fact and says what is to be done. A member that does not exist is
     /// passed over.
     pub fn step(&mut self, input: Input) -> Vec<Output> {
@@ -247,7 +259,8 @@ impl Role {
     }
 
     /// Whether this process is good for no other try than it knows of: it has had
-    /// a volume, or has heard of the try in which it is the destination.
+    /// a volume, was started for a try, or has heard of the one in which it is the
+    /// destination.
     #[must_use]
     pub fn is_bound(&self) -> bool {
         self.bound.is_some() || self.had_any()

@@ -53,21 +53,23 @@ pub(crate) struct Backend {
     pub(crate) frozen_until: Time,
     role: Role,
     /// Claims the volumes; a standby waits for them.
-    claims: bool,
+    pub(crate) claims: bool,
     members: Vec<Member>,
     /// Its VMM has started rings: it may have activated.
     pub(crate) ever_ran: bool,
 }
 
 impl Backend {
-    /// A new process, whose VMM connects at once.
+    /// A new process, whose VMM connects at once. It claims the volumes, or stands
+    /// by for a try.
     pub(crate) fn start(
         stage: &mut Stage,
         number: usize,
         host: usize,
-        claims: bool,
+        stands_by: Option<Try>,
         vm: &Vm,
     ) -> Self {
+        let claims = stands_by.is_none();
         let session = SessionId(stage.rng.u64(1..));
         let volumes: Vec<VolumeId> =
             (0..stage.setting.volumes).map(|volume| VolumeId(volume as u64 + 1)).collect();
@@ -82,6 +84,11 @@ impl Backend {
             stopping: false,
             rogue: false,
         };
+        let role = Role::new(&owner_name(host), session, &volumes);
+        let role = match stands_by {
+            Some(attempt) if !stage.has(Bug::StandbyTakesAnyTry) => role.only_for(attempt),
+            _ => role,
+        };
         let backend = Self {
             number,
             host,
@@ -89,12 +96,15 @@ impl Backend {
             session,
             alive: true,
             frozen_until: 0,
-            role: Role::new(&owner_name(host), session, &volumes),
+            role,
             claims,
             members: volumes.iter().map(member).collect(),
             ever_ran: false,
         };
         note!(stage, "backend {number} starts on host {host}, claims {claims}");
+        if !claims {
+            stage.reached(Point::StandbyStarted);
+        }
         for member in 0..backend.members.len() {
             stage.after(10, Event::Connect { backend: number, member, link: 0 });
             for link in 1..=stage.setting.queues {

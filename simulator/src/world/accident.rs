@@ -105,6 +105,14 @@ impl World {
             Fault::DestinationHostDied => self.lose_host(to),
             Fault::SourceHostHung => self.hang_host(from),
             Fault::DestinationHostHung => self.hang_host(to),
+            Fault::DestinationDiedAndHung => {
+                let killed = self.kill_and_restart(to, lasts);
+                if killed {
+                    let (point, fault) = (Point::StandbyStarted, Fault::DestinationHostHung);
+                    self.stage.traps.push(Trap { point, passes: 0, fault });
+                }
+                killed
+            }
             // Counted when it is done.
             Fault::FenceForced => {
                 self.force_fence();

@@ -212,7 +212,7 @@ impl World {
         let server = |_| Server { up: true, boot: stage.rng.u64(1..), ..Server::default() };
         let servers = (0..setting.servers).map(server).collect();
         let mut journal = Journal::default();
-        let backend = Backend::start(&mut stage, 0, 0, true, &vms[0]);
+        let backend = Backend::start(&mut stage, 0, 0, None, &vms[0]);
         let coordinator = Coordinator::start(&mut stage, &mut journal, 0);
         for place in 0..2 {
             stage.after(100, Event::Guest { place });
@@ -458,7 +458,8 @@ impl World {
             return;
         }
         let number = self.backends.len();
-        let backend = Backend::start(&mut self.stage, number, host, claims, &self.vms[host]);
+        let stands_by = (!claims).then_some(self.handoff);
+        let backend = Backend::start(&mut self.stage, number, host, stands_by, &self.vms[host]);
         self.backends.push(backend);
         self.current[host] = Some(number);
     }

@@ -181,11 +181,12 @@ impl World {
 
     /// The host's machine and backend go on apart from the host.
     ///
-    /// Not a backend that has heard nothing yet: with a machine that runs it would
-    /// take the next handoff to this host for its own, and nothing but its agent
-    /// can tell it apart (rule 5 of `docs/handoff.md`).
+    /// Not one that was to claim its volumes and has heard nothing yet: it has no try,
+    /// and with a machine that runs it would take the next handoff to this host for
+    /// its own. Nothing but its agent can tell it apart (rule 5 of `docs/handoff.md`).
     pub(super) fn set_aside(&mut self, host: usize) {
-        if self.current[host].is_some_and(|number| !self.backends[number].is_bound()) {
+        let backend = self.current[host].map(|number| &self.backends[number]);
+        if backend.is_some_and(|backend| backend.claims && !backend.is_bound()) {
             self.kill_backend(host);
         }
         let place = self.vms.len();

@@ -6,6 +6,7 @@ use axum::Json;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
+use baton_protocol::handoff::Try;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
@@ -22,6 +23,24 @@ use crate::supervisor::{BackendState, Role};
 pub(super) struct StartBackend {
     /// `owner` claims the volumes, `standby` waits for a handoff.
     role: Role,
+    /// For `standby`: the only try of a handoff in which it may become the owner, its
+    /// id, a slash and the attempt's number. Without it that is the first of which it
+    /// hears.
+    #[serde(rename = "try", default)]
+    #[schema(example = "01ARZ3NDEKTSV4RRFFQ69G5FAV/1")]
+    only_for: Option<String>,
+}
+
+impl StartBackend {
+    fn only_for(&self) -> Result<Option<Try>, Problem> {
+        match (&self.only_for, self.role) {
+            (None, _) => Ok(None),
+            (Some(_), Role::Owner) => Err(Problem::bad_request(
+                "`try` is for role `standby`; an owner belongs to no try, so leave it out",
+            )),
+            (Some(text), Role::Standby) => text.parse().map(Some).map_err(Problem::bad_request),
+        }
+    }
 }
 
 /// Starts the backend and waits until it answers. One that runs is left alone;
@@ -35,9 +54,10 @@ pub(super) async fn start(
     Path(name): Path<String>,
     request: Result<Json<StartBackend>, JsonRejection>,
 ) -> Result<Json<BackendState>, Problem> {
-    let StartBackend { role } = body(request)?;
+    let request = body(request)?;
+    let only_for = request.only_for()?;
     let vm = find(&agent, &name)?;
-    let launch = agent.launch(&vm, role).map_err(|error| {
+    let launch = agent.launch(&vm, request.role, only_for).map_err(|error| {
         if found_no_room(&error) {
             let what = format!("the agent cannot write what the backend of {name} needs");
             return Problem::state_full(&what, &agent.config.run_dir);

@@ -40,7 +40,7 @@ impl Role {
                 Some(_) => {}
             }
         } else if self.bound.is_some_and(|bound| bound != focus.attempt) && !self.had_any() {
-            // It hung until its host is the source of another handoff: the owner
+            // It may not even have heard of its own try. It hung until its host is the source of another handoff: the owner
             // there is not this process, and its machine never began.
             self.park(Parked::Over);
         }

@@ -298,7 +298,9 @@ impl World {
                 .retain(|request| actors[request.actor].side != side || request.open.is_none());
         }
         let at = self.actors.len();
-        let actor = Actor::new(scope, side, session(at));
+        let attempt = scope.plan(self.coordinator.attempt).attempt;
+        let only_for = (standby && side == D).then_some(attempt);
+        let actor = Actor::new(scope, side, session(at), only_for);
         self.actors.push(Arc::new(actor));
         for member in 0..scope.members {
             let claim = Input::Claim { name: NAMES[side], session: session(at) };

@@ -235,8 +235,8 @@ impl World {
         let mut world = Self {
             servers,
             actors: vec![
-                Arc::new(Actor::new(scope, S, session(0))),
-                Arc::new(Actor::new(scope, D, session(1))),
+                Arc::new(Actor::new(scope, S, session(0), None)),
+                Arc::new(Actor::new(scope, D, session(1), Some(scope.plan(1).attempt))),
             ],
             vms: [vm(true, 0), vm(false, FIRST_OF_D)],
             net: BTreeSet::new(),
@@ -330,11 +330,16 @@ impl World {
 }
 
 impl Actor {
-    fn new(scope: &Scope, side: usize, session: SessionId) -> Self {
+    /// Whoever stands by as the destination was told its try.
+    fn new(scope: &Scope, side: usize, session: SessionId, only_for: Option<Try>) -> Self {
+        let role = Role::new(NAMES[side], session, &scope.volumes());
         Self {
             side,
             alive: true,
-            role: Role::new(NAMES[side], session, &scope.volumes()),
+            role: match only_for {
+                Some(attempt) => role.only_for(attempt),
+                None => role,
+            },
             slots: vec![None; scope.members],
             seen: vec![None; scope.members],
             opens: vec![None; scope.members],

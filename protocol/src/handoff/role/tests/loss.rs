@@ -46,6 +46,52 @@ fn who_lost_is_parked_for_ever() {
     }
 }
 
+/// It has heard nothing of the try that it was started for, and its machine runs.
+fn hung_for(name: &str, attempt: Try) -> Bench {
+    let mut bench = Bench::with(name, D1);
+    bench.role = bench.role.only_for(attempt);
+    for member in [ANCHOR, OTHER] {
+        bench.role.step(Input::Started { member });
+    }
+    bench
+}
+
+#[test]
+fn a_standby_that_hung_before_it_heard_of_its_try_takes_no_other() {
+    for attempt in [attempt_of(2), Try { id: HandoffId(9), attempt: 1 }] {
+        let mut bench = hung_for(DESTINATION, attempt);
+        bench.arm(1);
+        bench.seal(S1);
+        let outputs = bench.views();
+        assert!(outputs.contains(&Output::Park(Parked::Over)), "{attempt}: {outputs:?}");
+        // Nor is it the source's next process, when its host's turn has come and gone.
+        let mut bench = hung_for(SOURCE, attempt);
+        bench.arm(1);
+        let outputs = bench.views();
+        assert!(outputs.contains(&Output::Park(Parked::Over)), "{attempt}: {outputs:?}");
+    }
+}
+
+#[test]
+fn a_standby_takes_the_try_that_it_was_started_for() {
+    let mut bench = hung_for(DESTINATION, attempt_of(1));
+    bench.arm(1);
+    bench.seal(S1);
+    assert_eq!(bench.views(), [ask(ANCHOR, 1, Asked::Activate)]);
+}
+
+#[test]
+fn a_standby_hears_that_its_try_is_over_though_it_never_heard_of_it() {
+    let mut bench = hung_for(DESTINATION, attempt_of(1));
+    bench.arm(1);
+    bench.seal(S1);
+    let reclaim = bench.reclaim_by(S1);
+    bench.at(ANCHOR, reclaim);
+    bench.settle_for_source(1);
+    let outputs = bench.view(ANCHOR);
+    assert!(outputs.contains(&Output::Park(Parked::Lost)), "{outputs:?}");
+}
+
 #[test]
 fn a_destination_is_good_for_one_try() {
     let mut bench = Bench::destination();
