@@ -12,12 +12,18 @@
 //! order is the contract: link the batch, publish the used index, clear the
 //! marks, record the used index. A used index that differs from the recorded
 //! one on restart means the kill fell between, and the linked batch is cleared.
+//!
+//! Behind the rings the region has a trailer of ours, 64-byte aligned: 0 u64
+//! magic, 8 u64 and 16 u64 the handoff's id, 24 u32 its try. Front-ends keep the
+//! region as it is, whatever its size.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+
+use baton_protocol::handoff::{HandoffId, Try};
 
 use crate::memory::Mapping;
 use crate::vhost_user::message::InflightDescription;
@@ -29,6 +35,10 @@ const VERSION: u16 = 1;
 
 /// In the features word of ring 0: the guest chose write-through.
 const WRITE_THROUGH: u64 = 1 << 63;
+
+const TRAILER_BYTES: usize = 64;
+/// "BTNtry" and a version: the trailer names a try. Zero in a new region.
+const TRAILER_MAGIC: u64 = u64::from_le_bytes(*b"BTNtry\0\x01");
 
 /// Bytes of one ring's part.
 fn ring_bytes(queue_size: u16) -> usize {
@@ -73,6 +83,8 @@ fn identity(fd: &OwnedFd) -> nix::Result<(libc::dev_t, libc::ino_t)> {
 pub struct InflightRegion {
     mapping: Mapping,
     offset: usize,
+    /// From the offset on.
+    len: u64,
     num_queues: u16,
     queue_size: u16,
 }
@@ -81,12 +93,15 @@ impl InflightRegion {
     /// Makes an empty region and its descriptor.
     ///
     /// # Errors
-    /// When the kernel refuses a memfd of that size.
+    /// Without rings, or when the kernel refuses a memfd of that size.
     pub fn create(
         num_queues: u16,
         queue_size: u16,
     ) -> io::Result<(Self, OwnedFd, InflightDescription)> {
-        let len = ring_bytes(queue_size) * usize::from(num_queues);
+        if num_queues == 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it was asked for no rings"));
+        }
+        let len = ring_bytes(queue_size) * usize::from(num_queues) + TRAILER_BYTES;
         // SAFETY: a constant C string.
         let fd = unsafe { libc::memfd_create(c"baton-inflight".as_ptr(), libc::MFD_CLOEXEC) };
         if fd < 0 {
@@ -118,7 +133,7 @@ impl InflightRegion {
         if offset % 8 != 0 {
             return Err(invalid("the in-flight region is not aligned"));
         }
-        Ok(Self { mapping: Mapping::new(fd, end)?, offset, num_queues, queue_size })
+        Ok(Self { mapping: Mapping::new(fd, end)?, offset, len: mmap_size, num_queues, queue_size })
     }
 
     /// The word of ring 0 that the specification keeps for features and that is
@@ -143,6 +158,43 @@ impl InflightRegion {
     #[must_use]
     pub fn is_write_through(&self) -> bool {
         self.features().is_some_and(|f| f.load(Ordering::Acquire) & WRITE_THROUGH != 0)
+    }
+
+    /// Word `at` of the trailer; none in a region that somebody else made.
+    fn trailer(&self, at: usize) -> Option<&AtomicU64> {
+        let start = ring_bytes(self.queue_size) * usize::from(self.num_queues);
+        let has = self.len >= (start + TRAILER_BYTES) as u64;
+        // SAFETY: `map` checked that so many bytes are mapped, and the alignment; a ring's part is a multiple of 64.
+        has.then(|| unsafe {
+            AtomicU64::from_ptr(self.mapping.as_ptr().add(self.offset + start + 8 * at).cast())
+        })
+    }
+
+    /// Keeps for the process that comes next that this front-end's machine arrived here in this try of a handoff.
+    pub fn set_arrival(&self, arrival: Try) {
+        let half = |shift: u32| u64::try_from((arrival.id.0 >> shift) & u128::from(u64::MAX));
+        let half = |shift| half(shift).expect("64 bits");
+        let words = [half(0), half(64), u64::from(arrival.attempt)];
+        let Some(magic) = self.trailer(0) else { return };
+        // A kill in between leaves no try rather than half of one.
+        magic.store(0, Ordering::Release);
+        for (at, word) in (1..).zip(words) {
+            if let Some(place) = self.trailer(at) {
+                place.store(word, Ordering::Release);
+            }
+        }
+        magic.store(TRAILER_MAGIC, Ordering::Release);
+    }
+
+    /// The try in which this front-end's machine arrived here, if that was kept.
+    #[must_use]
+    pub fn arrival(&self) -> Option<Try> {
+        let word = |at| self.trailer(at).map(|word| word.load(Ordering::Acquire));
+        if word(0)? != TRAILER_MAGIC {
+            return None;
+        }
+        let id = HandoffId(u128::from(word(1)?) | u128::from(word(2)?) << 64);
+        Some(Try { id, attempt: u32::try_from(word(3)?).ok()? })
     }
 
     /// The part of ring `index`, if the region has it and it can track
@@ -314,6 +366,25 @@ mod tests {
         assert!(kept());
         region.set_write_through(false);
         assert!(!kept());
+    }
+
+    #[test]
+    fn the_try_of_the_arrival_outlives_the_process() {
+        let (region, fd, description) = region();
+        let kept = |description| InflightRegion::map(&fd, description).expect("map").arrival();
+        assert_eq!(kept(description), None);
+        let arrival = Try { id: HandoffId(u128::MAX - 5), attempt: 7 };
+        region.set_arrival(arrival);
+        let mut ring = region.ring(1, 8).expect("ring");
+        ring.resume(0);
+        (0..8).for_each(|head| ring.take(head));
+        assert_eq!(kept(description), Some(arrival));
+        // One that has no room for it, as another program makes it.
+        let mmap_size = description.mmap_size - TRAILER_BYTES as u64;
+        let short = InflightDescription { mmap_size, ..description };
+        assert_eq!(kept(short), None);
+        InflightRegion::map(&fd, short).expect("map").set_arrival(Try::default());
+        assert_eq!(kept(description), Some(arrival), "nothing was written behind its end");
     }
 
     #[test]

@@ -452,12 +452,23 @@ impl MemberHandle {
         self.vm.state().role.is_held(self.at)
     }
 
-    /// The machine of this process comes from another host, with its memory: one
-    /// that has been here before is of an earlier try, and its memory is of then.
-    /// Also as long as the storage has not said whose the volume is.
-    pub(crate) fn awaits_machine(&self) -> bool {
+    /// The try in which a machine that starts its rings now arrives here.
+    pub(crate) fn arrival(&self) -> Option<Try> {
+        self.vm.state().role.arrival()
+    }
+
+    /// The machine of this process comes from another host, with its memory. One that
+    /// has been here before is of an earlier try, and its memory is of then, unless it
+    /// arrived in the very try that this process is for: then an earlier process of
+    /// that try has died under it. Also as long as the storage has not said whose the
+    /// volume is.
+    pub(crate) fn awaits_another_machine(&self, arrived: Option<Try>) -> bool {
         let claimed = self.vm.members[self.at].port().claimed().is_some();
-        !claimed && self.vm.state().foreign[self.at].unwrap_or(true)
+        let state = self.vm.state();
+        let expected = state.role.arrival();
+        !claimed
+            && state.foreign[self.at].unwrap_or(true)
+            && (arrived.is_none() || arrived != expected)
     }
 
     /// They wait for ever, and that was said.

@@ -275,12 +275,15 @@ impl<'a> Session<'a> {
             Request::SetConfig { offset, payload } => self.set_config(offset, &payload)?,
             Request::GetInflightFd(wanted) => return self.make_inflight(wanted),
             Request::SetInflightFd(description, fd) => {
-                let awaits = self.disk.member.as_ref().is_some_and(MemberHandle::awaits_machine);
-                if awaits && !self.disk.inflight_made.has(&fd) {
-                    return Err(Refused::EarlierMachine);
-                }
                 let region = InflightRegion::map(&fd, description)
                     .map_err(|source| Refused::Map { what: "the in-flight region", source })?;
+                let is_strange =
+                    |member: &MemberHandle| member.awaits_another_machine(region.arrival());
+                if self.disk.member.as_ref().is_some_and(is_strange)
+                    && !self.disk.inflight_made.has(&fd)
+                {
+                    return Err(Refused::EarlierMachine);
+                }
                 self.writeback &= !region.is_write_through();
                 region.set_write_through(!self.writeback);
                 self.inflight = Some(Arc::new(region));
@@ -511,6 +514,9 @@ impl<'a> Session<'a> {
         if !std::mem::replace(&mut self.told_running, true)
             && let Some(member) = &self.disk.member
         {
+            if let (Some(region), Some(arrival)) = (&self.inflight, member.arrival()) {
+                region.set_arrival(arrival);
+            }
             member.started();
         }
         tracing::debug!(disk = self.disk.name, queue = index, "ring started");

@@ -266,6 +266,13 @@ impl Role {
         self.bound.is_some() || self.had_any()
     }
 
+    /// The try in which a machine arrives in this process: the one that it is the
+    /// destination of.
+    #[must_use]
+    pub fn arrival(&self) -> Option<Try> {
+        if self.parked.is_some() { None } else { self.bound }
+    }
+
     /// How the VM stands.
     #[must_use]
     pub fn standing(&self) -> Standing {
