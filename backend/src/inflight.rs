@@ -14,7 +14,7 @@
 //! one on restart means the kill fell between, and the linked batch is cleared.
 //!
 //! Behind the rings the region has a trailer of ours, 64-byte aligned: 0 u64
-//! magic, 8 u64 and 16 u64 the handoff's id, 24 u32 its try. Front-ends keep the
+//! magic, 8 and 16 u64 the handoff's id, low half first, 24 u64 its try. Front-ends keep the
 //! region as it is, whatever its size.
 
 use std::collections::VecDeque;

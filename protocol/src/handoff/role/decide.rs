@@ -40,8 +40,9 @@ impl Role {
                 Some(_) => {}
             }
         } else if self.bound.is_some_and(|bound| bound != focus.attempt) && !self.had_any() {
-            // It may not even have heard of its own try. It hung until its host is the source of another handoff: the owner
-            // there is not this process, and its machine never began.
+            // It hung until its host is the source of another handoff, and may not
+            // even have heard of its own try: the owner there is not this process,
+            // and its machine never began.
             self.park(Parked::Over);
         }
     }
