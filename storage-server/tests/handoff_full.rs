@@ -14,7 +14,7 @@ use common::handoff::{
     Backend, DESTINATION, Member, S, SOURCE, TRY, arm, arm_try, plan, which, which_try,
 };
 use common::small_disk::SmallDisk;
-use common::{Client, Daemon, arguments, greeting, http, json, wait_for};
+use common::{Client, Daemon, arguments, greeting, http, json, metric, wait_for};
 use tempfile::TempDir;
 
 const MODES: [&str; 2] = ["fast", "base"];
@@ -251,6 +251,62 @@ fn f20_a_full_member_is_disarmed_with_the_others() {
     assert_eq!(source.queue.write(0, &[1; 512]), Status::Ok);
     full.disk.free();
     arm_try(&members, "fast", Try { attempt: 2, ..TRY });
+}
+
+/// The journal is half full and cannot be applied: the guest notices nothing, and nothing is lost, also if the server
+/// is killed before there is room.
+#[test]
+fn f20_the_extent_map_waits_in_the_journal_while_the_disk_is_full() {
+    /// A checkpoint begins with so many records.
+    const HALF: u64 = 1 << 15;
+    let extent = |number: u64| number << 20;
+    for killed in [false, true] {
+        let Some(mut server) = Server::start() else { return };
+        let mut volume = server.member("d");
+        let mut source = volume.source();
+        let records = |volume: &Member| metric(volume.admin, "baton_pool_journal_records");
+        let unmap = |source: &mut Backend, number| {
+            let (status, _) = source.queue.call(Opcode::Discard, extent(number), extent(1));
+            assert_eq!(status, Status::Ok);
+        };
+        (0..12).for_each(|n| assert_eq!(source.queue.write(extent(n), &[1; 512]), Status::Ok));
+        for _ in 0..(HALF - 4 - records(&volume)) / 2 {
+            unmap(&mut source, 11);
+            assert_eq!(source.queue.write(extent(11), &[1; 512]), Status::Ok);
+        }
+        server.fill();
+        for n in 2..9 {
+            unmap(&mut source, n);
+            assert_eq!(source.queue.read(extent(n), 512), [0; 512]);
+            goes_on(&mut source, u8::try_from(n).expect("small"));
+        }
+        assert!(records(&volume) > HALF, "none was taken out of the journal");
+        if killed {
+            server.daemon.take().expect("running").kill();
+            server.disk.free();
+            server.daemon = Some(server.run());
+            (volume.data, volume.admin) = (server.daemon().data, server.daemon().admin);
+            let owner = volume.control(SOURCE, 0xa2, AccessMode::Owner, 0);
+            let mut hello = greeting("d", SOURCE, 0xa2);
+            hello.epoch = owner.epoch.0;
+            source = Backend {
+                control: owner,
+                queue: Client::greet(volume.data, &hello).expect("welcomed").0,
+            };
+        } else {
+            server.disk.free();
+        }
+        wait_for("the journal is applied", || {
+            unmap(&mut source, 11);
+            assert_eq!(source.queue.write(extent(11), &[1; 512]), Status::Ok);
+            records(&volume) < HALF
+        });
+        for n in 1..12 {
+            let byte = u8::from(!(2..9).contains(&n));
+            assert_eq!(source.queue.read(extent(n), 512), [byte; 512], "extent {n}");
+        }
+        goes_on(&mut source, 9);
+    }
 }
 
 /// It says why, ends, and starts when there is room.
