@@ -24,8 +24,12 @@ async fn continue_is_refused_until_every_disk_is_drained() {
         return;
     }
     let pair = format!("[vmm]\nincoming_command = {QEMU}\n{WEB}");
-    let mut source =
-        Agent::with("exec_pretended \"$@\"", "", &pair.replace(", \"-incoming\", \"defer\"", ""));
+    // The watchdog must not end the backend that is frozen here, however long a busy machine takes.
+    let mut source = Agent::with(
+        "exec_pretended \"$@\"",
+        "hang_ms = 600000",
+        &pair.replace(", \"-incoming\", \"defer\"", ""),
+    );
     let mut destination = Agent::with("exec_pretended \"$@\"", "", &pair);
     source.run().await;
     destination.run().await;
