@@ -1,19 +1,22 @@
 //! How long a thread that ran out of work looks for more before it sleeps.
 //!
 //! A wake-up costs both sides several microseconds, and a thread that is still
-//! looking needs none. Looking pays where the next piece of work is near and costs a
-//! core where it is not, so the window follows what it brings:
+//! looking needs none. Looking pays where the next piece of work is near and the core
+//! is the thread's own, so the window follows what it brings:
 //!
 //! | what happened | next window |
 //! |---|---|
 //! | work came within it | twice as long, at most the limit |
-//! | it passed in vain | half as long; under [`WINDOW_MIN`] none at all |
-//! | none, and work came sooner than the limit | after some more of those, twice as long as that took |
-//! | none, and work came later | none |
+//! | it passed in vain, and nothing came for long | none: the thread is idle |
+//! | it passed in vain, and work came as soon as the thread slept | none: given up |
+//! | the thread was kept from looking for longer than the limit | none: given up |
+//! | there was none, and work came sooner than the limit | twice as long as that took |
 //!
-//! A window that was given up is tried again later and later, up to every
-//! [`PAUSE_MAX`]th short wait: where it cannot help, as when who has the work needs
-//! this very core, trying costs next to nothing.
+//! The two that give up are what a core looks like that others need, among them who
+//! has the work. It is tried again after 1, 2, 4 and at most [`PAUSE_MAX`] near pieces
+//! of work, and at once when looking went well for [`RUN`] times: where it cannot
+//! help, trying costs little. Asking the scheduler instead (`sched_yield`) gives the
+//! core away for milliseconds where another thread is busy.
 //!
 //! The option is one number, the limit in microseconds, 0 for never: see
 //! [`POLL_US_MAX`]. Does not know clocks, threads or what work is.
@@ -23,11 +26,15 @@ use std::time::{Duration, Instant};
 /// Most that the option may ask for: an idle thread gives the core back within this.
 pub const POLL_US_MAX: u64 = 100;
 
-/// A shorter window costs as much as it can save.
+/// The first window is not shorter than what it can save.
 const WINDOW_MIN: Duration = Duration::from_micros(5);
 
-/// Short waits between two tries of a window that was given up again and again.
+/// Near pieces of work between two tries of a window that was given up again and again.
 const PAUSE_MAX: u32 = 1024;
+
+/// Finds in a row that make up for what was given up before. Where two processes take
+/// turns on one core, looking brings something four times out of five.
+const RUN: u32 = 32;
 
 /// See the module's documentation.
 #[derive(Clone, Debug)]
@@ -37,9 +44,13 @@ pub struct BusyPoll {
     window: Duration,
     /// When the thread ran out of work; `None` while it has some.
     idle_since: Option<Instant>,
-    /// Short waits until a window is tried again.
+    /// The window has not passed.
+    looking: bool,
+    /// Finds in a row.
+    run: u32,
+    /// Near pieces of work until a window is tried again.
     pause: u32,
-    /// What `pause` will be after the next window that is given up.
+    /// What `pause` will be when the next window is given up.
     next_pause: u32,
 }
 
@@ -54,6 +65,8 @@ impl BusyPoll {
             limit,
             window: Duration::ZERO,
             idle_since: None,
+            looking: false,
+            run: 0,
             pause: 0,
             next_pause: 1,
         })
@@ -63,43 +76,50 @@ impl BusyPoll {
     /// these calls after [`BusyPoll::found`] begins the window.
     #[must_use]
     pub fn look_again(&mut self, now: Instant) -> bool {
-        let since = *self.idle_since.get_or_insert(now);
-        if self.window.is_zero() {
-            return false;
-        }
-        let looking = now.saturating_duration_since(since) < self.window;
-        if !looking {
-            self.window /= 2;
-            if self.window < WINDOW_MIN.min(self.limit) {
+        let Some(since) = self.idle_since else {
+            self.idle_since = Some(now);
+            self.looking = !self.window.is_zero();
+            return self.looking;
+        };
+        if self.looking {
+            let waited = now.saturating_duration_since(since);
+            self.looking = waited < self.window;
+            if waited > 2 * self.limit {
                 self.give_up();
             }
         }
-        looking
+        self.looking
     }
 
-    /// There is work, found at `now` by a look (`slept` false) or a wake-up.
-    pub fn found(&mut self, now: Instant, slept: bool) {
+    /// There is work, found at `now` by a look or a wake-up.
+    pub fn found(&mut self, now: Instant) {
         let Some(since) = self.idle_since.take() else { return };
         let waited = now.saturating_duration_since(since);
-        if !slept {
-            self.window = (self.window * 2).min(self.limit);
-            if self.window == self.limit {
+        let far = waited > 2 * self.limit;
+        if self.looking && !far {
+            self.window = (2 * self.window).min(self.limit);
+            self.run += 1;
+            if self.run >= RUN {
                 self.next_pause = 1;
             }
-        } else if waited > self.limit {
+        } else if !self.window.is_zero() {
+            if self.looking || !far {
+                self.give_up();
+            }
             self.window = Duration::ZERO;
-        } else if self.window.is_zero() {
+        } else if waited <= self.limit {
             self.pause = self.pause.saturating_sub(1);
             if self.pause == 0 {
-                self.window = (waited * 2).max(WINDOW_MIN).min(self.limit);
+                self.window = (2 * waited).max(WINDOW_MIN).min(self.limit);
             }
         }
     }
 
     fn give_up(&mut self) {
         self.window = Duration::ZERO;
+        self.run = 0;
         self.pause = self.next_pause;
-        self.next_pause = (self.next_pause * 2).min(PAUSE_MAX);
+        self.next_pause = (2 * self.next_pause).min(PAUSE_MAX);
     }
 }
 
@@ -133,14 +153,14 @@ mod tests {
                 self.looked_us += 1;
                 assert!(self.looked_us < 10_000_000, "the thread does not give the core back");
                 if self.now >= comes {
-                    self.poll.found(self.now, false);
+                    self.poll.found(self.now);
                     return None;
                 }
             }
             let looked = self.now.saturating_duration_since(began);
             self.slept += 1;
             self.now = self.now.max(comes);
-            self.poll.found(self.now, true);
+            self.poll.found(self.now);
             Some(u32::try_from(looked.as_micros()).expect("short"))
         }
     }
@@ -194,6 +214,24 @@ mod tests {
         }
     }
 
+    /// As when another thread has the core in turn with this one, for milliseconds.
+    #[test]
+    fn a_thread_that_is_kept_from_looking_stops_to_look() {
+        let mut thread = Thread::new(100);
+        let mut kept = 0;
+        for _ in 0..10_000 {
+            let looked = thread.poll.look_again(thread.now);
+            thread.now += if looked { 4000 * US } else { 15 * US };
+            kept += u32::from(looked);
+            // Found by this look, or by the next after it.
+            if kept % 2 == 0 {
+                assert!(!looked || !thread.poll.look_again(thread.now), "longer than the limit");
+            }
+            thread.poll.found(thread.now);
+        }
+        assert!((2..30).contains(&kept), "{kept} times");
+    }
+
     /// As when the one who has the work runs on this core: it comes only once the
     /// thread sleeps.
     #[test]
@@ -207,7 +245,7 @@ mod tests {
                 assert!(looked < 100_000 * US / 10, "{looked:?} in a second of waiting");
             }
             now += 10 * US;
-            poll.found(now, true);
+            poll.found(now);
         }
     }
 }

@@ -30,18 +30,19 @@ impl Polling {
         (self.clock)()
     }
 
-    /// There was work, found by a look or, at `woken`, by waking up.
-    pub(super) fn found(&mut self, woken: Option<Instant>) {
-        let now = woken.unwrap_or_else(|| self.now());
-        let window = if self.for_answers { &mut self.answers } else { &mut self.requests };
-        window.found(now, woken.is_some());
+    /// There was work, found at `now` by a look or a wake-up.
+    pub(super) fn found(&mut self, now: Instant) {
+        self.window().found(now);
     }
 
     /// All of it is done. True: look once more; false: sleep.
     pub(super) fn look_again(&mut self, in_flight: usize) -> bool {
         let now = self.now();
         self.for_answers = in_flight > 0;
-        let window = if self.for_answers { &mut self.answers } else { &mut self.requests };
-        window.look_again(now)
+        self.window().look_again(now)
+    }
+
+    fn window(&mut self) -> &mut BusyPoll {
+        if self.for_answers { &mut self.answers } else { &mut self.requests }
     }
 }

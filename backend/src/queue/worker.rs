@@ -128,10 +128,7 @@ impl Worker {
             // The descriptor is ours and valid: nothing else can happen.
             Err(error) => panic!("epoll_wait on the queue's own descriptor: {error}"),
         };
-        let woken = match (&self.polling, how) {
-            (Some(polling), Next::Sleep) => Some(polling.now()),
-            _ => None,
-        };
+        let woken = self.polling.as_ref().map(Polling::now);
         let before = self.taken;
         let woken_by = |source: Source| events[..count].iter().any(|e| e.data() == source as u64);
         if woken_by(Source::Mailbox) {
@@ -143,7 +140,7 @@ impl Worker {
         self.take_all();
         self.send();
         self.disk.status.set_in_flight(self.index, self.in_flight);
-        if let Some(polling) = &mut self.polling {
+        if let (Some(polling), Some(woken)) = (&mut self.polling, woken) {
             if count > 0 || self.taken != before {
                 polling.found(woken);
             }

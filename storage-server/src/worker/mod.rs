@@ -151,7 +151,7 @@ impl Worker {
             if n > 0
                 && let Some(polling) = &mut self.polling
             {
-                polling.found(Instant::now(), timeout != EpollTimeout::ZERO);
+                polling.found(Instant::now());
             }
             let mut mail = false;
             for event in &events[..n] {
