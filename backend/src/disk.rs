@@ -36,6 +36,9 @@ pub struct DiskOptions {
     pub queue_size: u16,
     /// Changes are refused, whatever the volume allows.
     pub read_only: bool,
+    /// Longest time that a queue looks for more work before it sleeps, in us; 0: it
+    /// sleeps at once.
+    pub poll_us: u64,
 }
 
 /// Ends disks: readable for ever once set.
@@ -109,7 +112,7 @@ impl DiskServer {
         // It may have grown before the listener was there.
         disk.size_bytes.fetch_max(disk.volume.geometry().size_bytes, Ordering::Relaxed);
         let queues = (0..options.num_queues)
-            .map(|index| QueueHandle::spawn(index, Arc::clone(&disk)))
+            .map(|index| QueueHandle::spawn(index, Arc::clone(&disk), options.poll_us))
             .collect::<io::Result<Vec<_>>>()?;
         // A destination's connections stand before its rings start.
         if disk.volume.handoff().is_some_and(|port| port.is_held()) {

@@ -192,7 +192,7 @@ fn launch(
     args.extend(["--data-dir".into(), data_dir.into()]);
     args.extend(more_args.iter().map(OsString::from));
     let mut command = Command::new(program("baton-storage")?);
-    command.args(args).envs(env.iter().map(|(name, value)| (name, value)));
+    command.args(with_polling(args)).envs(env.iter().map(|(name, value)| (name, value)));
     let mut daemon = Daemon::start_command(dir, "storage", command)?;
     seen(daemon.pid());
     let line = daemon.wait_line("listening data=", READY_TIMEOUT)?;
@@ -241,9 +241,20 @@ impl Backend {
 }
 
 fn launch_backend(dir: &Path, name: &str, args: &[OsString]) -> Result<Daemon> {
-    let mut daemon = Daemon::start(dir, name, &program("baton-backend")?, args)?;
+    let args = with_polling(args.to_vec());
+    let mut daemon = Daemon::start(dir, name, &program("baton-backend")?, &args)?;
     daemon.wait_line("listening socket=", READY_TIMEOUT)?;
     Ok(daemon)
+}
+
+/// `BATON_POLL_US` runs whatever is started here with busy polling, unless its arguments say something of that.
+pub(crate) fn with_polling(mut args: Vec<OsString>) -> Vec<OsString> {
+    if let Some(poll_us) = std::env::var_os("BATON_POLL_US")
+        && !args.iter().any(|arg| arg == "--poll-us")
+    {
+        args.extend(["--poll-us".into(), poll_us]);
+    }
+    args
 }
 
 /// Waits until `holds`, looking every few milliseconds.

@@ -8,11 +8,12 @@
 //!
 //! Knows the wire of neither; what it says is what `docs/handoff.md` and the admin API's document say.
 
-use crate::baton::{Environment, READY_TIMEOUT, Storage, wait_until};
+use crate::baton::{Environment, READY_TIMEOUT, Storage, wait_until, with_polling};
 use crate::daemon::Daemon;
 use crate::workspace::program;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
+use std::ffi::OsString;
 use std::fmt::{self, Write as _};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -430,6 +431,7 @@ fn launch(
     flags: &[String],
 ) -> Result<Daemon> {
     let mut command = Command::new(program("baton-backend")?);
+    let flags = with_polling(flags.iter().map(OsString::from).collect());
     command
         .arg("--config")
         .arg(config)

@@ -13,9 +13,11 @@
 //! | [`status`] | typed errors on the wire |
 //! | [`access`] | the access record: who may touch a volume, decided by epoch |
 //! | [`handoff`] | moving the right to write from one host to another |
+//! | [`busy_poll`] | how long a thread that ran out of work looks for more before it sleeps |
 //! | [`window`] | sequence numbers of one queue: each request takes effect once |
 
 pub mod access;
+pub mod busy_poll;
 mod cursor;
 pub mod frame;
 pub mod handoff;
@@ -25,6 +27,7 @@ pub mod units;
 pub mod version;
 pub mod window;
 
+pub use busy_poll::{BusyPoll, POLL_US_MAX};
 pub use frame::{FrameError, ReplyHeader, RequestHeader};
 pub use message::{AccessMode, Event, EventKind, Features, Hello, Opcode, Welcome};
 pub use status::Status;

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use baton_protocol::ByteSize;
+use baton_protocol::{ByteSize, POLL_US_MAX};
 use clap::{Parser, ValueEnum};
 use serde::Deserialize;
 
@@ -49,6 +49,10 @@ pub struct Flags {
     /// Read with plain threads where io_uring would be used.
     #[arg(long)]
     pub no_io_uring: bool,
+    /// Look for more work so long before a worker sleeps, in microseconds, 0 to 100: saves
+    /// wake-ups and costs CPU time [default: 0, which is off].
+    #[arg(long, value_name = "N")]
+    pub poll_us: Option<u64>,
     /// How log lines look [default: text].
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -100,6 +104,7 @@ struct RawPool {
 struct RawWorkers {
     count: Option<usize>,
     io_uring: Option<bool>,
+    poll_us: Option<u64>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -141,6 +146,9 @@ pub struct Config {
     pub workers: usize,
     /// Use io_uring where the kernel allows it.
     pub io_uring: bool,
+    /// Longest time that a worker looks for more work before it sleeps, in us; 0: it
+    /// sleeps at once.
+    pub poll_us: u64,
     /// Welcomed connections at once.
     pub connections_max: usize,
     /// Connections at once that have not said HELLO.
@@ -226,6 +234,7 @@ impl RawConfig {
         if flags.no_io_uring {
             workers.io_uring = Some(false);
         }
+        workers.poll_us = flags.poll_us.or(workers.poll_us);
         log.format = flags.log_format.or(log.format);
         log.level = flags.log_level.or(log.level);
         Self { listen, pool, workers, limits, log, danger_zone }
@@ -247,6 +256,7 @@ impl TryFrom<RawConfig> for Config {
             pool_bytes: pool.size.map(pool_bytes).transpose()?,
             workers: within("worker count", workers.count, cores.min(8), 1..=WORKERS_MAX)?,
             io_uring: workers.io_uring.unwrap_or(true),
+            poll_us: within("polling time in microseconds", workers.poll_us, 0, 0..=POLL_US_MAX)?,
             connections_max: within("connection limit", limits.connections, 4096, 1..=1_000_000)?,
             silent_max: within(
                 "silent connection limit",
@@ -340,12 +350,13 @@ mod tests {
         assert!(config.admin_listen.ip().is_loopback());
         assert!(config.io_uring && !config.cold_reads && config.pool_bytes.is_none());
         assert!((1..=8).contains(&config.workers));
+        assert_eq!(config.poll_us, 0, "off");
     }
 
     #[test]
     fn flags_win_over_the_file() {
         let raw: RawConfig = toml::from_str(
-            "[listen]\ndata = \"127.0.0.1:1\"\n[pool]\ndata_dir = \"d\"\nsize = \"1G\"\n[workers]\ncount = 3",
+            "[listen]\ndata = \"127.0.0.1:1\"\n[pool]\ndata_dir = \"d\"\nsize = \"1G\"\n[workers]\ncount = 3\npoll_us = 20",
         )
         .expect("good");
         let flags = Flags::try_parse_from([
@@ -355,6 +366,8 @@ mod tests {
             "--pool-size",
             "2G",
             "--no-io-uring",
+            "--poll-us",
+            "30",
             "--log-format",
             "json",
         ])
@@ -362,7 +375,7 @@ mod tests {
         let config = Config::try_from(raw.overridden(flags)).expect("good");
         assert_eq!(config.listen.port(), 2);
         assert_eq!(config.pool_bytes, Some(2 << 30));
-        assert_eq!((config.workers, config.io_uring), (3, false));
+        assert_eq!((config.workers, config.io_uring, config.poll_us), (3, false, 30));
         assert_eq!(config.log_format, LogFormat::Json);
     }
 
@@ -374,6 +387,7 @@ mod tests {
             ("[pool]\ndata_dir = \"d\"\nsize = \"4K\"", "at least one extent"),
             ("[pool]\ndata_dir = \"d\"\n[listen]\ndata = \"localhost\"", "localhost"),
             ("[pool]\ndata_dir = \"d\"\n[workers]\ncount = 0", "from 1 to 64"),
+            ("[pool]\ndata_dir = \"d\"\n[workers]\npoll_us = 101", "from 0 to 100"),
             ("[pool]\ndata_dir = \"d\"\n[log]\nlevel = \"loud\"", "loud"),
             ("[pool]\ndata_dir = \"d\"\n[danger_zone]\ncold_reads = true", "enabled = true"),
             ("[pool]\ndata_dirr = \"d\"", "data_dirr"),

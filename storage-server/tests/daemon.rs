@@ -37,6 +37,7 @@ fn each_mistake_is_one_sentence_and_leaves_nothing_behind() {
         (vec!["--listen", "nonsense"], 2, "nonsense"),
         (vec!["--pool-size", "7Q"], 2, "7Q"),
         (vec!["--workers", "0"], 2, "1 to 64"),
+        (vec!["--poll-us", "101"], 2, "from 0 to 100"),
         (vec!["--log-level", "loud"], 2, "loud"),
         (vec!["--config", "/nowhere/at-all.toml"], 2, "/nowhere/at-all.toml"),
         (vec!["--config", file], 2, "data_dirr"),

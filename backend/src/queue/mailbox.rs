@@ -7,11 +7,12 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::polling::Polling;
 use super::worker::{Source, Worker};
 use super::{Disk, RingSetup, RingStart};
 
@@ -71,20 +72,21 @@ impl Draining {
 }
 
 impl QueueHandle {
-    /// Starts the thread.
+    /// Starts the thread, which looks up to `poll_us` for more work before it sleeps.
     ///
     /// # Errors
     /// When the process is out of descriptors or threads.
-    pub fn spawn(index: u16, disk: Arc<Disk>) -> io::Result<Self> {
+    pub fn spawn(index: u16, disk: Arc<Disk>, poll_us: u64) -> io::Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let mailbox = Arc::new(Mailbox { commands: Mutex::default(), wake });
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&mailbox.wake, EpollEvent::new(EpollFlags::EPOLLIN, Source::Mailbox as u64))?;
+        let polling = Polling::new(poll_us, Instant::now);
         let theirs = Arc::clone(&mailbox);
         let thread = thread::Builder::new()
             .name(format!("{}-q{index}", disk.name))
             .stack_size(256 << 10)
-            .spawn(move || Worker::new(index, disk, theirs, epoll).run())?;
+            .spawn(move || Worker::new(index, disk, theirs, epoll, polling).run())?;
         Ok(Self { mailbox, thread: Some(thread) })
     }
 

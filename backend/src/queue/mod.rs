@@ -16,6 +16,7 @@
 //! | `completion` | from the storage to the used ring |
 //! | `order` | in which order completions are shown while a migration runs |
 //! | `pending` | a request in flight |
+//! | `polling` | what the thread looks for before it sleeps, where that is switched on |
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -36,6 +37,7 @@ mod completion;
 mod intake;
 mod order;
 mod pending;
+mod polling;
 mod worker;
 
 /// What all queues of a disk share.

@@ -11,6 +11,7 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
 use super::mailbox::{Command, Mailbox};
 use super::order::Order;
 use super::pending::{Held, Pending, Stage};
+use super::polling::Polling;
 use super::{Disk, RingSetup, RingStart};
 use crate::inflight::InflightRing;
 use crate::log_limit::LogLimit;
@@ -23,6 +24,15 @@ pub(super) enum Source {
     Mailbox = 0,
     Kick = 1,
     Volume = 2,
+}
+
+/// How the thread waits for the next thing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// Not at all: there is more to do, or soon will be.
+    Look,
+    /// Until something wakes it.
+    Sleep,
 }
 
 #[derive(Debug)]
@@ -63,10 +73,18 @@ pub(super) struct Worker {
     /// Apart, so that a flood of bad requests does not hide the end of a ring.
     pub(super) breaks: LogLimit,
     pub(super) exit: bool,
+    /// `None`: sleeps at once when there is nothing to do.
+    polling: Option<Polling>,
 }
 
 impl Worker {
-    pub(super) fn new(index: u16, disk: Arc<Disk>, mailbox: Arc<Mailbox>, epoll: Epoll) -> Self {
+    pub(super) fn new(
+        index: u16,
+        disk: Arc<Disk>,
+        mailbox: Arc<Mailbox>,
+        epoll: Epoll,
+        polling: Option<Polling>,
+    ) -> Self {
         Self {
             index,
             disk,
@@ -85,32 +103,53 @@ impl Worker {
             guest_errors: LogLimit::default(),
             breaks: LogLimit::default(),
             exit: false,
+            polling,
         }
     }
 
     pub(super) fn run(mut self) {
-        let mut events = [EpollEvent::empty(); 4];
-        let mut more = false;
+        let mut next = Next::Sleep;
         while !self.exit {
-            // With more to do only look at what else is there.
-            let timeout = if more { EpollTimeout::ZERO } else { EpollTimeout::NONE };
-            let count = match self.epoll.wait(&mut events, timeout) {
-                Ok(count) => count,
-                Err(nix::Error::EINTR) => continue,
-                // The descriptor is ours and valid: nothing else can happen.
-                Err(error) => panic!("epoll_wait on the queue's own descriptor: {error}"),
-            };
-            let woken_by =
-                |source: Source| events[..count].iter().any(|e| e.data() == source as u64);
-            if woken_by(Source::Mailbox) {
-                self.read_mailbox();
-            }
-            if woken_by(Source::Volume) {
-                self.poll_volume();
-            }
-            more = self.work();
-            self.disk.status.set_in_flight(self.index, self.in_flight);
+            next = self.round(next);
         }
+    }
+
+    /// Waits as said, and does what there is then. The result is how to wait next.
+    fn round(&mut self, how: Next) -> Next {
+        let mut events = [EpollEvent::empty(); 4];
+        let timeout = match how {
+            // Only look at what else is there.
+            Next::Look => EpollTimeout::ZERO,
+            Next::Sleep => EpollTimeout::NONE,
+        };
+        let count = match self.epoll.wait(&mut events, timeout) {
+            Ok(count) => count,
+            Err(nix::Error::EINTR) => return how,
+            // The descriptor is ours and valid: nothing else can happen.
+            Err(error) => panic!("epoll_wait on the queue's own descriptor: {error}"),
+        };
+        let woken = self.polling.as_ref().map(Polling::now);
+        let before = self.taken;
+        let woken_by = |source: Source| events[..count].iter().any(|e| e.data() == source as u64);
+        if woken_by(Source::Mailbox) {
+            self.read_mailbox();
+        }
+        if woken_by(Source::Volume) {
+            self.poll_volume();
+        }
+        self.take_all();
+        self.send();
+        self.disk.status.set_in_flight(self.index, self.in_flight);
+        if let (Some(polling), Some(woken)) = (&mut self.polling, woken) {
+            if count > 0 || self.taken != before {
+                polling.found(woken);
+            }
+            // Kicks stay unwanted: the look finds the request.
+            if polling.look_again(self.in_flight) {
+                return Next::Look;
+            }
+        }
+        if self.ask_for_kicks() { Next::Look } else { Next::Sleep }
     }
 
     fn read_mailbox(&mut self) {
@@ -308,13 +347,11 @@ impl Worker {
         }
     }
 
-    /// Takes and sends requests, one ring full at most, then asks for a kick.
-    /// True: there are more, which no kick will tell of. They have to wait for a
-    /// look at answers and commands, or a guest that refills the ring as fast as
-    /// it is emptied could keep those waiting for ever.
-    fn work(&mut self) -> bool {
-        self.take_all();
-        self.send();
+    /// Asks for a kick at the next request. True: there are more, which no kick will
+    /// tell of: one ring full at most was taken. They have to wait for a look at
+    /// answers and commands, or a guest that refills the ring as fast as it is emptied
+    /// could keep those waiting for ever.
+    fn ask_for_kicks(&mut self) -> bool {
         let Some(ring) = &mut self.ring else { return false };
         if ring.broken || ring.draining.is_some() {
             return false;
@@ -354,3 +391,6 @@ fn at_storage(pending: &[Pending]) -> Vec<u16> {
 pub(super) fn signal(event: &OwnedFd) {
     let _ = nix::unistd::write(event, &1u64.to_ne_bytes());
 }
+
+#[cfg(test)]
+mod tests;

@@ -40,6 +40,7 @@ impl Device {
             num_queues: 2,
             queue_size: 128,
             read_only: false,
+            poll_us: poll_us(),
         };
         let permissions = Permissions { mode: 0o600, group: None };
         let front_ends = FrontEnds::bind(&socket, &permissions).unwrap();
@@ -145,4 +146,9 @@ pub(crate) fn accepted(front_end: &RawFrontend, number: u32, body: &[u8]) -> boo
 /// SET_VRING_NUM.
 pub(crate) fn set_num(front_end: &RawFrontend, index: u32, num: u32) -> bool {
     accepted(front_end, request::SET_VRING_NUM, &[index, num].map(u32::to_le_bytes).concat())
+}
+
+/// Of every device here; `BATON_POLL_US` runs the tests with polling on.
+fn poll_us() -> u64 {
+    std::env::var("BATON_POLL_US").map_or(0, |text| text.parse().expect("microseconds"))
 }

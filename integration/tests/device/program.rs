@@ -93,6 +93,7 @@ fn each_mistake_is_one_sentence_and_a_failure() {
         (2, on(&["--num-queues", "65"]), "1 to 64"),
         (2, on(&["--queue-size", "100"]), "power of two"),
         (2, on(&["--socket-mode", "9"]), "octal"),
+        (2, on(&["--poll-us", "101"]), "poll-us must be 0 to 100 microseconds, not 101"),
         (2, on(&["--fd", "3"]), "--fd"),
         (2, on(&["--log-level", "loud"]), "--log-level"),
         (2, own(&["--config", &path("none.toml")]), "none.toml"),
@@ -315,20 +316,24 @@ fn the_table_of_open_files_is_long_enough_from_the_start() {
 
 #[test]
 fn an_idle_disk_costs_no_wake_up_and_little_memory() {
-    let stack = Stack::start(&["--num-queues", "4"]);
-    let mut front_end = stack.connect(Options { queues: 4, ..Options::default() });
-    for index in 0..4 {
-        front_end.queue(index).write(0, &[1; 4096]).unwrap();
+    for poll_us in ["0", "100"] {
+        let stack = Stack::start(&["--num-queues", "4", "--poll-us", poll_us]);
+        let mut front_end = stack.connect(Options { queues: 4, ..Options::default() });
+        // Near enough to each other to be looked for.
+        for at in 0..400 {
+            front_end.queue(at % 4).write(0, &[1; 4096]).unwrap();
+        }
+        let daemon = &stack.backend.daemon;
+        // The last threads go to sleep.
+        std::thread::sleep(A_WHILE);
+        let state = || (daemon.context_switches().unwrap(), daemon.cpu_time().unwrap());
+        let before = state();
+        std::thread::sleep(Duration::from_secs(2));
+        assert_eq!(state(), before, "something ran, with --poll-us {poll_us}");
+        let resident = daemon.resident_bytes().unwrap();
+        say(&format!("resident: {} KiB", resident / 1024));
+        assert!(resident < 12 << 20, "{resident} bytes");
     }
-    let daemon = &stack.backend.daemon;
-    // The last threads go to sleep.
-    std::thread::sleep(A_WHILE);
-    let before = daemon.context_switches().unwrap();
-    std::thread::sleep(Duration::from_secs(2));
-    assert_eq!(daemon.context_switches().unwrap(), before, "something woke up");
-    let resident = daemon.resident_bytes().unwrap();
-    say(&format!("resident: {} KiB", resident / 1024));
-    assert!(resident < 12 << 20, "{resident} bytes");
 }
 
 /// Reported, not judged: a busy machine is no fault of the program.

@@ -29,7 +29,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use baton_protocol::VolumeId;
+use baton_protocol::{BusyPoll, VolumeId};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
@@ -70,6 +70,8 @@ pub(crate) struct Setup {
     pub(crate) io_uring: bool,
     /// Treat every read as one that would wait for the disk.
     pub(crate) cold_reads: bool,
+    /// Longest time to look for more work before sleeping, in us; 0: not at all.
+    pub(crate) poll_us: u64,
 }
 
 /// Everything of a worker except its connections.
@@ -91,6 +93,8 @@ struct Worker {
     by_id: HashMap<u64, usize>,
     stop_at: Option<Instant>,
     next_sweep: Instant,
+    /// `None`: sleeps at once when there is nothing to do.
+    polling: Option<BusyPoll>,
 }
 
 /// Whether this kernel lets us use io_uring, and if not, why.
@@ -109,6 +113,7 @@ pub(crate) fn start(setup: Setup) -> std::io::Result<JoinHandle<()>> {
         epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, RING))?;
     }
     let name = format!("worker-{}", setup.number);
+    let polling = BusyPoll::new(setup.poll_us);
     let context = Context { setup, epoll, ring, ready: Vec::new(), untidy: false };
     let mut worker = Worker {
         context,
@@ -117,6 +122,7 @@ pub(crate) fn start(setup: Setup) -> std::io::Result<JoinHandle<()>> {
         by_id: HashMap::new(),
         stop_at: None,
         next_sweep: Instant::now(),
+        polling,
     };
     std::thread::Builder::new().name(name).spawn(move || worker.run())
 }
@@ -142,6 +148,11 @@ impl Worker {
                     0
                 }
             };
+            if n > 0
+                && let Some(polling) = &mut self.polling
+            {
+                polling.found(Instant::now());
+            }
             let mut mail = false;
             for event in &events[..n] {
                 match event.data() {
@@ -169,10 +180,15 @@ impl Worker {
         }
     }
 
-    fn timeout(&self) -> EpollTimeout {
+    fn timeout(&mut self) -> EpollTimeout {
         let busy = !self.context.ready.is_empty()
             || self.context.ring.as_ref().is_some_and(Ring::has_unsubmitted);
         if busy {
+            return EpollTimeout::ZERO;
+        }
+        if let Some(polling) = &mut self.polling
+            && polling.look_again(Instant::now())
+        {
             return EpollTimeout::ZERO;
         }
         if self.context.untidy || self.stop_at.is_some() {

@@ -376,8 +376,13 @@ pub fn arguments(command: &mut Command, dir: &Path) {
 }
 
 impl Daemon {
+    /// `BATON_POLL_US` starts it with busy polling.
     pub fn start(dir: &Path) -> Self {
-        Self::from(daemon_command(dir))
+        let mut command = daemon_command(dir);
+        if let Some(poll_us) = std::env::var_os("BATON_POLL_US") {
+            command.arg("--poll-us").arg(poll_us);
+        }
+        Self::from(command)
     }
 
     pub fn from(mut command: Command) -> Self {
