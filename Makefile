@@ -1,12 +1,13 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo demo-splitbrain test faults bench bench-cost bench-idle bench-handoff bench-micro bench-scale check
+.PHONY: help build demo demo-splitbrain test faults bench bench-unix bench-cost bench-idle bench-handoff bench-micro bench-scale check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
 	@echo 'make demo-splitbrain   what a live migration gone wrong does to a volume, on real guests (a minute after the build)'
 	@echo 'make test    every test, as CI runs them'
 	@echo 'make faults  every process of a migration killed and frozen at every message (an hour)'
-	@echo 'make bench   side by side with qemu-storage-daemon, as a table of ratios'
+	@echo 'make bench   side by side with qemu-storage-daemon, as tables of ratios (DOCS=1 writes them into docs/performance.md)'
+	@echo 'make bench-unix   the same over Unix sockets'
 	@echo 'make bench-cost   instructions, system calls and allocations of a request, against what is stored (a minute after the build)'
 	@echo 'make bench-idle   what 100 backends with idle guests cost a host'
 	@echo 'make bench-handoff   what moving a disk costs the guest, as a table (minutes; writes docs/performance.md)'
@@ -32,10 +33,13 @@ faults:
 	@BATON_PING_PONG=1000 cargo test --quiet -p baton-integration --test scenarios f18
 
 bench:
-	@scripts/bench.sh
+	@scripts/bench.sh $(if $(DOCS),--write-docs)
 
 bench-cost:
 	@scripts/bench-cost.sh $(if $(BLESS),--bless)
+
+bench-unix:
+	@scripts/bench.sh --a baton-unix --b qsd-nbdkit-unix $(if $(DOCS),--write-docs)
 
 bench-idle:
 	cargo build --release --workspace --bins

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Baton and qemu-storage-daemon side by side, as a table of ratios. Arguments go to `baton-bench compare`
-# (--help says which); --quick is a short run.
+# Baton and qemu-storage-daemon side by side, as tables of ratios: bound to CPUs and not. Arguments go to
+# `baton-bench compare` (--help says which); --quick is a short run, --write-docs writes docs/performance.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,4 +12,5 @@ quiet=()
 cargo build --release "${quiet[@]}" --workspace --bins
 target=${CARGO_TARGET_DIR:-$PWD/target}
 case $target in /*) ;; *) target=$PWD/$target ;; esac
-BATON_BIN_DIR=$target/release exec "$target/release/baton-bench" compare "$@"
+commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+BATON_BIN_DIR=$target/release exec "$target/release/baton-bench" compare --unpinned --commit "$commit" "$@"

@@ -4,9 +4,10 @@
 //! of two runs next to each other, and the pair is run again when somebody else used the CPUs meanwhile. The report has
 //! the median over all pairs, and the lowest and highest median of a round.
 
-use crate::bench::cpu::{Usage, hold_cpus_awake, pin_this_thread};
+use crate::bench::cpu::{Usage, allowed_cpus, hold_cpus_awake, pin_this_thread};
 use crate::bench::load::{Job, Outcome, Pattern, run};
 use crate::bench::stack::{Kind, Stack, StackConfig};
+use crate::bench::stats::{Spread, median};
 use anyhow::{Result, bail};
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -30,6 +31,8 @@ pub struct CompareConfig {
     pub bytes: u64,
     /// Only rows whose name contains this.
     pub only: Option<String>,
+    /// The front-end on CPU 0 and the stacks on CPU 1, where there are two; else nobody is bound to a CPU.
+    pub pinned: bool,
 }
 
 /// One line of the report.
@@ -105,7 +108,14 @@ pub struct Report {
 }
 
 /// Runs the comparison; `progress` is told what is being done.
-pub fn compare(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Result<Report> {
+pub fn compare(config: &CompareConfig, progress: impl FnMut(&str) + Send) -> Result<Report> {
+    // A thread is bound to its CPU for good, and those it starts after it: so this one is used up.
+    std::thread::scope(|scope| {
+        scope.spawn(|| compare_here(config, progress)).join().expect("no panic in a comparison")
+    })
+}
+
+fn compare_here(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Result<Report> {
     let rows: Vec<Row> = ROWS
         .into_iter()
         .filter(|r| config.only.as_ref().is_none_or(|only| r.name.contains(only.as_str())))
@@ -116,22 +126,31 @@ pub fn compare(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Result
     }
     let awake = hold_cpus_awake();
     // From here on only this thread and those of the load are on CPU 0; a machine with one CPU shares it.
-    let pinned = std::thread::available_parallelism().is_ok_and(|n| n.get() > 1);
+    let pinned = config.pinned && std::thread::available_parallelism().is_ok_and(|n| n.get() > 1);
+    let everywhere = allowed_cpus(std::process::id())?;
     if pinned {
         pin_this_thread(0)?;
     }
+    let expected = if pinned { "1" } else { &everywhere };
     let mut results: Vec<RowResult> =
         rows.iter().map(|&row| RowResult { row, pairs: Vec::new() }).collect();
     for round in 0..config.rounds {
         progress(&format!("round {} of {}: starting both stacks", round + 1, config.rounds));
         let stack = |kind| {
-            Stack::start(&StackConfig {
+            let stack = Stack::start(&StackConfig {
                 kind,
                 queues: 4,
                 bytes: config.bytes,
                 cpu: pinned.then_some(1),
                 callgrind: false,
-            })
+            })?;
+            for pid in stack.pids() {
+                let cpus = allowed_cpus(pid)?;
+                if cpus != expected {
+                    bail!("a process of {kind} may run on CPU {cpus}, not on {expected}");
+                }
+            }
+            Ok(stack)
         };
         // Whoever starts second may get other memory; so each does in turn.
         let (a, b) = if round % 2 == 0 {
@@ -206,40 +225,12 @@ fn one(config: &CompareConfig, row: Row, stack: &Stack) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// A ratio over all pairs of a row.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Ratio {
-    /// Median over all pairs.
-    pub median: f64,
-    /// Lowest median of a round.
-    pub low: f64,
-    /// Highest median of a round.
-    pub high: f64,
-}
-
-/// The ratio A to B of some figure.
+/// The ratio A to B of some figure over all pairs of a row.
 #[must_use]
-pub fn ratio(pairs: &[Pair], figure: impl Fn(&Outcome) -> f64) -> Ratio {
+pub fn ratio(pairs: &[Pair], figure: impl Fn(&Outcome) -> f64) -> Spread {
     let ratios: Vec<(u32, f64)> =
         pairs.iter().map(|p| (p.round, figure(&p.a) / figure(&p.b))).collect();
-    let rounds: std::collections::BTreeSet<u32> = pairs.iter().map(|p| p.round).collect();
-    let of_round = |round: u32| median(ratios.iter().filter(|r| r.0 == round).map(|r| r.1));
-    Ratio {
-        median: median(ratios.iter().map(|r| r.1)),
-        low: rounds.iter().map(|&r| of_round(r)).fold(f64::INFINITY, f64::min),
-        high: rounds.iter().map(|&r| of_round(r)).fold(f64::NEG_INFINITY, f64::max),
-    }
-}
-
-/// The middle value, or the mean of the two in the middle; NaN of nothing.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => values[n / 2],
-        n => f64::midpoint(values[n / 2 - 1], values[n / 2]),
-    }
+    Spread::of(&ratios)
 }
 
 /// The report as a table.
@@ -249,7 +240,7 @@ pub fn table(report: &Report) -> String {
     let mut text = format!(
         "A={a} B={b}: {rounds} rounds x 2 pairs x {:.1} s on {} MiB in memory; {}, idle CPUs {}.\n\
          A/B: median of all pairs [lowest and highest median of a round]. IOPS: more is better; the others: less.\n\
-         {:<12} {:>8} {:>8}  {:^20} {:^20} {:^20} {:^20} {:^20} {:>7}\n",
+         {:<12} {:>8} {:>8}  {:^18} {:^18} {:^18} {:^18} {:^18} {:^18} {:>7}\n",
         duration.as_secs_f64(),
         bytes >> 20,
         if report.pinned { "front-end on CPU 0, stacks on CPU 1" } else { "unpinned" },
@@ -260,6 +251,7 @@ pub fn table(report: &Report) -> String {
         "IOPS",
         "p50",
         "p99",
+        "CPU/IO of both",
         "backend CPU/IO",
         "server CPU/IO",
         "noisy"
@@ -280,22 +272,17 @@ pub fn table(report: &Report) -> String {
 
 fn line(result: &RowResult) -> String {
     let pairs = &result.pairs;
-    let cell = |figure: &dyn Fn(&Outcome) -> f64| {
-        let Ratio { median, low, high } = ratio(pairs, figure);
-        if !median.is_finite() {
-            // One of the two has no such process.
-            return "-".to_owned();
-        }
-        format!("{median:>5.2} [{low:>5.2} {high:>5.2}] ")
-    };
+    // "-" where one of the two has no such process.
+    let cell = |figure: &dyn Fn(&Outcome) -> f64| ratio(pairs, figure).text(2);
     format!(
-        "{:<12} {:>8.0} {:>8.0}  {:^20} {:^20} {:^20} {:^20} {:^20} {:>3}/{}",
+        "{:<12} {:>8.0} {:>8.0}  {:^18} {:^18} {:^18} {:^18} {:^18} {:^18} {:>3}/{}",
         result.row.name,
         median(pairs.iter().map(|p| p.a.iops)),
         median(pairs.iter().map(|p| p.b.iops)),
         cell(&|o| o.iops),
         cell(&|o| o.p50_us),
         cell(&|o| o.p99_us),
+        cell(&Outcome::cpu_us_per_io_of_all),
         cell(&|o| o.cpu_us_per_io(0)),
         cell(&|o| o.cpu_us_per_io(1)),
         pairs.iter().filter(|p| p.noisy).count(),
@@ -308,19 +295,7 @@ mod tests {
     use super::*;
 
     fn outcome(iops: f64) -> Outcome {
-        Outcome {
-            ios: 1,
-            errors: 0,
-            bad_reads: 0,
-            checked: 0,
-            findings: Vec::new(),
-            iops,
-            p50_us: 1.0,
-            p99_us: 1.0,
-            p999_us: 1.0,
-            max_us: 1.0,
-            usage: Usage::default(),
-        }
+        Outcome { iops, ..Outcome::default() }
     }
 
     fn pair(round: u32, a: f64, b: f64) -> Pair {
@@ -331,13 +306,6 @@ mod tests {
     fn a_ratio_is_of_neighbours_and_its_spread_of_rounds() {
         let pairs =
             [pair(0, 10.0, 10.0), pair(0, 30.0, 10.0), pair(1, 40.0, 10.0), pair(1, 5.0, 1.0)];
-        assert_eq!(ratio(&pairs, |o| o.iops), Ratio { median: 3.5, low: 2.0, high: 4.5 });
-    }
-
-    #[test]
-    fn medians_of_odd_even_and_no_values() {
-        assert!((median([3.0, 1.0, 2.0].into_iter()) - 2.0).abs() < 1e-9);
-        assert!((median([4.0, 1.0].into_iter()) - 2.5).abs() < 1e-9);
-        assert!(median([].into_iter()).is_nan());
+        assert_eq!(ratio(&pairs, |o| o.iops), Spread { median: 3.5, low: 2.0, high: 4.5 });
     }
 }

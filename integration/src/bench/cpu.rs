@@ -139,6 +139,14 @@ pub fn pin_command(command: &mut Command, cpu: usize) -> Result<()> {
     Ok(())
 }
 
+/// The CPUs that a process may run on, as the kernel writes them ("0-1").
+pub fn allowed_cpus(pid: u32) -> Result<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))
+        .with_context(|| format!("there is no process {pid}"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    Ok(line.context("/proc does not say where a process may run")?.trim().to_owned())
+}
+
 fn only(cpu: usize) -> Result<CpuSet> {
     let mut set = CpuSet::new();
     set.set(cpu).with_context(|| format!("there is no CPU {cpu}"))?;
@@ -169,6 +177,19 @@ mod tests {
         let mut child = Command::new("true").spawn().unwrap();
         child.wait().unwrap();
         assert!(Snapshot::take(&[child.id()]).is_err(), "a process that is gone");
+    }
+
+    #[test]
+    fn a_bound_command_is_seen_to_be_bound() {
+        let mut command = Command::new("sleep");
+        command.arg("20");
+        pin_command(&mut command, 0).unwrap();
+        let mut child = command.spawn().unwrap();
+        let cpus = allowed_cpus(child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(cpus.unwrap(), "0");
+        assert!(allowed_cpus(child.id()).is_err(), "a process that is gone");
     }
 
     #[test]

@@ -80,7 +80,7 @@ pub struct Job {
 }
 
 /// What was measured.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Outcome {
     /// Requests completed in the time measured.
     pub ios: u64,
@@ -112,6 +112,12 @@ impl Outcome {
     #[allow(clippy::cast_precision_loss, reason = "a count of requests of a short measurement")]
     pub fn cpu_us_per_io(&self, index: usize) -> f64 {
         self.usage.processes_s.get(index).map_or(0.0, |s| 1e6 * s / self.ios.max(1) as f64)
+    }
+
+    /// CPU time per request of all processes of [`Job::pids`] together, in us.
+    #[must_use]
+    pub fn cpu_us_per_io_of_all(&self) -> f64 {
+        (0..self.usage.processes_s.len()).map(|index| self.cpu_us_per_io(index)).sum()
     }
 }
 

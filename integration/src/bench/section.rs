@@ -1,0 +1,151 @@
+//! What a comparison writes into docs/performance.md.
+
+use crate::bench::compare::{CompareConfig, Report, RowResult, ratio};
+use crate::bench::cpu::Usage;
+use crate::bench::load::Outcome;
+use crate::bench::stack::Kind;
+use crate::bench::targets::{Target, of_row};
+use std::fmt::Write as _;
+
+/// The section's name for two stacks.
+#[must_use]
+pub fn name(a: Kind, b: Kind) -> String {
+    format!("bench-{a}-{b}")
+}
+
+/// The section: each report's ratios, and the first's against their targets.
+#[must_use]
+pub fn section(facts: &str, reports: &[Report]) -> String {
+    let Some(first) = reports.first() else { return String::new() };
+    let CompareConfig { a, b, rounds, duration, bytes, .. } = &first.config;
+    let mut text = format!(
+        "{facts}. A: {a}, B: {b}; {rounds} rounds of 2 pairs of {:.1} s on {} MiB in memory.\n",
+        duration.as_secs_f64(),
+        bytes >> 20,
+    );
+    for report in reports {
+        text.push_str(&ratios(report));
+    }
+    text.push_str(&verdicts(first));
+    text
+}
+
+fn ratios(report: &Report) -> String {
+    let mut text = format!(
+        "\n{}, A/B, median of all pairs [lowest and highest median of a round]:\n\n\
+         | row | IOPS (more is better) | p50 (less) | p99 (less) | CPU per I/O, backend and server (less) | backend | server | noisy pairs |\n\
+         |---|---|---|---|---|---|---|---|\n",
+        if report.pinned { "Front-end on CPU 0, stacks on CPU 1" } else { "Nobody bound to a CPU" },
+    );
+    for RowResult { row, pairs } in &report.rows {
+        let cell = |figure: &dyn Fn(&Outcome) -> f64| ratio(pairs, figure).text(2);
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {} | {} | {} | {} of {} |",
+            row.name,
+            cell(&|o| o.iops),
+            cell(&|o| o.p50_us),
+            cell(&|o| o.p99_us),
+            cell(&Outcome::cpu_us_per_io_of_all),
+            cell(&|o| o.cpu_us_per_io(0)),
+            cell(&|o| o.cpu_us_per_io(1)),
+            pairs.iter().filter(|p| p.noisy).count(),
+            pairs.len()
+        );
+    }
+    if report.rows.iter().any(|r| r.pairs.iter().any(|p| p.noisy)) {
+        let _ = writeln!(
+            text,
+            "\nNoisy: others or the hypervisor took more than {} % of the CPUs in every try; these pairs are in the medians.",
+            Usage::NOISE_MAX_PCT
+        );
+    }
+    text
+}
+
+/// Each row that has targets, against them. Empty where none has.
+#[must_use]
+pub fn verdicts(report: &Report) -> String {
+    let (a, b) = (report.config.a, report.config.b);
+    let mut lines = String::new();
+    for RowResult { row, pairs } in &report.rows {
+        let targets = of_row(a, b, row.name);
+        let cell = |target: Option<Target>, figure: &dyn Fn(&Outcome) -> f64| {
+            target.map_or(String::new(), |target| target.text(ratio(pairs, figure)))
+        };
+        let cells = [
+            cell(targets.iops, &|o| o.iops),
+            cell(targets.cpu, &Outcome::cpu_us_per_io_of_all),
+            cell(targets.p99, &|o| o.p99_us),
+        ];
+        if cells.iter().any(|cell| !cell.is_empty()) {
+            let [iops, cpu, p99] = cells;
+            let _ = writeln!(lines, "| {} | {iops} | {cpu} | {p99} |", row.name);
+        }
+    }
+    if lines.is_empty() {
+        return lines;
+    }
+    format!(
+        "\nAgainst the targets{}:\n\n| row | IOPS | CPU per I/O, backend and server | p99 |\n|---|---|---|---|\n{lines}",
+        if report.pinned { "" } else { ", which are for processes bound to CPUs" }
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::compare::{Pair, ROWS};
+    use std::time::Duration;
+
+    fn outcome(iops: f64, p99_us: f64, cpu_s: [f64; 2]) -> Outcome {
+        let usage = Usage { processes_s: cpu_s.to_vec(), ..Usage::default() };
+        Outcome { ios: 1_000_000, iops, p99_us, usage, ..Outcome::default() }
+    }
+
+    fn report(rows: &[usize], pair: &Pair, pinned: bool) -> Report {
+        let config = CompareConfig {
+            a: Kind::Baton,
+            b: Kind::QsdNbdkit,
+            rounds: 5,
+            duration: Duration::from_secs(1),
+            bytes: 1 << 30,
+            only: None,
+            pinned,
+        };
+        let rows = rows
+            .iter()
+            .map(|&row| RowResult { row: ROWS[row], pairs: vec![pair.clone(); 2] })
+            .collect();
+        Report { config, pinned, awake: true, rows }
+    }
+
+    #[test]
+    fn both_tables_have_the_ratios_and_only_the_first_is_judged() {
+        let pair = Pair {
+            round: 0,
+            repeats: 0,
+            noisy: true,
+            a: outcome(20.0, 1.0, [1.0, 2.0]),
+            b: outcome(10.0, 2.0, [4.0, 1.0]),
+        };
+        // r4k-d1-q1, r4k-d32-q1, and r4k-d1-q4, which has no target.
+        let reports = [report(&[0, 2, 6], &pair, true), report(&[0], &pair, false)];
+        let text = section("M, commit abc", &reports);
+        for part in [
+            "M, commit abc. A: baton, B: qsd-nbdkit; 5 rounds of 2 pairs of 1.0 s on 1024 MiB",
+            "Front-end on CPU 0, stacks on CPU 1, A/B",
+            "Nobody bound to a CPU, A/B",
+            // The sum of both: 3 us to 5 us, not a mean of 0.25 and 2.
+            "| r4k-d1-q1 | 2.00 [2.00 2.00] | - | 0.50 [0.50 0.50] | 0.60 [0.60 0.60] | 0.25 [0.25 0.25] | 2.00 [2.00 2.00] | 2 of 2 |",
+            "| r4k-d1-q1 | 2.00 (at least 1.7): met | 0.60 (at most 0.55): **missed** | 0.50 (at most 0.6): met |",
+            "| r4k-d32-q1 | 2.00 (at least 3): **missed** | 0.60 (at most 0.35): **missed** | 0.50 (at most 0.5): met |",
+            "Noisy: others",
+        ] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        assert!(!text.contains("| r4k-d1-q4 | 2.00 (at"), "{text}");
+        assert_eq!(text.matches("Against the targets").count(), 1);
+        assert_eq!(name(Kind::Baton, Kind::QsdNbdkit), "bench-baton-qsd-nbdkit");
+    }
+}
