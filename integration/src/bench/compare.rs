@@ -5,6 +5,7 @@
 //! the median over all pairs, and the lowest and highest median of a round.
 
 use crate::bench::cpu::{Usage, allowed_cpus, hold_cpus_awake, pin_this_thread};
+use crate::bench::floor::{self, Floors};
 use crate::bench::load::{Job, Outcome, Pattern, run};
 use crate::bench::stack::{Kind, Stack, StackConfig};
 use crate::bench::stats::{Spread, median};
@@ -15,6 +16,9 @@ use std::time::Duration;
 
 /// How often a noisy pair is run again before it is taken as it is.
 const REPEATS_MAX: u32 = 3;
+
+/// Time of each of the five floors in a round.
+const FLOOR_TIME: Duration = Duration::from_millis(300);
 
 /// What to compare, and how long.
 #[derive(Clone, Debug, Serialize)]
@@ -103,6 +107,8 @@ pub struct Report {
     pub pinned: bool,
     /// Whether idle CPUs were kept awake.
     pub awake: bool,
+    /// What is under both stacks, for each round.
+    pub floors: Vec<Floors>,
     /// By row.
     pub rows: Vec<RowResult>,
 }
@@ -134,7 +140,9 @@ fn compare_here(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Resul
     let expected = if pinned { "1" } else { &everywhere };
     let mut results: Vec<RowResult> =
         rows.iter().map(|&row| RowResult { row, pairs: Vec::new() }).collect();
+    let mut floors = Vec::new();
     for round in 0..config.rounds {
+        floors.push(floor::measure(pinned, FLOOR_TIME.min(config.duration))?);
         progress(&format!("round {} of {}: starting both stacks", round + 1, config.rounds));
         let stack = |kind| {
             let stack = Stack::start(&StackConfig {
@@ -168,7 +176,7 @@ fn compare_here(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Resul
             progress(&line(result));
         }
     }
-    Ok(Report { config: config.clone(), pinned, awake: awake.is_some(), rows: results })
+    Ok(Report { config: config.clone(), pinned, awake: awake.is_some(), floors, rows: results })
 }
 
 fn quiet_pair(

@@ -1,7 +1,8 @@
 //! The load generator and the side-by-side benchmark.
 //!
 //! `load` drives one vhost-user disk and measures it, `cpu` tells who used the CPUs meanwhile, `stack` starts a
-//! backend with its storage server, `compare` alternates two stacks and reports ratios, `targets` judges them, `section`
+//! backend with its storage server, `compare` alternates two stacks and reports ratios, `targets` judges them, `floor` measures what is under
+//! all of them, `section`
 //! writes them down in a `document`, `handoff`
 //! measures what a move adds, `scale` what a request costs as the work grows, `idle` what doing nothing costs, `cost`
 //! counts instructions. Absolute figures drift by a
@@ -12,6 +13,7 @@ pub mod compare;
 pub mod cost;
 pub mod cpu;
 pub mod document;
+pub mod floor;
 pub mod handoff;
 pub mod idle;
 pub mod load;

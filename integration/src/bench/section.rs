@@ -2,9 +2,11 @@
 
 use crate::bench::compare::{CompareConfig, Report, RowResult, ratio};
 use crate::bench::cpu::Usage;
+use crate::bench::floor::{multiples, spread};
 use crate::bench::load::Outcome;
 use crate::bench::stack::Kind;
-use crate::bench::targets::{Target, of_row};
+use crate::bench::stats::{Spread, median};
+use crate::bench::targets::{D1_TO_FLOOR, D32_CPU_US, Target, of_row};
 use std::fmt::Write as _;
 
 /// The section's name for two stacks.
@@ -27,6 +29,7 @@ pub fn section(facts: &str, reports: &[Report]) -> String {
         text.push_str(&ratios(report));
     }
     text.push_str(&verdicts(first));
+    text.push_str(&distance(first));
     text
 }
 
@@ -92,10 +95,66 @@ pub fn verdicts(report: &Report) -> String {
     )
 }
 
+/// The floors, and how far A is above them. The targets are for Baton over TCP.
+#[must_use]
+pub fn distance(report: &Report) -> String {
+    let floors = &report.floors;
+    let a = report.config.a;
+    let judged = |target: Target, figure: Spread| match a {
+        Kind::Baton => target.text(figure),
+        _ => format!("{:.2}", figure.median),
+    };
+    let mut text = format!(
+        "\nDistance of {a} to the floor, which was measured in each round of the same run; median [lowest and highest round]:\n\n\
+         | what | read | write |\n|---|---|---|\n\
+         | eventfd round trip{} | {} us | |\n\
+         | TCP round trip, 4 KiB one way and 32 bytes the other{} | {} us | {} us |\n\
+         | CPU of both ends of a batched TCP pair, 32 under way, per message | {} us | {} us |\n",
+        if report.pinned { ", CPU 0 and 1" } else { "" },
+        spread(floors, |f| f.eventfd_us).text(2),
+        if report.pinned { ", both ends on CPU 1" } else { "" },
+        spread(floors, |f| f.tcp_read_us).text(2),
+        spread(floors, |f| f.tcp_write_us).text(2),
+        spread(floors, |f| f.batched_read_us).text(2),
+        spread(floors, |f| f.batched_write_us).text(2),
+    );
+    let pairs = |name: &str| {
+        report.rows.iter().find(|r| r.row.name == name).map_or(&[][..], |r| r.pairs.as_slice())
+    };
+    let of_a = |name: &str, figure: &dyn Fn(&Outcome) -> f64| -> Vec<(u32, f64)> {
+        pairs(name).iter().map(|pair| (pair.round, figure(&pair.a))).collect()
+    };
+    let depth_1 = |name: &str, is_read: bool| {
+        let p50 = of_a(name, &|o| o.p50_us);
+        let multiple = multiples(floors, &p50, is_read);
+        (median(p50.iter().map(|p| p.1)), judged(D1_TO_FLOOR, multiple))
+    };
+    let depth_32 = |name: &str| {
+        let cpu = of_a(name, &Outcome::cpu_us_per_io_of_all);
+        judged(D32_CPU_US, Spread::of(&cpu))
+    };
+    let ((read, read_multiple), (write, write_multiple)) =
+        (depth_1("r4k-d1-q1", true), depth_1("w4k-d1-q1", false));
+    let us = |p50: f64| if p50.is_finite() { format!("{p50:.2} us") } else { "-".to_owned() };
+    let _ = writeln!(text, "| p50 of 4 KiB at depth 1 | {} | {} |", us(read), us(write));
+    let _ = writeln!(
+        text,
+        "| - as a multiple of eventfd and TCP round trip together | {read_multiple} | {write_multiple} |"
+    );
+    let _ = writeln!(
+        text,
+        "| CPU of backend and server per 4 KiB request at depth 32, us | {} | {} |",
+        depth_32("r4k-d32-q1"),
+        depth_32("w4k-d32-q1")
+    );
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::bench::compare::{Pair, ROWS};
+    use crate::bench::floor::Floors;
     use std::time::Duration;
 
     fn outcome(iops: f64, p99_us: f64, cpu_s: [f64; 2]) -> Outcome {
@@ -117,7 +176,14 @@ mod tests {
             .iter()
             .map(|&row| RowResult { row: ROWS[row], pairs: vec![pair.clone(); 2] })
             .collect();
-        Report { config, pinned, awake: true, rows }
+        let floors = Floors {
+            eventfd_us: 4.0,
+            tcp_read_us: 5.0,
+            tcp_write_us: 6.0,
+            batched_read_us: 0.5,
+            batched_write_us: 0.6,
+        };
+        Report { config, pinned, awake: true, floors: vec![floors], rows }
     }
 
     #[test]
@@ -147,5 +213,25 @@ mod tests {
         assert!(!text.contains("| r4k-d1-q4 | 2.00 (at"), "{text}");
         assert_eq!(text.matches("Against the targets").count(), 1);
         assert_eq!(name(Kind::Baton, Kind::QsdNbdkit), "bench-baton-qsd-nbdkit");
+    }
+
+    #[test]
+    fn the_distance_to_the_floor_is_of_a_alone_and_what_lacks_is_said() {
+        let a = Outcome { p50_us: 18.0, ..outcome(20.0, 1.0, [1.0, 2.0]) };
+        let pair = Pair { round: 0, repeats: 0, noisy: false, a, b: outcome(1.0, 1.0, [9.0, 9.0]) };
+        let text = distance(&report(&[0, 2], &pair, true));
+        for part in [
+            "| eventfd round trip, CPU 0 and 1 | 4.00 [4.00 4.00] us | |",
+            "| p50 of 4 KiB at depth 1 | 18.00 us | - |",
+            "| 2.00 (at most 1.3): **missed** | **not measured** |",
+            "| 3.00 (at most 4): met | **not measured** |",
+        ] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        let unix = Report {
+            config: CompareConfig { a: Kind::BatonUnix, ..report(&[0], &pair, true).config },
+            ..report(&[0], &pair, true)
+        };
+        assert!(!distance(&unix).contains("at most"), "the targets are for TCP");
     }
 }

@@ -94,6 +94,11 @@ impl Target {
     }
 }
 
+/// A request at depth 1 against the round trips of an eventfd pair and a TCP pair together.
+pub const D1_TO_FLOOR: Target = Target::AtMost(1.3);
+/// CPU time of backend and server for a 4 KiB request at depth 32, in us.
+pub const D32_CPU_US: Target = Target::AtMost(4.0);
+
 /// The targets of one row, each for a ratio A to B.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RowTargets {

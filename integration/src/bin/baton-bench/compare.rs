@@ -74,7 +74,8 @@ pub(crate) fn run(args: CompareArgs) -> Result<ExitCode> {
     let mut reports = Vec::new();
     for config in &configs {
         let report = compare(config, |text| eprintln!("{text}"))?;
-        let table = format!("{}{}", table(&report), section::verdicts(&report));
+        let table =
+            [table(&report), section::verdicts(&report), section::distance(&report)].concat();
         let output =
             if config.pinned { output.clone() } else { output.with_extension("unpinned.json") };
         keep(&output, &report, &table)?;
