@@ -3,7 +3,7 @@
 //! `load` drives one vhost-user disk and measures it, `cpu` tells who used the CPUs meanwhile, `stack` starts a
 //! backend with its storage server, `compare` alternates two stacks and reports ratios, `targets` judges them, `floor` measures what is under
 //! all of them, `section`
-//! writes them down in a `document`, `handoff`
+//! writes them down in a `document`, `plot` draws them, `handoff`
 //! measures what a move adds, `scale` what a request costs as the work grows, `idle` what doing nothing costs, `cost`
 //! counts instructions. Absolute figures drift by a
 //! quarter within minutes on a shared machine; only ratios of runs next to each other count.
@@ -17,6 +17,7 @@ pub mod floor;
 pub mod handoff;
 pub mod idle;
 pub mod load;
+pub mod plot;
 pub mod scale;
 pub mod section;
 pub mod stack;

@@ -4,8 +4,8 @@ use crate::docs::DocsArgs;
 use crate::{seconds, size};
 use anyhow::{Context, Result, bail};
 use baton_integration::bench::compare::{CompareConfig, Report, compare, table};
-use baton_integration::bench::section;
 use baton_integration::bench::stack::Kind;
+use baton_integration::bench::{plot, section};
 use baton_integration::workspace::target_dir;
 use clap::Args;
 use std::fs;
@@ -83,6 +83,15 @@ pub(crate) fn run(args: CompareArgs) -> Result<ExitCode> {
         reports.push(report);
     }
     let facts = args.docs.facts(reports[0].awake);
+    let stem = match args.docs.folder() {
+        // The default comparison is the one that the documents show first.
+        Some(folder) if (args.a, args.b) == (Kind::Baton, Kind::QsdNbdkit) => folder.join("bench"),
+        Some(folder) => folder.join(&name),
+        None => output.with_extension(""),
+    };
+    let title = format!("IOPS of {} against {}", args.a, args.b);
+    plot::write(&stem, &title, &facts, &plot::rows(&reports))?;
+    writeln!(std::io::stdout(), "plot: {}.svg and .png", stem.display())?;
     args.docs.write(&name, &section::section(&facts, &reports))?;
     Ok(ExitCode::SUCCESS)
 }

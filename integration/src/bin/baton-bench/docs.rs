@@ -3,7 +3,7 @@
 use anyhow::Result;
 use baton_integration::bench::document::{expect_section, machine, replace};
 use clap::Args;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Switches of every command that has a section.
 #[derive(Debug, Args)]
@@ -25,6 +25,11 @@ impl DocsArgs {
     /// Writes the section, if that was asked for.
     pub(crate) fn write(&self, section: &str, text: &str) -> Result<()> {
         self.write_docs.as_ref().map_or(Ok(()), |file| replace(file, section, text))
+    }
+
+    /// The document's folder, if it is to be written.
+    pub(crate) fn folder(&self) -> Option<&Path> {
+        self.write_docs.as_ref().map(|file| file.parent().unwrap_or(Path::new("")))
     }
 
     /// "2 CPUs (...), Linux ..., idle CPUs kept from halting, commit abc".
