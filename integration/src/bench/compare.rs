@@ -4,9 +4,10 @@
 //! of two runs next to each other, and the pair is run again when somebody else used the CPUs meanwhile. The report has
 //! the median over all pairs, and the lowest and highest median of a round.
 
-use crate::bench::cpu::{Usage, allowed_cpus, hold_cpus_awake, pin_this_thread};
+use crate::bench::cpu::{Usage, allowed_cpus, hold_cpus_awake, on_own_thread, pin_this_thread};
 use crate::bench::floor::{self, Floors};
-use crate::bench::load::{Job, Outcome, Pattern, run};
+use crate::bench::load::{Job, Pattern, run};
+use crate::bench::outcome::Outcome;
 use crate::bench::stack::{Kind, Stack, StackConfig};
 use crate::bench::stats::{Spread, median};
 use anyhow::{Result, bail};
@@ -16,6 +17,8 @@ use std::time::Duration;
 
 /// How often a noisy pair is run again before it is taken as it is.
 const REPEATS_MAX: u32 = 3;
+/// How often a noisy run is made at most.
+pub(super) const QUIET_TRIES: u32 = REPEATS_MAX + 1;
 
 /// Time of each of the five floors in a round.
 const FLOOR_TIME: Duration = Duration::from_millis(300);
@@ -115,10 +118,7 @@ pub struct Report {
 
 /// Runs the comparison; `progress` is told what is being done.
 pub fn compare(config: &CompareConfig, progress: impl FnMut(&str) + Send) -> Result<Report> {
-    // A thread is bound to its CPU for good, and those it starts after it: so this one is used up.
-    std::thread::scope(|scope| {
-        scope.spawn(|| compare_here(config, progress)).join().expect("no panic in a comparison")
-    })
+    on_own_thread(|| compare_here(config, progress))
 }
 
 fn compare_here(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Result<Report> {
@@ -133,33 +133,16 @@ fn compare_here(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Resul
     let awake = hold_cpus_awake();
     // From here on only this thread and those of the load are on CPU 0; a machine with one CPU shares it.
     let pinned = config.pinned && std::thread::available_parallelism().is_ok_and(|n| n.get() > 1);
-    let everywhere = allowed_cpus(std::process::id())?;
     if pinned {
         pin_this_thread(0)?;
     }
-    let expected = if pinned { "1" } else { &everywhere };
     let mut results: Vec<RowResult> =
         rows.iter().map(|&row| RowResult { row, pairs: Vec::new() }).collect();
     let mut floors = Vec::new();
     for round in 0..config.rounds {
         floors.push(floor::measure(pinned, FLOOR_TIME.min(config.duration))?);
         progress(&format!("round {} of {}: starting both stacks", round + 1, config.rounds));
-        let stack = |kind| {
-            let stack = Stack::start(&StackConfig {
-                kind,
-                queues: 4,
-                bytes: config.bytes,
-                cpu: pinned.then_some(1),
-                callgrind: false,
-            })?;
-            for pid in stack.pids() {
-                let cpus = allowed_cpus(pid)?;
-                if cpus != expected {
-                    bail!("a process of {kind} may run on CPU {cpus}, not on {expected}");
-                }
-            }
-            Ok(stack)
-        };
+        let stack = |kind| pinned_stack(kind, config.bytes, pinned);
         // Whoever starts second may get other memory; so each does in turn.
         let (a, b) = if round % 2 == 0 {
             let a = stack(config.a)?;
@@ -177,6 +160,21 @@ fn compare_here(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Resul
         }
     }
     Ok(Report { config: config.clone(), pinned, awake: awake.is_some(), floors, rows: results })
+}
+
+/// A stack of four queues, on CPU 1 or anywhere, which is looked up.
+pub(super) fn pinned_stack(kind: Kind, bytes: u64, pinned: bool) -> Result<Stack> {
+    let cpu = pinned.then_some(1);
+    let stack = Stack::start(&StackConfig { kind, queues: 4, bytes, cpu, callgrind: false })?;
+    // The first thread of this process is never bound.
+    let expected = if pinned { "1".to_owned() } else { allowed_cpus(std::process::id())? };
+    for pid in stack.pids() {
+        let cpus = allowed_cpus(pid)?;
+        if cpus != expected {
+            bail!("a process of {kind} may run on CPU {cpus}, not on {expected}");
+        }
+    }
+    Ok(stack)
 }
 
 fn quiet_pair(

@@ -123,10 +123,28 @@ pub fn hold_cpus_awake() -> Option<File> {
     Some(file)
 }
 
+/// Does something that binds its thread to a CPU, which lasts: on a thread that is used up by it.
+pub fn on_own_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| scope.spawn(work).join().expect("no panic in a measurement"))
+}
+
 /// Binds the calling thread, and those it starts, to one CPU.
 pub fn pin_this_thread(cpu: usize) -> Result<()> {
     sched_setaffinity(Pid::from_raw(0), &only(cpu)?)
         .with_context(|| format!("cannot run on CPU {cpu}"))
+}
+
+/// Lets the calling thread, and those and the processes that it starts, run only when nobody else on the CPU wants to.
+pub fn yield_to_everybody() -> Result<()> {
+    // SAFETY: plain numbers, for the calling thread.
+    let done = unsafe {
+        let parameters: libc::sched_param = std::mem::zeroed();
+        libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters)
+    };
+    if done != 0 {
+        return Err(std::io::Error::last_os_error()).context("cannot run at the lowest priority");
+    }
+    Ok(())
 }
 
 /// Lets a command run on one CPU only.

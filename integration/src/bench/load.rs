@@ -8,6 +8,7 @@
 //! With `verify`, every block belongs to one slot, which knows what it may hold and checks each read.
 
 use crate::bench::cpu::{Snapshot, Usage};
+use crate::bench::outcome::{Outcome, Tally, summary};
 use crate::blk::{OK, UNTOUCHED, header};
 use crate::memory::GuestMemory;
 use crate::raw_frontend::{Options, Queue, RawFrontend};
@@ -15,7 +16,6 @@ use crate::ring::Descriptor;
 use anyhow::{Context, Result, bail};
 use baton_probe::stamp::{Expect, SECTOR, Stamp, Version, check_block, encode_block};
 use clap::ValueEnum;
-use hdrhistogram::Histogram;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use serde::Serialize;
 use std::collections::HashMap;
@@ -23,9 +23,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
-
-/// A latency beyond this counts as this.
-const LATENCY_MAX_NS: u64 = 60_000_000_000;
 
 /// What to do with the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -77,48 +74,6 @@ pub struct Job {
     pub seed: u64,
     /// Processes whose CPU time is measured with it.
     pub pids: Vec<u32>,
-}
-
-/// What was measured.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Outcome {
-    /// Requests completed in the time measured.
-    pub ios: u64,
-    /// Requests that the device failed.
-    pub errors: u64,
-    /// Reads whose data was not what it had to be; the first few are in `findings`.
-    pub bad_reads: u64,
-    /// Reads whose data was checked.
-    pub checked: u64,
-    /// What was wrong, in words.
-    pub findings: Vec<String>,
-    /// Requests per second.
-    pub iops: f64,
-    /// From submission to completion, in us.
-    pub p50_us: f64,
-    /// From submission to completion, in us.
-    pub p99_us: f64,
-    /// From submission to completion, in us.
-    pub p999_us: f64,
-    /// The longest request, in us.
-    pub max_us: f64,
-    /// CPU time and noise meanwhile.
-    pub usage: Usage,
-}
-
-impl Outcome {
-    /// CPU time per request of the process number `index` of [`Job::pids`], in us.
-    #[must_use]
-    #[allow(clippy::cast_precision_loss, reason = "a count of requests of a short measurement")]
-    pub fn cpu_us_per_io(&self, index: usize) -> f64 {
-        self.usage.processes_s.get(index).map_or(0.0, |s| 1e6 * s / self.ios.max(1) as f64)
-    }
-
-    /// CPU time per request of all processes of [`Job::pids`] together, in us.
-    #[must_use]
-    pub fn cpu_us_per_io_of_all(&self) -> f64 {
-        (0..self.usage.processes_s.len()).map(|index| self.cpu_us_per_io(index)).sum()
-    }
 }
 
 const WARM_UP: u8 = 0;
@@ -198,55 +153,6 @@ fn check(job: &Job) -> Result<()> {
         bail!("--depth must be from 1 to 256 and --queues from 1 to 64");
     }
     Ok(())
-}
-
-#[allow(clippy::cast_precision_loss, reason = "counts and nanoseconds of a short measurement")]
-fn summary(tallies: Vec<Tally>, usage: Usage) -> Outcome {
-    let mut all = Tally::new();
-    for tally in tallies {
-        all.latency.add(&tally.latency).expect("equal histograms add");
-        all.errors += tally.errors;
-        all.bad_reads += tally.bad_reads;
-        all.checked += tally.checked;
-        all.findings.extend(tally.findings);
-    }
-    let us = |quantile: f64| all.latency.value_at_quantile(quantile) as f64 / 1000.0;
-    Outcome {
-        ios: all.latency.len(),
-        errors: all.errors,
-        bad_reads: all.bad_reads,
-        checked: all.checked,
-        iops: all.latency.len() as f64 / usage.seconds,
-        p50_us: us(0.5),
-        p99_us: us(0.99),
-        p999_us: us(0.999),
-        max_us: all.latency.max() as f64 / 1000.0,
-        findings: all.findings,
-        usage,
-    }
-}
-
-/// Counters of one thread.
-struct Tally {
-    latency: Histogram<u64>,
-    errors: u64,
-    bad_reads: u64,
-    checked: u64,
-    findings: Vec<String>,
-}
-
-impl Tally {
-    fn new() -> Self {
-        let latency = Histogram::new_with_bounds(1, LATENCY_MAX_NS, 3)
-            .expect("bounds and digits are in range");
-        Self { latency, errors: 0, bad_reads: 0, checked: 0, findings: Vec::new() }
-    }
-
-    fn find(&mut self, text: impl FnOnce() -> String) {
-        if self.findings.len() < 10 {
-            self.findings.push(text());
-        }
-    }
 }
 
 struct Slot {
@@ -408,7 +314,8 @@ impl Worker {
     }
 
     /// Takes all completions and, unless it is time to stop, submits the next requests. Returns how many there were.
-    fn reap(&mut self, phase: u8, tally: &mut Tally) -> Result<u32> {
+    /// `at` is this queue's place in the tally.
+    fn reap(&mut self, at: usize, phase: u8, tally: &mut Tally) -> Result<u32> {
         let mut count = 0;
         while let Some(used) = self.queue.ring.pop_used() {
             let number = usize::try_from(used.head).ok().and_then(|h| self.slot_of.get(h)).copied();
@@ -418,8 +325,7 @@ impl Worker {
             })?;
             let latency = self.slots[number].submitted.elapsed();
             if phase == MEASURE {
-                let ns = u64::try_from(latency.as_nanos()).unwrap_or(LATENCY_MAX_NS);
-                tally.latency.saturating_record(ns.max(1));
+                tally.record(at, latency);
             }
             self.judge(number, tally);
             if phase != STOP {
@@ -474,7 +380,7 @@ fn serve(mut workers: Vec<Worker>, phase: &AtomicU8) -> Result<Tally> {
         let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, i as u64);
         epoll.add(&worker.queue.call, event)?;
     }
-    let mut tally = Tally::new();
+    let mut tally = Tally::new(workers.len());
     for worker in &mut workers {
         for number in 0..worker.slots.len() {
             worker.submit(number);
@@ -486,9 +392,9 @@ fn serve(mut workers: Vec<Worker>, phase: &AtomicU8) -> Result<Tally> {
     loop {
         let now = phase.load(Ordering::Relaxed);
         let mut done = 0;
-        for worker in &mut workers {
+        for (at, worker) in workers.iter_mut().enumerate() {
             worker.queue.ring.refuse_calls();
-            done += worker.reap(now, &mut tally)?;
+            done += worker.reap(at, now, &mut tally)?;
         }
         if done > 0 {
             continue;

@@ -3,7 +3,7 @@
 use crate::bench::compare::{CompareConfig, Report, RowResult, ratio};
 use crate::bench::cpu::Usage;
 use crate::bench::floor::{multiples, spread};
-use crate::bench::load::Outcome;
+use crate::bench::outcome::Outcome;
 use crate::bench::stack::Kind;
 use crate::bench::stats::{Spread, median};
 use crate::bench::targets::{D1_TO_FLOOR, D32_CPU_US, Target, of_row};

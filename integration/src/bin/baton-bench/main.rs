@@ -2,12 +2,14 @@
 
 mod compare;
 mod docs;
+mod shares;
 
 use anyhow::{Context, Result, bail};
 use baton_integration::bench::cost;
 use baton_integration::bench::cpu::hold_cpus_awake;
 use baton_integration::bench::idle;
-use baton_integration::bench::load::{Job, Outcome, Pattern, run};
+use baton_integration::bench::load::{Job, Pattern, run};
+use baton_integration::bench::outcome::Outcome;
 use baton_integration::bench::scale;
 use clap::{Args, Parser, Subcommand};
 use std::fs;
@@ -34,6 +36,10 @@ struct Cli {
 enum Command {
     /// Measure Baton and a peer in turn, and print ratios
     Compare(compare::CompareArgs),
+    /// See how evenly four full queues are served
+    Fair(shares::FairArgs),
+    /// See what a busy neighbour on the same server costs a tenant
+    Tenants(shares::TenantsArgs),
     /// Count what a request costs: instructions, system calls, allocations
     Cost(CostArgs),
     /// See what a request costs as queues, volumes and their sizes grow
@@ -150,6 +156,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match (cli.command, cli.load) {
         (Some(Command::Compare(args)), _) => compare::run(args),
+        (Some(Command::Fair(args)), _) => shares::fair(args),
+        (Some(Command::Tenants(args)), _) => shares::tenants(args),
         (Some(Command::Cost(args)), _) => run_cost(args),
         (Some(Command::Scale(args)), _) => run_scale(args),
         (Some(Command::Idle(args)), _) => run_idle(args),
