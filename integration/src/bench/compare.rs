@@ -38,8 +38,23 @@ pub struct CompareConfig {
     pub bytes: u64,
     /// Only rows whose name contains this.
     pub only: Option<String>,
+    /// A is B itself, with its dirty log on: one stack takes both parts.
+    pub dirty_log: bool,
     /// The front-end on CPU 0 and the stacks on CPU 1, where there are two; else nobody is bound to a CPU.
     pub pinned: bool,
+}
+
+impl CompareConfig {
+    /// What A and B are, in words.
+    #[must_use]
+    pub fn names(&self) -> [String; 2] {
+        let (a, b) = (self.a.to_string(), self.b.to_string());
+        if self.dirty_log {
+            [format!("{a} with a dirty log"), format!("{b} without")]
+        } else {
+            [a, b]
+        }
+    }
 }
 
 /// One line of the report.
@@ -126,6 +141,9 @@ fn compare_here(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Resul
         .into_iter()
         .filter(|r| config.only.as_ref().is_none_or(|only| r.name.contains(only.as_str())))
         .collect();
+    if config.dirty_log && config.a != config.b {
+        bail!("a dirty log is compared with the same stack without it");
+    }
     if rows.is_empty() {
         let names: Vec<&str> = ROWS.iter().map(|r| r.name).collect();
         bail!("no row is called like that; there are {}", names.join(", "));
@@ -143,18 +161,20 @@ fn compare_here(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Resul
         floors.push(floor::measure(pinned, FLOOR_TIME.min(config.duration))?);
         progress(&format!("round {} of {}: starting both stacks", round + 1, config.rounds));
         let stack = |kind| pinned_stack(kind, config.bytes, pinned);
-        // Whoever starts second may get other memory; so each does in turn.
-        let (a, b) = if round % 2 == 0 {
-            let a = stack(config.a)?;
-            (a, stack(config.b)?)
+        let stacks = if config.dirty_log {
+            vec![stack(config.a)?]
+        } else if round % 2 == 0 {
+            // Whoever starts second may get other memory; so each does in turn.
+            vec![stack(config.a)?, stack(config.b)?]
         } else {
             let b = stack(config.b)?;
-            (stack(config.a)?, b)
+            vec![stack(config.a)?, b]
         };
+        let (a, b) = (&stacks[0], &stacks[stacks.len() - 1]);
         for result in &mut results {
             for half in 0..2 {
                 let a_first = (round + half) % 2 == 0;
-                result.pairs.push(quiet_pair(config, result.row, round, &a, &b, a_first)?);
+                result.pairs.push(quiet_pair(config, result.row, round, [a, b], a_first)?);
             }
             progress(&line(result));
         }
@@ -181,18 +201,17 @@ fn quiet_pair(
     config: &CompareConfig,
     row: Row,
     round: u32,
-    a: &Stack,
-    b: &Stack,
+    [a, b]: [&Stack; 2],
     a_first: bool,
 ) -> Result<Pair> {
     let mut repeats = 0;
     loop {
         let (run_a, run_b) = if a_first {
-            let run_a = one(config, row, a)?;
-            (run_a, one(config, row, b)?)
+            let run_a = one(config, row, a, config.dirty_log)?;
+            (run_a, one(config, row, b, false)?)
         } else {
-            let run_b = one(config, row, b)?;
-            (one(config, row, a)?, run_b)
+            let run_b = one(config, row, b, false)?;
+            (one(config, row, a, config.dirty_log)?, run_b)
         };
         let noisy = run_a.usage.is_noisy() || run_b.usage.is_noisy();
         if !noisy || repeats == REPEATS_MAX {
@@ -202,7 +221,7 @@ fn quiet_pair(
     }
 }
 
-fn one(config: &CompareConfig, row: Row, stack: &Stack) -> Result<Outcome> {
+fn one(config: &CompareConfig, row: Row, stack: &Stack, dirty_log: bool) -> Result<Outcome> {
     let outcome = run(&Job {
         socket: stack.socket().to_path_buf(),
         pattern: row.pattern,
@@ -214,6 +233,7 @@ fn one(config: &CompareConfig, row: Row, stack: &Stack) -> Result<Outcome> {
         duration: config.duration,
         verify: false,
         span_bytes: None,
+        dirty_log,
         seed: 1,
         pids: stack.pids(),
     })?;
@@ -242,7 +262,8 @@ pub fn ratio(pairs: &[Pair], figure: impl Fn(&Outcome) -> f64) -> Spread {
 /// The report as a table.
 #[must_use]
 pub fn table(report: &Report) -> String {
-    let CompareConfig { a, b, rounds, duration, bytes, .. } = &report.config;
+    let CompareConfig { rounds, duration, bytes, .. } = &report.config;
+    let [a, b] = report.config.names();
     let mut text = format!(
         "A={a} B={b}: {rounds} rounds x 2 pairs x {:.1} s on {} MiB in memory; {}, idle CPUs {}.\n\
          A/B: median of all pairs [lowest and highest median of a round]. IOPS: more is better; the others: less.\n\

@@ -123,7 +123,8 @@ pub fn hold_cpus_awake() -> Option<File> {
     Some(file)
 }
 
-/// Does something that binds its thread to a CPU, which lasts: on a thread that is used up by it.
+/// Does something that binds its thread to a CPU, which lasts: on a thread that is used up by it. Daemons that are
+/// started there end with it.
 pub fn on_own_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| scope.spawn(work).join().expect("no panic in a measurement"))
 }
@@ -134,15 +135,22 @@ pub fn pin_this_thread(cpu: usize) -> Result<()> {
         .with_context(|| format!("cannot run on CPU {cpu}"))
 }
 
-/// Lets the calling thread, and those and the processes that it starts, run only when nobody else on the CPU wants to.
-pub fn yield_to_everybody() -> Result<()> {
-    // SAFETY: plain numbers, for the calling thread.
-    let done = unsafe {
-        let parameters: libc::sched_param = std::mem::zeroed();
-        libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters)
-    };
+/// Does something at the lowest priority there is: the calling thread, and the threads and processes that it starts
+/// meanwhile, run only when nobody else on the CPU wants to. What was started stays so.
+pub fn yielding_to_everybody<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    set_policy(libc::SCHED_IDLE)?;
+    let done = work();
+    set_policy(libc::SCHED_OTHER)?;
+    done
+}
+
+fn set_policy(policy: libc::c_int) -> Result<()> {
+    // SAFETY: all bytes zero is a valid value: priority 0, the only one that these policies have.
+    let parameters: libc::sched_param = unsafe { std::mem::zeroed() };
+    // SAFETY: a system call on the calling thread, with parameters that outlive it.
+    let done = unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) };
     if done != 0 {
-        return Err(std::io::Error::last_os_error()).context("cannot run at the lowest priority");
+        return Err(std::io::Error::last_os_error()).context("cannot change the priority");
     }
     Ok(())
 }
@@ -208,6 +216,19 @@ mod tests {
         child.wait().unwrap();
         assert_eq!(cpus.unwrap(), "0");
         assert!(allowed_cpus(child.id()).is_err(), "a process that is gone");
+    }
+
+    #[test]
+    fn what_is_started_at_the_lowest_priority_stays_there() {
+        // SAFETY: asks for a number.
+        let policy = |pid| unsafe { libc::sched_getscheduler(pid) };
+        let pid = |child: &std::process::Child| i32::try_from(child.id()).unwrap();
+        let mut child =
+            yielding_to_everybody(|| Ok(Command::new("sleep").arg("20").spawn()?)).unwrap();
+        let (of_child, own) = (policy(pid(&child)), policy(0));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!((of_child, own), (libc::SCHED_IDLE, libc::SCHED_OTHER));
     }
 
     #[test]

@@ -5,9 +5,10 @@
 //! polls the rings. Calls are waited for edge-triggered and never read: QEMU sets O_NONBLOCK on the shared eventfd, so
 //! a blocking read would spin.
 //!
-//! With `verify`, every block belongs to one slot, which knows what it may hold and checks each read.
+//! With `dirty_log`, a log is kept as during a migration (`dirty`). With `verify`, every block belongs to one slot, which knows what it may hold and checks each read.
 
 use crate::bench::cpu::{Snapshot, Usage};
+use crate::bench::dirty::{self, DirtyPages, Taker};
 use crate::bench::outcome::{Outcome, Tally, summary};
 use crate::blk::{OK, UNTOUCHED, header};
 use crate::memory::GuestMemory;
@@ -70,6 +71,8 @@ pub struct Job {
     pub verify: bool,
     /// Part of the disk used, from its start; `None` for all.
     pub span_bytes: Option<u64>,
+    /// Keep a dirty log, as during a migration, and take its marks now and then, as a VMM does.
+    pub dirty_log: bool,
     /// Seed of the random places.
     pub seed: u64,
     /// Processes whose CPU time is measured with it.
@@ -88,7 +91,8 @@ pub fn run(job: &Job) -> Result<Outcome> {
         queues: job.queues,
         // Three descriptors each; at least what a Linux guest has.
         queue_size: (3 * job.depth).next_power_of_two().max(128),
-        memory_bytes: slots * (job.block_bytes.next_multiple_of(4096) + 64)
+        // A request's header has a page in front of its data.
+        memory_bytes: slots * (job.block_bytes.next_multiple_of(4096) + 4096)
             + (usize::from(job.queues) << 18)
             + (1 << 20),
         start: false,
@@ -103,6 +107,9 @@ pub fn run(job: &Job) -> Result<Outcome> {
         );
     }
     frontend.start()?;
+    if job.dirty_log {
+        dirty::start(&mut frontend)?;
+    }
     let disk_bytes = frontend.capacity()? * SECTOR as u64;
     let span = job.span_bytes.unwrap_or(disk_bytes).min(disk_bytes);
     let blocks = span / job.block_bytes as u64;
@@ -113,6 +120,8 @@ pub fn run(job: &Job) -> Result<Outcome> {
     let workers = (0..job.queues)
         .map(|index| Worker::new(job, frontend.take_queue(index), &memory, index, blocks))
         .collect::<Result<Vec<_>>>()?;
+    let written = workers.iter().flat_map(Worker::written_pages).collect();
+    let log = job.dirty_log.then(|| DirtyPages::expect(written));
     let threads: Vec<Vec<Worker>> = if job.thread_per_queue {
         workers.into_iter().map(|w| vec![w]).collect()
     } else {
@@ -120,10 +129,11 @@ pub fn run(job: &Job) -> Result<Outcome> {
     };
 
     let phase = AtomicU8::new(WARM_UP);
+    let mut taker = Taker { frontend: &frontend, log };
     let (tallies, usage) = std::thread::scope(|scope| {
         let handles: Vec<_> =
             threads.into_iter().map(|workers| scope.spawn(|| serve(workers, &phase))).collect();
-        let usage = timed(job, &phase);
+        let usage = timed(job, &phase, &mut taker);
         // Set again in case the measurement failed, or the threads would never end.
         phase.store(STOP, Ordering::Relaxed);
         let tallies = handles
@@ -133,14 +143,15 @@ pub fn run(job: &Job) -> Result<Outcome> {
         (tallies, usage)
     });
     let (tallies, usage) = (tallies?, usage?);
-    Ok(summary(tallies, usage))
+    let dirty_pages = taker.finish()?;
+    Ok(Outcome { dirty_pages, ..summary(tallies, usage) })
 }
 
-fn timed(job: &Job, phase: &AtomicU8) -> Result<Usage> {
-    std::thread::sleep(job.warmup);
+fn timed(job: &Job, phase: &AtomicU8, taker: &mut Taker<'_>) -> Result<Usage> {
+    taker.sleep(job.warmup)?;
     let before = Snapshot::take(&job.pids)?;
     phase.store(MEASURE, Ordering::Relaxed);
-    std::thread::sleep(job.duration);
+    taker.sleep(job.duration)?;
     phase.store(STOP, Ordering::Relaxed);
     Ok(Snapshot::take(&job.pids)?.since(&before))
 }
@@ -247,6 +258,20 @@ impl Worker {
             epoch: now.as_secs(),
             random: (job.seed ^ (u64::from(index) + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)) | 1,
         })
+    }
+
+    /// Pages that the device writes while this queue is used: the used index, each status, and what is read.
+    fn written_pages(&self) -> Vec<u64> {
+        let (_, _, used) = self.queue.ring.addresses();
+        let mut pages = vec![used];
+        let reads = matches!(self.pattern, Pattern::Read | Pattern::RandRead);
+        for slot in &self.slots {
+            pages.push(slot.header + STATUS_OFFSET);
+            if reads {
+                pages.extend((slot.data..slot.data + self.block_bytes as u64).step_by(512));
+            }
+        }
+        pages
     }
 
     fn next_random(&mut self) -> u64 {

@@ -13,6 +13,7 @@ pub mod callgrind;
 pub mod compare;
 pub mod cost;
 pub mod cpu;
+mod dirty;
 pub mod document;
 pub mod fair;
 pub mod floor;

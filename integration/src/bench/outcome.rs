@@ -31,6 +31,8 @@ pub struct Outcome {
     pub p999_us: f64,
     /// The longest request, in us.
     pub max_us: f64,
+    /// With a dirty log, the pages that were marked; all that had to be are among them.
+    pub dirty_pages: Option<u64>,
     /// Each queue by itself.
     pub by_queue: Vec<QueueOutcome>,
     /// CPU time and noise meanwhile.

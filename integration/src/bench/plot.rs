@@ -148,7 +148,7 @@ pub fn rows(reports: &[Report]) -> Vec<Row> {
     let row = |name: &str| Row {
         name: name.to_owned(),
         ratios: of(name),
-        target: of_row(first.config.a, first.config.b, name).iops.map(|target| target.bound()),
+        target: of_row(&first.config, name).iops.map(|target| target.bound()),
     };
     first.rows.iter().map(|result| row(result.row.name)).collect()
 }

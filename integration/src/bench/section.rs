@@ -9,17 +9,21 @@ use crate::bench::stats::{Spread, median};
 use crate::bench::targets::{D1_TO_FLOOR, D32_CPU_US, Target, of_row};
 use std::fmt::Write as _;
 
-/// The section's name for two stacks.
+/// The section's name for a comparison.
 #[must_use]
-pub fn name(a: Kind, b: Kind) -> String {
-    format!("bench-{a}-{b}")
+pub fn name(config: &CompareConfig) -> String {
+    if config.dirty_log {
+        return "bench-dirty-log".to_owned();
+    }
+    format!("bench-{}-{}", config.a, config.b)
 }
 
 /// The section: each report's ratios, and the first's against their targets.
 #[must_use]
 pub fn section(facts: &str, reports: &[Report]) -> String {
     let Some(first) = reports.first() else { return String::new() };
-    let CompareConfig { a, b, rounds, duration, bytes, .. } = &first.config;
+    let CompareConfig { rounds, duration, bytes, .. } = &first.config;
+    let [a, b] = first.config.names();
     let mut text = format!(
         "{facts}. A: {a}, B: {b}; {rounds} rounds of 2 pairs of {:.1} s on {} MiB in memory.\n",
         duration.as_secs_f64(),
@@ -29,7 +33,9 @@ pub fn section(facts: &str, reports: &[Report]) -> String {
         text.push_str(&ratios(report));
     }
     text.push_str(&verdicts(first));
-    text.push_str(&distance(first));
+    if !first.config.dirty_log {
+        text.push_str(&distance(first));
+    }
     text
 }
 
@@ -69,10 +75,9 @@ fn ratios(report: &Report) -> String {
 /// Each row that has targets, against them. Empty where none has.
 #[must_use]
 pub fn verdicts(report: &Report) -> String {
-    let (a, b) = (report.config.a, report.config.b);
     let mut lines = String::new();
     for RowResult { row, pairs } in &report.rows {
-        let targets = of_row(a, b, row.name);
+        let targets = of_row(&report.config, row.name);
         let cell = |target: Option<Target>, figure: &dyn Fn(&Outcome) -> f64| {
             target.map_or(String::new(), |target| target.text(ratio(pairs, figure)))
         };
@@ -170,6 +175,7 @@ mod tests {
             duration: Duration::from_secs(1),
             bytes: 1 << 30,
             only: None,
+            dirty_log: false,
             pinned,
         };
         let rows = rows
@@ -212,7 +218,25 @@ mod tests {
         }
         assert!(!text.contains("| r4k-d1-q4 | 2.00 (at"), "{text}");
         assert_eq!(text.matches("Against the targets").count(), 1);
-        assert_eq!(name(Kind::Baton, Kind::QsdNbdkit), "bench-baton-qsd-nbdkit");
+        assert_eq!(name(&reports[0].config), "bench-baton-qsd-nbdkit");
+    }
+
+    #[test]
+    fn a_dirty_log_is_named_and_judged_as_one() {
+        let pair = Pair {
+            round: 0,
+            repeats: 0,
+            noisy: false,
+            a: outcome(8.9, 1.0, [1.0, 1.0]),
+            b: outcome(10.0, 1.0, [1.0, 1.0]),
+        };
+        let mut logged = report(&[0], &pair, true);
+        logged.config = CompareConfig { b: Kind::Baton, dirty_log: true, ..logged.config };
+        let text = section("M", &[logged.clone()]);
+        assert!(text.contains("A: baton with a dirty log, B: baton without;"), "{text}");
+        assert!(text.contains("| 0.89 (at least 0.9): **missed** |"), "{text}");
+        assert!(!text.contains("floor"), "{text}");
+        assert_eq!(name(&logged.config), "bench-dirty-log");
     }
 
     #[test]

@@ -11,7 +11,7 @@
 
 use crate::baton::{Backend, Storage};
 use crate::bench::compare::QUIET_TRIES;
-use crate::bench::cpu::{hold_cpus_awake, on_own_thread, pin_this_thread, yield_to_everybody};
+use crate::bench::cpu::{hold_cpus_awake, on_own_thread, pin_this_thread, yielding_to_everybody};
 use crate::bench::load::{Job, Pattern, run};
 use crate::bench::outcome::Outcome;
 use crate::bench::stack::fill;
@@ -106,9 +106,11 @@ fn measure_here(rounds: u32, time: Duration, mut progress: impl FnMut(&str)) -> 
         .into_iter()
         .flat_map(|tenant| NEIGHBOURS.map(|neighbour| Row { tenant, neighbour, pairs: Vec::new() }))
         .collect();
+    // Before this thread is bound to one of them.
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     for round in 0..rounds {
         progress(&format!("round {} of {rounds}", round + 1));
-        let house = House::start()?;
+        let house = House::start(cpus)?;
         for row in &mut rows {
             for half in 0..2 {
                 let alone_first = (round + half) % 2 == 0;
@@ -129,23 +131,18 @@ struct House {
 }
 
 impl House {
-    /// The calling thread is on CPU 0 afterwards, where there are two.
-    fn start() -> Result<Self> {
+    /// The calling thread is on CPU 0 afterwards.
+    fn start(cpus: usize) -> Result<Self> {
         let dir = TestDir::in_memory("tenants")?;
-        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        // Processes have the affinity and the priority of the thread that starts them.
-        let storage = on_own_thread(|| {
-            if cpus > 1 {
-                pin_this_thread(1)?;
-            }
-            Storage::start(dir.path(), &[])
-        })?;
+        // Processes have the affinity and the priority that the thread has which starts them.
+        if cpus > 1 {
+            pin_this_thread(1)?;
+        }
+        let storage = Storage::start(dir.path(), &[])?;
         pin_this_thread(0)?;
         let tenant = backend(dir.path(), &storage, "tenant", 1)?;
-        let neighbour = on_own_thread(|| {
-            yield_to_everybody()?;
-            backend(dir.path(), &storage, "neighbour", QUEUES)
-        })?;
+        let neighbour =
+            yielding_to_everybody(|| backend(dir.path(), &storage, "neighbour", QUEUES))?;
         for disk in [&tenant, &neighbour] {
             fill(&disk.socket, DISK_BYTES)?;
         }
@@ -182,6 +179,7 @@ impl House {
             duration: time,
             verify: false,
             span_bytes: None,
+            dirty_log: false,
             seed: 1,
             // All that belong to the measurement, the server first: the rest is noise.
             pids: vec![
@@ -207,13 +205,14 @@ impl House {
             duration: longer,
             verify: false,
             span_bytes: None,
+            dirty_log: false,
             seed: 2,
             pids: Vec::new(),
         };
         std::thread::scope(|scope| {
             let neighbour = scope.spawn(|| -> Result<(Outcome, Instant)> {
-                yield_to_everybody()?;
-                Ok((sound(run(&job)?)?, Instant::now()))
+                let outcome = yielding_to_everybody(|| run(&job))?;
+                Ok((sound(outcome)?, Instant::now()))
             });
             std::thread::sleep(HEAD_START);
             let tenant = self.tenant(row.tenant, time);

@@ -46,6 +46,27 @@ pub(crate) struct CompareArgs {
     docs: DocsArgs,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct DirtyLogArgs {
+    /// What keeps the log
+    #[arg(long, value_enum, default_value = "baton")]
+    kind: Kind,
+    /// Restarts of it
+    #[arg(long, default_value_t = 5)]
+    rounds: u32,
+    /// Seconds of each run
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Size of the disk, such as 1G
+    #[arg(long, value_parser = size, default_value = "512M")]
+    size: u64,
+    /// Only rows whose name contains this, such as r4k or q4
+    #[arg(long)]
+    only: Option<String>,
+    #[command(flatten)]
+    docs: DocsArgs,
+}
+
 pub(crate) fn run(args: CompareArgs) -> Result<ExitCode> {
     let (rounds, run_seconds, bytes) =
         if args.quick { (2, 0.3, 256 << 20) } else { (5, 1.0, 1 << 30) };
@@ -56,43 +77,70 @@ pub(crate) fn run(args: CompareArgs) -> Result<ExitCode> {
         duration: seconds(args.seconds.unwrap_or(run_seconds))?,
         bytes: args.size.unwrap_or(bytes),
         only: args.only,
+        dirty_log: false,
         pinned: true,
-    };
-    if pinned.rounds == 0 || pinned.bytes < 64 << 20 {
-        bail!("--rounds must be at least 1 and --size at least 64M");
-    }
-    let name = section::name(args.a, args.b);
-    args.docs.check(&name)?;
-    let output = match args.output {
-        Some(path) => path,
-        None => target_dir()?.join("bench").join(format!("{}-{}.json", args.a, args.b)),
     };
     let mut configs = vec![pinned.clone()];
     if args.unpinned {
         configs.push(CompareConfig { pinned: false, ..pinned });
     }
+    measure(&configs, args.output, &args.docs)
+}
+
+pub(crate) fn dirty_log(args: DirtyLogArgs) -> Result<ExitCode> {
+    let config = CompareConfig {
+        a: args.kind,
+        b: args.kind,
+        rounds: args.rounds,
+        duration: seconds(args.seconds)?,
+        bytes: args.size,
+        only: args.only,
+        dirty_log: true,
+        pinned: true,
+    };
+    measure(&[config], None, &args.docs)
+}
+
+/// Runs all of them, keeps and prints what they show, and writes the section if that was asked for.
+fn measure(
+    configs: &[CompareConfig],
+    output: Option<PathBuf>,
+    docs: &DocsArgs,
+) -> Result<ExitCode> {
+    let first = &configs[0];
+    if first.rounds == 0 || first.bytes < 64 << 20 {
+        bail!("--rounds must be at least 1 and --size at least 64M");
+    }
+    let name = section::name(first);
+    docs.check(&name)?;
+    let output = match output {
+        Some(path) => path,
+        None => target_dir()?.join("bench").join(format!("{name}.json")),
+    };
     let mut reports = Vec::new();
-    for config in &configs {
+    for config in configs {
         let report = compare(config, |text| eprintln!("{text}"))?;
-        let table =
-            [table(&report), section::verdicts(&report), section::distance(&report)].concat();
+        let distance = if config.dirty_log { String::new() } else { section::distance(&report) };
+        let table = [table(&report), section::verdicts(&report), distance].concat();
         let output =
             if config.pinned { output.clone() } else { output.with_extension("unpinned.json") };
         keep(&output, &report, &table)?;
         writeln!(std::io::stdout(), "{table}\nevery run: {}\n", output.display())?;
         reports.push(report);
     }
-    let facts = args.docs.facts(reports[0].awake);
-    let stem = match args.docs.folder() {
+    let facts = docs.facts(reports[0].awake);
+    let stem = match docs.folder() {
         // The default comparison is the one that the documents show first.
-        Some(folder) if (args.a, args.b) == (Kind::Baton, Kind::QsdNbdkit) => folder.join("bench"),
+        Some(folder) if (first.a, first.b) == (Kind::Baton, Kind::QsdNbdkit) => {
+            folder.join("bench")
+        }
         Some(folder) => folder.join(&name),
         None => output.with_extension(""),
     };
-    let title = format!("IOPS of {} against {}", args.a, args.b);
-    plot::write(&stem, &title, &facts, &plot::rows(&reports))?;
+    let [a, b] = first.names();
+    plot::write(&stem, &format!("IOPS of {a} against {b}"), &facts, &plot::rows(&reports))?;
     writeln!(std::io::stdout(), "plot: {}.svg and .png", stem.display())?;
-    args.docs.write(&name, &section::section(&facts, &reports))?;
+    docs.write(&name, &section::section(&facts, &reports))?;
     Ok(ExitCode::SUCCESS)
 }
 

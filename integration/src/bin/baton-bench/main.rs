@@ -40,6 +40,8 @@ enum Command {
     Fair(shares::FairArgs),
     /// See what a busy neighbour on the same server costs a tenant
     Tenants(shares::TenantsArgs),
+    /// See what keeping a dirty log costs, as during a migration
+    DirtyLog(compare::DirtyLogArgs),
     /// Count what a request costs: instructions, system calls, allocations
     Cost(CostArgs),
     /// See what a request costs as queues, volumes and their sizes grow
@@ -119,6 +121,9 @@ struct LoadArgs {
     /// Stamp what is written and check what is read back; best with --rw randrw
     #[arg(long)]
     verify: bool,
+    /// Keep a dirty log, as during a migration, and check that what the device writes is in it
+    #[arg(long)]
+    dirty_log: bool,
     /// Seed of the random places
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -156,6 +161,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match (cli.command, cli.load) {
         (Some(Command::Compare(args)), _) => compare::run(args),
+        (Some(Command::DirtyLog(args)), _) => compare::dirty_log(args),
         (Some(Command::Fair(args)), _) => shares::fair(args),
         (Some(Command::Tenants(args)), _) => shares::tenants(args),
         (Some(Command::Cost(args)), _) => run_cost(args),
@@ -187,6 +193,7 @@ fn run_load(args: LoadArgs) -> Result<ExitCode> {
         duration,
         verify: args.verify,
         span_bytes: args.span,
+        dirty_log: args.dirty_log,
         seed: args.seed,
         pids: args.pids,
     })?;
@@ -220,6 +227,9 @@ fn in_words(outcome: &Outcome, block_bytes: u64) -> String {
             index + 1,
             outcome.cpu_us_per_io(index)
         ));
+    }
+    if let Some(pages) = outcome.dirty_pages {
+        text.push_str(&format!("\npages in the dirty log: {pages}"));
     }
     text
 }
