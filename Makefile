@@ -1,5 +1,5 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo demo-splitbrain test faults bench bench-unix bench-cost bench-idle bench-handoff bench-micro bench-scale check
+.PHONY: help build demo demo-splitbrain test faults bench bench-unix bench-parts bench-fair bench-dirty-log bench-cost bench-idle bench-handoff bench-micro bench-scale check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
@@ -8,6 +8,9 @@ help:
 	@echo 'make faults  every process of a migration killed and frozen at every message (an hour)'
 	@echo 'make bench   side by side with qemu-storage-daemon, as tables of ratios (DOCS=1 writes them into docs/performance.md)'
 	@echo 'make bench-unix   the same over Unix sockets'
+	@echo 'make bench-parts   the backend on a volume that does nothing and on a local file, against the same of the peer'
+	@echo 'make bench-fair   how evenly full queues are served, and what a busy neighbour costs a tenant'
+	@echo 'make bench-dirty-log   what keeping a dirty log costs'
 	@echo 'make bench-cost   instructions, system calls and allocations of a request, against what is stored (a minute after the build)'
 	@echo 'make bench-idle   what 100 backends with idle guests cost a host'
 	@echo 'make bench-handoff   what moving a disk costs the guest, as a table (minutes; writes docs/performance.md)'
@@ -40,6 +43,17 @@ bench-cost:
 
 bench-unix:
 	@scripts/bench.sh --a baton-unix --b qsd-nbdkit-unix $(if $(DOCS),--write-docs)
+
+bench-parts:
+	@scripts/bench.sh --a baton-null --b qsd-null $(if $(DOCS),--write-docs)
+	@scripts/bench.sh --a baton-file --b qsd-file-uring $(if $(DOCS),--write-docs)
+
+bench-fair:
+	@scripts/bench.sh fair $(if $(DOCS),--write-docs)
+	@scripts/bench.sh tenants $(if $(DOCS),--write-docs)
+
+bench-dirty-log:
+	@scripts/bench.sh dirty-log $(if $(DOCS),--write-docs)
 
 bench-idle:
 	cargo build --release --workspace --bins

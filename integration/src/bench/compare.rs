@@ -271,7 +271,11 @@ pub fn table(report: &Report) -> String {
         duration.as_secs_f64(),
         bytes >> 20,
         if report.pinned { "front-end on CPU 0, stacks on CPU 1" } else { "unpinned" },
-        if report.awake { "kept awake" } else { "may sleep (cannot open /dev/cpu_dma_latency)" },
+        if report.awake {
+            "kept awake"
+        } else {
+            "may halt (no cpuidle driver, or /dev/cpu_dma_latency cannot be opened)"
+        },
         "row",
         "A IOPS",
         "B IOPS",

@@ -115,12 +115,21 @@ fn machine_ticks(stat: &str) -> Result<(u64, u64)> {
 }
 
 /// Keeps idle CPUs from sleeping deeply while it lives: a wake-up of a halted virtual CPU costs more than the request
-/// that it waits for. `None` where that is not allowed.
+/// that it waits for. `None` where that is not allowed, or nobody heeds it.
 #[must_use]
 pub fn hold_cpus_awake() -> Option<File> {
+    // Without a driver the kernel halts idle CPUs whatever latency was asked for, and takes the wish all the same.
+    let driver = fs::read_to_string("/sys/devices/system/cpu/cpuidle/current_driver");
+    if !heeds_latency(&driver.unwrap_or_default()) {
+        return None;
+    }
     let mut file = OpenOptions::new().write(true).open("/dev/cpu_dma_latency").ok()?;
     file.write_all(&0_i32.to_ne_bytes()).ok()?;
     Some(file)
+}
+
+fn heeds_latency(driver: &str) -> bool {
+    !matches!(driver.trim(), "" | "none")
 }
 
 /// Does something that binds its thread to a CPU, which lasts: on a thread that is used up by it. Daemons that are
@@ -229,6 +238,12 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!((of_child, own), (libc::SCHED_IDLE, libc::SCHED_OTHER));
+    }
+
+    #[test]
+    fn without_a_driver_nobody_is_kept_awake() {
+        assert!(heeds_latency("haltpoll\n") && heeds_latency("intel_idle"));
+        assert!(!heeds_latency("none\n") && !heeds_latency(""));
     }
 
     #[test]

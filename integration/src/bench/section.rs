@@ -33,9 +33,7 @@ pub fn section(facts: &str, reports: &[Report]) -> String {
         text.push_str(&ratios(report));
     }
     text.push_str(&verdicts(first));
-    if !first.config.dirty_log {
-        text.push_str(&distance(first));
-    }
+    text.push_str(&distance(first));
     text
 }
 
@@ -100,15 +98,14 @@ pub fn verdicts(report: &Report) -> String {
     )
 }
 
-/// The floors, and how far A is above them. The targets are for Baton over TCP.
+/// The floors, and how far A is above them. Only for Baton over TCP: what is under others is something else.
 #[must_use]
 pub fn distance(report: &Report) -> String {
     let floors = &report.floors;
     let a = report.config.a;
-    let judged = |target: Target, figure: Spread| match a {
-        Kind::Baton => target.text(figure),
-        _ => format!("{:.2}", figure.median),
-    };
+    if a != Kind::Baton || report.config.dirty_log {
+        return String::new();
+    }
     let mut text = format!(
         "\nDistance of {a} to the floor, which was measured in each round of the same run; median [lowest and highest round]:\n\n\
          | what | read | write |\n|---|---|---|\n\
@@ -132,11 +129,11 @@ pub fn distance(report: &Report) -> String {
     let depth_1 = |name: &str, is_read: bool| {
         let p50 = of_a(name, &|o| o.p50_us);
         let multiple = multiples(floors, &p50, is_read);
-        (median(p50.iter().map(|p| p.1)), judged(D1_TO_FLOOR, multiple))
+        (median(p50.iter().map(|p| p.1)), D1_TO_FLOOR.text(multiple))
     };
     let depth_32 = |name: &str| {
         let cpu = of_a(name, &Outcome::cpu_us_per_io_of_all);
-        judged(D32_CPU_US, Spread::of(&cpu))
+        D32_CPU_US.text(Spread::of(&cpu))
     };
     let ((read, read_multiple), (write, write_multiple)) =
         (depth_1("r4k-d1-q1", true), depth_1("w4k-d1-q1", false));
@@ -256,6 +253,6 @@ mod tests {
             config: CompareConfig { a: Kind::BatonUnix, ..report(&[0], &pair, true).config },
             ..report(&[0], &pair, true)
         };
-        assert!(!distance(&unix).contains("at most"), "the targets are for TCP");
+        assert_eq!(distance(&unix), "", "that floor is of TCP");
     }
 }

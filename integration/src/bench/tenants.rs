@@ -92,20 +92,49 @@ pub struct Row {
     pub pairs: Vec<Pair>,
 }
 
-/// Measures all rows, with everything started anew in each round.
-pub fn measure(rounds: u32, time: Duration, progress: impl FnMut(&str) + Send) -> Result<Vec<Row>> {
+impl Row {
+    /// "reads beside writes of 128 KiB".
+    #[must_use]
+    pub fn name(&self) -> String {
+        let Work { pattern, block_bytes } = self.neighbour;
+        format!("{} beside {} of {} KiB", word(self.tenant), word(pattern), block_bytes >> 10)
+    }
+}
+
+fn word(pattern: Pattern) -> &'static str {
+    if pattern == Pattern::RandRead { "reads" } else { "writes" }
+}
+
+/// Measures the rows whose name contains `only`, with everything started anew in each round.
+pub fn measure(
+    rounds: u32,
+    time: Duration,
+    only: Option<&str>,
+    progress: impl FnMut(&str) + Send,
+) -> Result<Vec<Row>> {
     if rounds == 0 {
         bail!("nothing to measure: --rounds must be at least 1");
     }
     let _awake = hold_cpus_awake();
-    on_own_thread(|| measure_here(rounds, time, progress))
+    on_own_thread(|| measure_here(rounds, time, only, progress))
 }
 
-fn measure_here(rounds: u32, time: Duration, mut progress: impl FnMut(&str)) -> Result<Vec<Row>> {
+fn measure_here(
+    rounds: u32,
+    time: Duration,
+    only: Option<&str>,
+    mut progress: impl FnMut(&str),
+) -> Result<Vec<Row>> {
     let mut rows: Vec<Row> = [Pattern::RandRead, Pattern::RandWrite]
         .into_iter()
         .flat_map(|tenant| NEIGHBOURS.map(|neighbour| Row { tenant, neighbour, pairs: Vec::new() }))
+        .filter(|row| only.is_none_or(|only| row.name().contains(only)))
         .collect();
+    if rows.is_empty() {
+        bail!(
+            "no row is called like that; there are \"reads beside writes of 128 KiB\" and the like"
+        );
+    }
     // Before this thread is bound to one of them.
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     for round in 0..rounds {
@@ -281,12 +310,11 @@ pub fn table(rows: &[Row]) -> String {
     );
     for row in rows {
         let of = |figure: &dyn Fn(&Pair) -> f64, digits| of(&row.pairs, figure).text(digits);
-        let name = |pattern| if pattern == Pattern::RandRead { "reads" } else { "writes" };
         let _ = writeln!(
             text,
             "| {} | {} of {} KiB | {} | {} | {}: {} | {} | {} % | {} of {} |",
-            name(row.tenant),
-            name(row.neighbour.pattern),
+            word(row.tenant),
+            word(row.neighbour.pattern),
             row.neighbour.block_bytes >> 10,
             of(&|pair| pair.alone.p99_us, 1),
             of(&|pair| pair.beside.p99_us, 1),

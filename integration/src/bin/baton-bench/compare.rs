@@ -120,8 +120,8 @@ fn measure(
     let mut reports = Vec::new();
     for config in configs {
         let report = compare(config, |text| eprintln!("{text}"))?;
-        let distance = if config.dirty_log { String::new() } else { section::distance(&report) };
-        let table = [table(&report), section::verdicts(&report), distance].concat();
+        let table =
+            [table(&report), section::verdicts(&report), section::distance(&report)].concat();
         let output =
             if config.pinned { output.clone() } else { output.with_extension("unpinned.json") };
         keep(&output, &report, &table)?;

@@ -39,6 +39,9 @@ pub(crate) struct TenantsArgs {
     /// Seconds of each run
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
+    /// Only rows whose name contains this, such as "beside writes of 128"
+    #[arg(long)]
+    only: Option<String>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -61,7 +64,8 @@ pub(crate) fn tenants(args: TenantsArgs) -> Result<ExitCode> {
     args.docs.check("bench-tenants")?;
     let awake = hold_cpus_awake();
     let time = seconds(args.seconds)?;
-    let rows = tenants::measure(args.rounds, time, |text| eprintln!("{text}"))?;
+    let rows =
+        tenants::measure(args.rounds, time, args.only.as_deref(), |text| eprintln!("{text}"))?;
     let table = tenants::table(&rows);
     let text = if args.json { serde_json::to_string_pretty(&rows)? } else { table.clone() };
     writeln!(std::io::stdout(), "{text}")?;
