@@ -5,7 +5,7 @@ help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
 	@echo 'make demo-splitbrain   what a live migration gone wrong does to a volume, on real guests (a minute after the build)'
 	@echo 'make test    every test, as CI runs them'
-	@echo 'make faults  every process of a migration killed and frozen at every message (an hour)'
+	@echo 'make faults  every process of a migration killed and frozen at every message (20 minutes)'
 	@echo 'make bench   side by side with qemu-storage-daemon, as tables of ratios (DOCS=1 writes them into docs/performance.md)'
 	@echo 'make bench-unix   the same over Unix sockets'
 	@echo 'make bench-parts   the backend on a volume that does nothing and on a local file, against the same of the peer'
@@ -32,7 +32,7 @@ test:
 	@.ci/run
 
 faults:
-	@scripts/faults.sh --freeze-ms 10000
+	@scripts/faults.sh --freeze-ms 10000 --jobs 8
 	@BATON_PING_PONG=1000 cargo test --quiet -p baton-integration --test scenarios f18
 
 bench:

@@ -279,10 +279,10 @@ impl RawFrontend {
     pub fn start(&mut self) -> Result<()> {
         self.set_features(self.features)?;
         if self.options.inflight && self.protocol & protocol::INFLIGHT_SHMFD != 0 {
-            if self.inflight.is_none() {
-                self.inflight = Some(self.get_inflight()?);
+            match self.inflight {
+                None => self.take_inflight()?,
+                Some(_) => self.set_inflight()?,
             }
-            self.set_inflight()?;
         }
         self.send_memory()?;
         for index in 0..self.options.queues {
@@ -399,6 +399,12 @@ impl RawFrontend {
             map: SharedMap::of_fd(fd, usize::try_from(size)?)?,
             description: reply.payload,
         })
+    }
+
+    /// GET_INFLIGHT_FD, and the region is the one in use from here on.
+    pub fn take_inflight(&mut self) -> Result<()> {
+        self.inflight = Some(self.get_inflight()?);
+        self.set_inflight()
     }
 
     /// SET_INFLIGHT_FD with the region in use.

@@ -114,6 +114,7 @@ async fn another_authority_is_refused_on_both_sides() {
     // Not "does not speak TLS": the authorities have one name, and keys that differ.
     let told = at_server.expect_err("refused").to_string();
     assert!(told.contains("another authority"), "{told}");
+    assert!(told.contains("need certificates of the same one"), "{told}");
 }
 
 #[tokio::test]
@@ -131,6 +132,24 @@ async fn an_expired_certificate_is_refused_on_both_sides() {
     assert_eq!(at_client, Err(HandshakeError::Expired));
     let told = at_server.expect_err("refused").to_string();
     assert!(told.contains("expired"), "{told}");
+}
+
+/// A clock that is wrong looks like this: nobody is told only to renew what is good.
+#[tokio::test]
+async fn a_certificate_that_is_not_valid_yet_is_not_said_to_have_expired_only() {
+    let ca = DevCa::new().expect("CA");
+    let good = |who| credentials(&ca, who, now());
+    let early = |who| credentials(&ca, who, now() + time::Duration::days(100));
+    let (at_server, at_client) =
+        both_say(good("baton://host/a"), early("baton://coordinator/c"), "baton://host/a").await;
+    assert_eq!(at_server, Err(HandshakeError::Expired));
+    let told = at_client.expect_err("refused").to_string();
+    assert!(told.contains("not valid yet") && told.contains("clock"), "{told}");
+    let (at_server, at_client) =
+        both_say(early("baton://host/a"), good("baton://coordinator/c"), "baton://host/a").await;
+    assert_eq!(at_client, Err(HandshakeError::Expired));
+    let told = at_server.expect_err("refused").to_string();
+    assert!(told.contains("not valid yet") && told.contains("clock"), "{told}");
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use common::handoff::{
     Backend, DESTINATION, Member, S, SOURCE, TRY, arm, arm_try, plan, which, which_try,
 };
 use common::small_disk::SmallDisk;
-use common::{Client, Daemon, arguments, greeting, http, json, wait_for};
+use common::{Client, Daemon, arguments, greeting, http, json, metric, wait_for};
 use tempfile::TempDir;
 
 const MODES: [&str; 2] = ["fast", "base"];
@@ -66,6 +66,10 @@ impl Server {
     /// Not a page is left, on the disk and in the metadata's file: that grows until it cannot.
     fn fill(&mut self) {
         self.disk.fill();
+        self.fill_metadata();
+    }
+
+    fn fill_metadata(&mut self) {
         for number in self.made.. {
             let new =
                 serde_json::json!({"name": format!("filler-{number:040}"), "size_bytes": 512});
@@ -78,11 +82,16 @@ impl Server {
         }
     }
 
-    fn kill(&mut self, member: &mut Member) {
-        self.daemon.take().expect("running").kill();
+    /// Starts it again, where a volume finds it.
+    fn go_on(&mut self, member: &mut Member) {
         let daemon = self.run();
         (member.data, member.admin) = (daemon.data, daemon.admin);
         self.daemon = Some(daemon);
+    }
+
+    fn kill(&mut self, member: &mut Member) {
+        self.daemon.take().expect("running").kill();
+        self.go_on(member);
     }
 }
 
@@ -251,6 +260,70 @@ fn f20_a_full_member_is_disarmed_with_the_others() {
     assert_eq!(source.queue.write(0, &[1; 512]), Status::Ok);
     full.disk.free();
     arm_try(&members, "fast", Try { attempt: 2, ..TRY });
+}
+
+/// The journal is half full and cannot be applied: the guest notices nothing, and nothing is lost, also if the server
+/// is killed before there is room. A discard gives room to the disk, so the metadata is on another one.
+#[test]
+fn f20_the_extent_map_waits_in_the_journal_while_the_disk_is_full() {
+    /// A checkpoint begins with so many records.
+    const HALF: u64 = 1 << 15;
+    let extent = |number: u64| number << 20;
+    for killed in [false, true] {
+        let Some(mut server) = Server::start() else { return };
+        let mut volume = server.member("d");
+        server.daemon.take().expect("running").kill();
+        server.disk.move_away("meta.redb");
+        server.go_on(&mut volume);
+        let mut source = volume.source();
+        let records = |volume: &Member| metric(volume.admin, "baton_pool_journal_records");
+        let waits_for_room =
+            |volume: &Member| metric(volume.admin, "baton_pool_journal_waits_for_room");
+        let unmap = |source: &mut Backend, number| {
+            let (status, _) = source.queue.call(Opcode::Discard, extent(number), extent(1));
+            assert_eq!(status, Status::Ok);
+        };
+        (0..12).for_each(|n| assert_eq!(source.queue.write(extent(n), &[1; 512]), Status::Ok));
+        for _ in 0..(HALF - 4 - records(&volume)) / 2 {
+            unmap(&mut source, 11);
+            assert_eq!(source.queue.write(extent(11), &[1; 512]), Status::Ok);
+        }
+        server.fill_metadata();
+        for n in 2..9 {
+            if n == 8 {
+                wait_for("the journal cannot be applied", || waits_for_room(&volume) == 1);
+            }
+            unmap(&mut source, n);
+            assert_eq!(source.queue.read(extent(n), 512), [0; 512]);
+            assert_eq!(source.queue.write(extent(n), &[2; 512]), Status::Ok);
+            goes_on(&mut source, u8::try_from(n).expect("small"));
+        }
+        finds_no_room(volume.post("arm", &volume.arming(1, &plan(&[&volume], "fast", TRY))));
+        assert!(records(&volume) > HALF, "none was taken out of the journal");
+        if killed {
+            server.daemon.take().expect("running").kill();
+        }
+        server.disk.enlarge_own(8 << 20);
+        if killed {
+            server.go_on(&mut volume);
+            let control = volume.control(SOURCE, 0xa2, AccessMode::Owner, 0);
+            let mut hello = greeting("d", SOURCE, 0xa2);
+            hello.epoch = control.epoch.0;
+            let queue = Client::greet(volume.data, &hello).expect("welcomed").0;
+            source = Backend { control, queue };
+        }
+        wait_for("the journal is applied", || {
+            unmap(&mut source, 11);
+            assert_eq!(source.queue.write(extent(11), &[1; 512]), Status::Ok);
+            records(&volume) < HALF
+        });
+        assert_eq!(waits_for_room(&volume), 0);
+        for n in 1..12 {
+            let byte = if (2..9).contains(&n) { 2 } else { 1 };
+            assert_eq!(source.queue.read(extent(n), 512), [byte; 512], "extent {n}");
+        }
+        goes_on(&mut source, 9);
+    }
 }
 
 /// It says why, ends, and starts when there is room.

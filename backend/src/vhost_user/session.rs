@@ -433,12 +433,22 @@ impl<'a> Session<'a> {
         region.set_write_through(!self.writeback);
         self.disk.inflight_made.add(&fd);
         self.inflight = Some(Arc::new(region));
+        // This process may die before the first ring starts, when the machine runs already.
+        self.keep_arrival();
         let mut body = [made.mmap_size.to_le_bytes(), made.mmap_offset.to_le_bytes()].concat();
         body.extend(num_queues.to_le_bytes());
         body.extend(queue_size.to_le_bytes());
         // repr(C) padding, which the vhost crate expects and QEMU ignores.
         body.extend([0; 4]);
         Ok(Reply::WithFd(body, fd))
+    }
+
+    /// For the process that comes next, should this one die under a machine that arrives with a try.
+    fn keep_arrival(&self) {
+        let arrival = self.disk.member.as_ref().and_then(MemberHandle::arrival);
+        if let (Some(region), Some(arrival)) = (&self.inflight, arrival) {
+            region.set_arrival(arrival);
+        }
     }
 
     fn reset(&mut self, limit: DrainLimit<'_>) {
@@ -514,9 +524,7 @@ impl<'a> Session<'a> {
         if !std::mem::replace(&mut self.told_running, true)
             && let Some(member) = &self.disk.member
         {
-            if let (Some(region), Some(arrival)) = (&self.inflight, member.arrival()) {
-                region.set_arrival(arrival);
-            }
+            self.keep_arrival();
             member.started();
         }
         tracing::debug!(disk = self.disk.name, queue = index, "ring started");

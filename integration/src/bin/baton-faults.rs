@@ -8,8 +8,12 @@ use baton_integration::faults::report::{Report, Row};
 use baton_integration::faults::run::{Times, run};
 use baton_integration::workspace::{TestDir, target_dir};
 use clap::Parser;
+use std::fs;
 use std::io::Write;
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Kills and freezes every process of a migration at every message boundary.
@@ -30,6 +34,9 @@ struct Args {
     /// Skips so many cases of that order: to go on with an earlier run.
     #[arg(long, default_value_t = 0)]
     skip: usize,
+    /// So many cases at a time; most of a case is waiting for what is frozen.
+    #[arg(long, default_value = "1")]
+    jobs: NonZeroUsize,
     /// How long a frozen process stays so, milliseconds.
     #[arg(long, default_value_t = 1500)]
     freeze_ms: u64,
@@ -67,21 +74,15 @@ fn play(args: &Args) -> Result<bool> {
         return Ok(true);
     }
     say(&format!("faults: {} cases, seed {seed}", cases.len()));
-    let times =
-        Times { freeze: Duration::from_millis(args.freeze_ms), dead: Duration::from_millis(300) };
-    let began = Instant::now();
     let mut report = Report { seed, ..Report::default() };
-    for (number, &case) in (args.skip + 1..).zip(&cases) {
-        if args.seconds.is_some_and(|most| began.elapsed().as_secs() >= most) {
-            say(&format!(
-                "faults: the time is over; go on with --seed {seed} --skip {}",
-                number - 1
-            ));
-            break;
-        }
-        let row = one(case, times, &mut report)?;
+    let begun = play_all(args, &cases, |number, row, hits| {
         say(&format!("{number:5} {}", row.line()));
+        report.count_hits(&hits);
         report.rows.push(row);
+    })?;
+    if begun < cases.len() {
+        let next = args.skip + begun;
+        say(&format!("faults: the time is over; go on with --seed {seed} --skip {next}"));
     }
     let folder = target_dir()?;
     report.write(&folder)?;
@@ -100,16 +101,56 @@ fn play(args: &Args) -> Result<bool> {
     Ok(complaints.is_empty() && good > 0)
 }
 
-fn one(case: Case, times: Times, report: &mut Report) -> Result<Row> {
+/// Plays the cases in their order, some at a time, and hands each to `done` with its number and the points that were
+/// passed in it. Returns how many were begun, all of which have ended.
+fn play_all(
+    args: &Args,
+    cases: &[Case],
+    mut done: impl FnMut(usize, Row, String),
+) -> Result<usize> {
+    let times =
+        Times { freeze: Duration::from_millis(args.freeze_ms), dead: Duration::from_millis(300) };
+    let began = Instant::now();
+    let is_time_over = || args.seconds.is_some_and(|most| began.elapsed().as_secs() >= most);
+    let next = AtomicUsize::new(0);
+    let (sender, played) = mpsc::channel();
+    std::thread::scope(|scope| {
+        for _ in 0..args.jobs.get() {
+            let (sender, next) = (sender.clone(), &next);
+            // A daemon dies with the thread that started it, so a thread plays whole cases.
+            scope.spawn(move || {
+                while !is_time_over() {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(&case) = cases.get(index) else { return };
+                    let played = one(case, times).map(|(row, hits)| (index, row, hits));
+                    // Nobody listens after a failure of the harness itself.
+                    if sender.send(played).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        let mut begun = 0;
+        for case in played {
+            let (index, row, hits) = case?;
+            done(args.skip + index + 1, row, hits);
+            begun += 1;
+        }
+        Ok(begun)
+    })
+}
+
+/// A row of the table, and a line for each point that a process passed.
+fn one(case: Case, times: Times) -> Result<(Row, String)> {
     let dir = TestDir::in_memory("faults")?;
     let hits = dir.join("hits");
     let began = Instant::now();
     let result = run(case, times, dir.path(), &hits);
-    report.count_hits(&hits);
     if result.is_err() {
         dir.keep();
     }
-    Ok(Row::new(case, result, began.elapsed()))
+    Ok((Row::new(case, result, began.elapsed()), fs::read_to_string(&hits).unwrap_or_default()))
 }
 
 fn new_seed() -> Result<u64> {

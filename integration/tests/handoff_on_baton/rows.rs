@@ -346,6 +346,24 @@ fn row_14_a_standby_that_dies_under_a_started_machine_goes_on_with_it() {
     }
 }
 
+/// The process dies when the machine has its in-flight region and before the first ring starts; the machine runs.
+#[test]
+fn row_14_a_standby_that_dies_while_a_machine_starts_goes_on_with_it() {
+    let mut scene = Scene::new(2, 2, "fast");
+    let mut there = connect(&scene.destination, 2, Options { start: false, ..options() });
+    there[0].take_inflight().unwrap();
+    there[1].start().unwrap();
+    scene.destination.wait_standing("activating").unwrap();
+    scene.destination.daemon.kill().unwrap();
+    scene.destination.restart().unwrap();
+    scene.destination.wait_standing("ready").unwrap();
+    there.iter_mut().for_each(|disk| disk.reconnect().unwrap());
+    scene.write_more();
+    scene.stop();
+    Scene::check(&mut there);
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+}
+
 /// One that has not started its rings is as good for the next process as for the one
 /// that died.
 #[test]

@@ -238,12 +238,13 @@ impl HandshakeError {
             Error::InvalidCertificate(cause) => Self::of_certificate(cause),
             Error::AlertReceived(alert) => match alert {
                 // It knows the issuer's name with another key.
-                AlertDescription::UnknownCA | AlertDescription::DecryptError => {
-                    Self::Refused("our certificate is of another authority than it believes")
-                }
-                AlertDescription::CertificateExpired => {
-                    Self::Refused("our certificate has expired; renew it")
-                }
+                AlertDescription::UnknownCA | AlertDescription::DecryptError => Self::Refused(
+                    "our certificate is of another authority than it believes; both sides need certificates of the same one",
+                ),
+                // The one alert for both: TLS has none for "not valid yet".
+                AlertDescription::CertificateExpired => Self::Refused(
+                    "our certificate has expired or is not valid yet; renew it, or set the clock that is wrong",
+                ),
                 AlertDescription::CertificateRequired => {
                     Self::Refused("it wants a certificate and we showed none")
                 }

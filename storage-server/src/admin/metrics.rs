@@ -75,6 +75,11 @@ fn page(api: &Api) -> String {
             usage.dirty_free_bytes,
         ),
         ("baton_pool_journal_records", "Map changes since the last checkpoint.", usage.log_records),
+        (
+            "baton_pool_journal_waits_for_room",
+            "1 while they cannot be applied because the disk under the metadata is full.",
+            usage.log_waits_for_room.into(),
+        ),
     ] {
         page.single(name, "gauge", help, value);
     }

@@ -138,6 +138,8 @@ struct PoolView {
     dirty_free_bytes: u64,
     /// Map changes since the last checkpoint.
     log_records: u64,
+    /// They wait because the disk under the metadata is full.
+    log_waits_for_room: bool,
     /// Unit of allocation, bytes.
     extent_bytes: u64,
 }
@@ -152,6 +154,7 @@ async fn pool(State(api): State<Arc<Api>>) -> Json<PoolView> {
         free_bytes: usage.free_bytes,
         dirty_free_bytes: usage.dirty_free_bytes,
         log_records: usage.log_records,
+        log_waits_for_room: usage.log_waits_for_room,
         extent_bytes: crate::store::EXTENT_BYTES,
     })
 }

@@ -12,8 +12,9 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use super::error::{IoError, MetaError, PoolError};
+use super::error::{CheckpointError, IoError, MetaError, PoolError};
 use super::extent_map::Unmapped;
 use super::generation::DurabilityRow;
 use super::journal::{FILE_RECORDS, Journal, SWAP_RECORDS};
@@ -23,6 +24,9 @@ use super::pool_file::{PoolFile, slot_offset};
 use super::probe::{Probe, Step};
 use super::slots::{Slots, Take};
 use super::volume::Volume;
+
+/// Between two attempts to write the journal's changes to a metadata file that had no room.
+const NO_ROOM_PAUSE: Duration = Duration::from_secs(1);
 
 /// Extents unmapped per journal write and hold of the state lock.
 pub(super) const UNMAP_BATCH: usize = if cfg!(test) { 32 } else { 256 };
@@ -69,8 +73,10 @@ pub(super) struct LogCursor {
     pub(super) next_seq: u64,
     /// Which files hold records that no sync has covered yet.
     pub(super) unsynced: [bool; 2],
-    /// The other file, while it is being applied.
+    /// The other file, until it is applied.
     pub(super) draining: Option<Drain>,
+    /// The last attempt to apply it found no room for the metadata, and when the next one may begin.
+    pub(super) no_room_until: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -87,6 +93,11 @@ impl LogCursor {
             Some(Drain { file: self.current, records: self.used, last_seq: self.next_seq - 1 });
         self.current = 1 - self.current;
         self.used = 0;
+    }
+
+    /// A checkpoint waits for room in the metadata's filesystem, and it is time to try again.
+    fn is_retry_due(&self) -> bool {
+        self.no_room_until.is_some_and(|until| until <= Instant::now())
     }
 }
 
@@ -180,7 +191,8 @@ impl Core {
     }
 
     /// Comes before every change: after a clean close the pool must not be taken for clean any more.
-    pub(super) fn change_begins(&self) -> Result<(), PoolError> {
+    /// It is refused where that cannot be noted.
+    pub(super) fn change_begins(&self) -> Result<(), IoError> {
         self.check_alive()?;
         if !self.noted_clean.load(Ordering::Acquire) {
             return Ok(());
@@ -188,9 +200,13 @@ impl Core {
         let mut row = self.durability();
         let in_use = row.in_use();
         let noted = self.meta.put_durability(in_use);
-        if let Err(e) = noted {
-            drop(row);
-            return Err(self.fail("cannot note that the pool is in use again", &e));
+        match noted {
+            Err(e) if e.is_full() => return Err(IoError::NoSpace),
+            Err(e) => {
+                drop(row);
+                return Err(self.fail("cannot note that the pool is in use again", &e).into());
+            }
+            Ok(()) => {}
         }
         *row = in_use;
         self.noted_clean.store(false, Ordering::Release);
@@ -301,7 +317,7 @@ impl Core {
             Ok(state) => state,
             Err(e) => {
                 self.state().slots.give_back(slot, true);
-                return Err(e.into());
+                return Err(e);
             }
         };
         let alive = volume.check_alive();
@@ -375,13 +391,18 @@ impl Core {
         Ok(())
     }
 
-    /// The state lock, with room for `records` in the journal. Starts checkpoints, waits for one if it must.
-    fn room(self: &Arc<Self>, records: usize) -> Result<MutexGuard<'_, State>, PoolError> {
+    /// The state lock, with room for `records` in the journal. Starts checkpoints, waits for one if it must. No space
+    /// when the journal is full and the metadata has no room to take its records.
+    fn room(self: &Arc<Self>, records: usize) -> Result<MutexGuard<'_, State>, IoError> {
         let mut state = self.state();
         loop {
             self.check_alive()?;
-            if state.log.draining.is_none() && state.log.used >= SWAP_RECORDS {
-                state.log.swap();
+            let is_half_full = state.log.draining.is_none() && state.log.used >= SWAP_RECORDS;
+            if is_half_full || state.log.is_retry_due() {
+                if is_half_full {
+                    state.log.swap();
+                }
+                state.log.no_room_until = None;
                 if self.spawn_checkpoint(&mut state).is_err() {
                     drop(state);
                     self.run_checkpoint();
@@ -389,6 +410,8 @@ impl Core {
                 }
             } else if state.log.used as usize + records <= FILE_RECORDS as usize {
                 return Ok(state);
+            } else if state.log.no_room_until.is_some() {
+                return Err(IoError::NoSpace);
             } else {
                 let waited = self.checkpoint_ended.wait(state);
                 state = waited.expect("nothing panics under the state lock");
@@ -428,54 +451,77 @@ impl Core {
         Ok(())
     }
 
-    /// Applies the file that is swapped out. Whoever swapped it out calls this, once. A failure fails the pool.
+    /// Applies the file that is swapped out, or leaves it for later where the metadata has no room. Whoever swapped it
+    /// out, or cleared `no_room_until`, calls this, once. Any other failure fails the pool.
     fn run_checkpoint(&self) {
         let Some(drain) = self.state().log.draining else {
             return;
         };
-        let applied = self.apply(drain);
-        // Nothing needs the file's records any more, or the pool has failed and syncs are refused.
-        if applied.is_ok() {
-            let mut state = self.state();
+        let until = match self.apply(drain) {
+            Ok(()) => None,
+            Err(e) if e.is_full() => {
+                tracing::warn!(
+                    "the disk under the data directory is full: the map's changes stay in the journal until there is room; make room"
+                );
+                Some(Instant::now() + NO_ROOM_PAUSE)
+            }
+            // Syncs are refused from here on.
+            Err(e) => {
+                self.fail("cannot checkpoint the extent map", &e);
+                return;
+            }
+        };
+        let mut state = self.state();
+        state.log.no_room_until = until;
+        if until.is_none() {
+            // Nothing needs the file's records any more.
             state.log.draining = None;
             state.log.unsynced[drain.file] = false;
-            self.checkpoint_ended.notify_all();
         }
+        self.checkpoint_ended.notify_all();
     }
 
-    fn apply(&self, drain: Drain) -> Result<(), PoolError> {
+    fn apply(&self, drain: Drain) -> Result<(), CheckpointError> {
         let step = |step| self.probe.at(step).map_err(MetaError::from);
-        let failed = |e: &dyn Error| self.fail("cannot checkpoint the extent map", e);
-        step(Step::CheckpointSwapped).map_err(|e| failed(&e))?;
+        step(Step::CheckpointSwapped)?;
         // Data and records first: the commits below may become durable one by one.
         self.sync()?;
-        let run = self.journal.read(drain.file).map_err(|e| failed(&e))?;
+        let run = self.journal.read(drain.file).map_err(CheckpointError::Journal)?;
         let records = run.records.get(..drain.records as usize);
         let Some(records) = records.filter(|r| r.last().map(|r| r.seq) == Some(drain.last_seq))
         else {
-            return Err(failed(&io::Error::from(io::ErrorKind::InvalidData)));
+            return Err(CheckpointError::Journal(io::ErrorKind::InvalidData.into()));
         };
         self.meta
-            .checkpoint(&net_effect(records), drain.last_seq, || step(Step::CheckpointCommit))
-            .map_err(|e| failed(&e))?;
-        step(Step::CheckpointCommitted).map_err(|e| failed(&e))
+            .checkpoint(&net_effect(records), drain.last_seq, || step(Step::CheckpointCommit))?;
+        Ok(step(Step::CheckpointCommitted)?)
     }
 
-    /// Applies the whole journal, so that the next open has nothing to replay.
+    /// Applies the whole journal, so that the next open has nothing to replay. What finds no room stays there for it.
     pub(super) fn checkpoint(&self) -> Result<(), PoolError> {
         self.sync()?;
-        let mut state = self.state();
-        while state.log.draining.is_some() {
+        let mut tried_again = false;
+        loop {
+            let mut state = self.state();
             self.check_alive()?;
-            let waited = self.checkpoint_ended.wait(state);
-            state = waited.expect("nothing panics under the state lock");
-        }
-        if state.log.used > 0 {
-            state.log.swap();
+            if state.log.no_room_until.is_some() {
+                if tried_again {
+                    return Err(PoolError::NoRoom);
+                }
+                tried_again = true;
+                state.log.no_room_until = None;
+            } else if state.log.draining.is_some() {
+                let waited = self.checkpoint_ended.wait(state);
+                drop(waited.expect("nothing panics under the state lock"));
+                continue;
+            } else if state.log.used > 0 {
+                state.log.swap();
+            } else {
+                return Ok(());
+            }
             drop(state);
             self.run_checkpoint();
         }
-        self.check_alive()
     }
 
     /// Waits for a background checkpoint, whose thread holds the files open.

@@ -144,6 +144,29 @@ pub enum PoolError {
     /// Latched: after a failed fdatasync nobody knows which pages reached the disk, so success is never claimed again.
     #[error("the pool has failed ({reason}); check the disk, then restart the storage server")]
     Failed { reason: String },
+    /// Nothing is lost: the records are durable in the journal, and the next open replays them.
+    #[error(
+        "the disk under the data directory is full: the map's last changes stay in the journal; make room before or after the next start"
+    )]
+    NoRoom,
+}
+
+/// Why the journal could not be applied to the metadata.
+#[derive(Debug, Error)]
+pub(super) enum CheckpointError {
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    #[error(transparent)]
+    Metadata(#[from] MetaError),
+    #[error("cannot read the journal")]
+    Journal(#[source] io::Error),
+}
+
+impl CheckpointError {
+    /// The metadata had no room; what it took already is as if the same records were applied twice.
+    pub(super) fn is_full(&self) -> bool {
+        matches!(self, Self::Metadata(error) if error.is_full())
+    }
 }
 
 /// Why one I/O on a volume failed.

@@ -88,6 +88,8 @@ pub struct PoolUsage {
     pub dirty_free_bytes: u64,
     /// Journal records since the last checkpoint.
     pub log_records: u64,
+    /// They wait for room in the metadata's filesystem.
+    pub log_waits_for_room: bool,
 }
 
 /// An open data directory.
@@ -229,11 +231,11 @@ impl Store {
     }
 
     pub fn usage(&self) -> PoolUsage {
-        let (slots, log_records) = {
+        let (slots, log_records, log_waits_for_room) = {
             let state = self.core.state();
             let draining = state.log.draining.map_or(0, |drain| drain.records);
             let records = u64::from(state.log.used) + u64::from(draining);
-            (state.slots.counts(), records)
+            (state.slots.counts(), records, state.log.no_room_until.is_some())
         };
         let bytes = |slots: u32| u64::from(slots) * EXTENT_BYTES;
         let by_capacity = bytes(slots.capacity.saturating_sub(slots.used));
@@ -247,6 +249,7 @@ impl Store {
             free_bytes,
             dirty_free_bytes: bytes(slots.dirty).min(free_bytes),
             log_records,
+            log_waits_for_room,
         }
     }
 

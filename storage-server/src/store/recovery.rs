@@ -346,6 +346,7 @@ fn resume(
         next_seq: seq_max + 1,
         unsynced: [false; 2],
         draining: None,
+        no_room_until: None,
     };
     if seq_max > last {
         // Torn: records behind the gap must never look like the continuation of new ones. So nothing of these files

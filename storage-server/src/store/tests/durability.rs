@@ -1,9 +1,12 @@
 //! What survives a kill of the process, and what a sync puts in which order.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use super::*;
+use crate::store::journal::{FILE_RECORDS, SWAP_RECORDS};
 use crate::store::probe::Step;
 use crate::store::{IoError, PoolError};
 
@@ -152,6 +155,96 @@ fn a_failing_checkpoint_fails_the_pool_and_the_next_start_repeats_it() {
             assert_eq!(read(&volume, extent * MIB, 1), [9]);
         }
         store.check().unwrap();
+    }
+}
+
+/// The metadata's second transaction finds no room, while the switch is on.
+fn without_room(store: &Store) -> Arc<AtomicBool> {
+    let full = Arc::new(AtomicBool::new(true));
+    let (is_full, mut passed) = (Arc::clone(&full), 0);
+    store.core.probe.watch(move |step| {
+        passed = if step == Step::CheckpointSwapped { 0 } else { passed };
+        passed += u32::from(step == Step::CheckpointCommit);
+        if step == Step::CheckpointCommit && passed == 2 && is_full.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        Ok(())
+    });
+    full
+}
+
+/// As if the pause between two attempts had passed.
+fn try_again_now(store: &Store) {
+    store.core.state().log.no_room_until = Some(Instant::now());
+}
+
+#[test]
+fn a_checkpoint_without_room_waits_in_the_journal_and_loses_nothing() {
+    // So many records that the metadata takes them in several transactions.
+    let (dir, store, volume) = with_volume(400, 400 * MIB);
+    let full = without_room(&store);
+    let is_waiting = |store: &Store| {
+        store.core.join_checkpoint();
+        store.core.state().log.no_room_until.is_some()
+    };
+    let mut written = 0;
+    let refused = loop {
+        match volume.write(written * MIB, &[9]) {
+            Ok(()) => written += 1,
+            Err(refused) => break refused,
+        }
+        if written == u64::from(SWAP_RECORDS) + 1 {
+            assert!(is_waiting(&store), "half a journal is full and cannot be applied");
+        }
+    };
+    assert!(matches!(refused, IoError::NoSpace), "{refused}");
+    assert_eq!(written, u64::from(SWAP_RECORDS + FILE_RECORDS), "all of the journal was used");
+    // Neither is the rest: what has its place is written, read and synced, and a discard is refused for the moment.
+    volume.write(MIB, &[7]).unwrap();
+    store.sync().unwrap();
+    assert!(matches!(volume.discard(2 * MIB, MIB), Err(IoError::NoSpace)));
+    let killed = snapshot(dir.path());
+    for attempt in 0..2 {
+        try_again_now(&store);
+        assert!(matches!(volume.write(written * MIB, &[9]), Err(IoError::NoSpace)), "{attempt}");
+        assert!(matches!(store.close(), Err(PoolError::NoRoom)), "{attempt}");
+    }
+    let expected = mapping(&volume);
+    for copy in [killed, snapshot(dir.path())] {
+        let store = open(copy.path(), 400);
+        assert_eq!(mapping(&store.volume("v").unwrap()), expected);
+        store.check().unwrap();
+    }
+
+    full.store(false, Ordering::SeqCst);
+    assert!(matches!(volume.write(written * MIB, &[9]), Err(IoError::NoSpace)), "not yet");
+    try_again_now(&store);
+    volume.write(written * MIB, &[9]).unwrap();
+    volume.discard(2 * MIB, MIB).unwrap();
+    store.close().unwrap();
+    assert_eq!(store.usage().log_records, 0);
+    let expected = mapping(&volume);
+    drop((store, volume));
+    let store = open(dir.path(), 400);
+    assert_eq!(mapping(&store.volume("v").unwrap()), expected);
+    store.check().unwrap();
+}
+
+#[test]
+fn a_full_disk_at_a_sync_is_a_failed_one() {
+    for failing in [Step::SyncPool, Step::SyncJournal] {
+        let (_dir, store, volume) = with_volume(128, 128 * MIB);
+        store.core.probe.watch(move |step| {
+            if step == failing {
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
+            Ok(())
+        });
+        for extent in 0..=u64::from(SWAP_RECORDS) {
+            let _fails_once_it_is_known = volume.write(extent * MIB, &[1]);
+        }
+        store.core.join_checkpoint();
+        assert!(matches!(volume.write(0, &[1]), Err(IoError::PoolFailed(_))), "{failing:?}");
     }
 }
 
