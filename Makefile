@@ -1,12 +1,16 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo demo-splitbrain test faults bench bench-cost bench-idle bench-handoff bench-micro bench-scale check
+.PHONY: help build demo demo-splitbrain test faults bench bench-unix bench-parts bench-fair bench-dirty-log bench-cost bench-idle bench-handoff bench-micro bench-scale check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
 	@echo 'make demo-splitbrain   what a live migration gone wrong does to a volume, on real guests (a minute after the build)'
 	@echo 'make test    every test, as CI runs them'
 	@echo 'make faults  every process of a migration killed and frozen at every message (20 minutes)'
-	@echo 'make bench   side by side with qemu-storage-daemon, as a table of ratios'
+	@echo 'make bench   side by side with qemu-storage-daemon, as tables of ratios (DOCS=1 writes them into docs/performance.md)'
+	@echo 'make bench-unix   the same over Unix sockets'
+	@echo 'make bench-parts   the backend on a volume that does nothing and on a local file, against the same of the peer'
+	@echo 'make bench-fair   how evenly full queues are served, and what a busy neighbour costs a tenant'
+	@echo 'make bench-dirty-log   what keeping a dirty log costs'
 	@echo 'make bench-cost   instructions, system calls and allocations of a request, against what is stored (a minute after the build)'
 	@echo 'make bench-idle   what 100 backends with idle guests cost a host'
 	@echo 'make bench-handoff   what moving a disk costs the guest, as a table (minutes; writes docs/performance.md)'
@@ -32,10 +36,24 @@ faults:
 	@BATON_PING_PONG=1000 cargo test --quiet -p baton-integration --test scenarios f18
 
 bench:
-	@scripts/bench.sh
+	@scripts/bench.sh $(if $(DOCS),--write-docs)
 
 bench-cost:
 	@scripts/bench-cost.sh $(if $(BLESS),--bless)
+
+bench-unix:
+	@scripts/bench.sh --a baton-unix --b qsd-nbdkit-unix $(if $(DOCS),--write-docs)
+
+bench-parts:
+	@scripts/bench.sh --a baton-null --b qsd-null $(if $(DOCS),--write-docs)
+	@scripts/bench.sh --a baton-file --b qsd-file-uring $(if $(DOCS),--write-docs)
+
+bench-fair:
+	@scripts/bench.sh fair $(if $(DOCS),--write-docs)
+	@scripts/bench.sh tenants $(if $(DOCS),--write-docs)
+
+bench-dirty-log:
+	@scripts/bench.sh dirty-log $(if $(DOCS),--write-docs)
 
 bench-idle:
 	cargo build --release --workspace --bins

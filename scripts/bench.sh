@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Baton and qemu-storage-daemon side by side, as a table of ratios. Arguments go to `baton-bench compare`
-# (--help says which); --quick is a short run.
+# Baton and qemu-storage-daemon side by side, as tables of ratios: bound to CPUs and not. Arguments go to
+# `baton-bench compare` (--help says which); --quick is a short run, --write-docs writes docs/performance.md.
+# With `fair`, `tenants` or `dirty-log` as the first argument it runs that command instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,4 +13,7 @@ quiet=()
 cargo build --release "${quiet[@]}" --workspace --bins
 target=${CARGO_TARGET_DIR:-$PWD/target}
 case $target in /*) ;; *) target=$PWD/$target ;; esac
-BATON_BIN_DIR=$target/release exec "$target/release/baton-bench" compare "$@"
+commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+command=(compare --unpinned)
+case ${1:-} in fair | tenants | dirty-log) command=("$1") && shift ;; esac
+BATON_BIN_DIR=$target/release exec "$target/release/baton-bench" "${command[@]}" --commit "$commit" "$@"

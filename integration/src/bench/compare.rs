@@ -4,9 +4,12 @@
 //! of two runs next to each other, and the pair is run again when somebody else used the CPUs meanwhile. The report has
 //! the median over all pairs, and the lowest and highest median of a round.
 
-use crate::bench::cpu::{Usage, hold_cpus_awake, pin_this_thread};
-use crate::bench::load::{Job, Outcome, Pattern, run};
+use crate::bench::cpu::{Usage, allowed_cpus, hold_cpus_awake, on_own_thread, pin_this_thread};
+use crate::bench::floor::{self, Floors};
+use crate::bench::load::{Job, Pattern, run};
+use crate::bench::outcome::Outcome;
 use crate::bench::stack::{Kind, Stack, StackConfig};
+use crate::bench::stats::{Spread, median};
 use anyhow::{Result, bail};
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -14,6 +17,11 @@ use std::time::Duration;
 
 /// How often a noisy pair is run again before it is taken as it is.
 const REPEATS_MAX: u32 = 3;
+/// How often a noisy run is made at most.
+pub(super) const QUIET_TRIES: u32 = REPEATS_MAX + 1;
+
+/// Time of each of the five floors in a round.
+const FLOOR_TIME: Duration = Duration::from_millis(300);
 
 /// What to compare, and how long.
 #[derive(Clone, Debug, Serialize)]
@@ -30,6 +38,23 @@ pub struct CompareConfig {
     pub bytes: u64,
     /// Only rows whose name contains this.
     pub only: Option<String>,
+    /// A is B itself, with its dirty log on: one stack takes both parts.
+    pub dirty_log: bool,
+    /// The front-end on CPU 0 and the stacks on CPU 1, where there are two; else nobody is bound to a CPU.
+    pub pinned: bool,
+}
+
+impl CompareConfig {
+    /// What A and B are, in words.
+    #[must_use]
+    pub fn names(&self) -> [String; 2] {
+        let (a, b) = (self.a.to_string(), self.b.to_string());
+        if self.dirty_log {
+            [format!("{a} with a dirty log"), format!("{b} without")]
+        } else {
+            [a, b]
+        }
+    }
 }
 
 /// One line of the report.
@@ -100,74 +125,93 @@ pub struct Report {
     pub pinned: bool,
     /// Whether idle CPUs were kept awake.
     pub awake: bool,
+    /// What is under both stacks, for each round.
+    pub floors: Vec<Floors>,
     /// By row.
     pub rows: Vec<RowResult>,
 }
 
 /// Runs the comparison; `progress` is told what is being done.
-pub fn compare(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Result<Report> {
+pub fn compare(config: &CompareConfig, progress: impl FnMut(&str) + Send) -> Result<Report> {
+    on_own_thread(|| compare_here(config, progress))
+}
+
+fn compare_here(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Result<Report> {
     let rows: Vec<Row> = ROWS
         .into_iter()
         .filter(|r| config.only.as_ref().is_none_or(|only| r.name.contains(only.as_str())))
         .collect();
+    if config.dirty_log && config.a != config.b {
+        bail!("a dirty log is compared with the same stack without it");
+    }
     if rows.is_empty() {
         let names: Vec<&str> = ROWS.iter().map(|r| r.name).collect();
         bail!("no row is called like that; there are {}", names.join(", "));
     }
     let awake = hold_cpus_awake();
     // From here on only this thread and those of the load are on CPU 0; a machine with one CPU shares it.
-    let pinned = std::thread::available_parallelism().is_ok_and(|n| n.get() > 1);
+    let pinned = config.pinned && std::thread::available_parallelism().is_ok_and(|n| n.get() > 1);
     if pinned {
         pin_this_thread(0)?;
     }
     let mut results: Vec<RowResult> =
         rows.iter().map(|&row| RowResult { row, pairs: Vec::new() }).collect();
+    let mut floors = Vec::new();
     for round in 0..config.rounds {
+        floors.push(floor::measure(pinned, FLOOR_TIME.min(config.duration))?);
         progress(&format!("round {} of {}: starting both stacks", round + 1, config.rounds));
-        let stack = |kind| {
-            Stack::start(&StackConfig {
-                kind,
-                queues: 4,
-                bytes: config.bytes,
-                cpu: pinned.then_some(1),
-                callgrind: false,
-            })
-        };
-        // Whoever starts second may get other memory; so each does in turn.
-        let (a, b) = if round % 2 == 0 {
-            let a = stack(config.a)?;
-            (a, stack(config.b)?)
+        let stack = |kind| pinned_stack(kind, config.bytes, pinned);
+        let stacks = if config.dirty_log {
+            vec![stack(config.a)?]
+        } else if round % 2 == 0 {
+            // Whoever starts second may get other memory; so each does in turn.
+            vec![stack(config.a)?, stack(config.b)?]
         } else {
             let b = stack(config.b)?;
-            (stack(config.a)?, b)
+            vec![stack(config.a)?, b]
         };
+        let (a, b) = (&stacks[0], &stacks[stacks.len() - 1]);
         for result in &mut results {
             for half in 0..2 {
                 let a_first = (round + half) % 2 == 0;
-                result.pairs.push(quiet_pair(config, result.row, round, &a, &b, a_first)?);
+                result.pairs.push(quiet_pair(config, result.row, round, [a, b], a_first)?);
             }
             progress(&line(result));
         }
     }
-    Ok(Report { config: config.clone(), pinned, awake: awake.is_some(), rows: results })
+    Ok(Report { config: config.clone(), pinned, awake: awake.is_some(), floors, rows: results })
+}
+
+/// A stack of four queues, on CPU 1 or anywhere, which is looked up.
+pub(super) fn pinned_stack(kind: Kind, bytes: u64, pinned: bool) -> Result<Stack> {
+    let cpu = pinned.then_some(1);
+    let stack = Stack::start(&StackConfig { kind, queues: 4, bytes, cpu, callgrind: false })?;
+    // The first thread of this process is never bound.
+    let expected = if pinned { "1".to_owned() } else { allowed_cpus(std::process::id())? };
+    for pid in stack.pids() {
+        let cpus = allowed_cpus(pid)?;
+        if cpus != expected {
+            bail!("a process of {kind} may run on CPU {cpus}, not on {expected}");
+        }
+    }
+    Ok(stack)
 }
 
 fn quiet_pair(
     config: &CompareConfig,
     row: Row,
     round: u32,
-    a: &Stack,
-    b: &Stack,
+    [a, b]: [&Stack; 2],
     a_first: bool,
 ) -> Result<Pair> {
     let mut repeats = 0;
     loop {
         let (run_a, run_b) = if a_first {
-            let run_a = one(config, row, a)?;
-            (run_a, one(config, row, b)?)
+            let run_a = one(config, row, a, config.dirty_log)?;
+            (run_a, one(config, row, b, false)?)
         } else {
-            let run_b = one(config, row, b)?;
-            (one(config, row, a)?, run_b)
+            let run_b = one(config, row, b, false)?;
+            (one(config, row, a, config.dirty_log)?, run_b)
         };
         let noisy = run_a.usage.is_noisy() || run_b.usage.is_noisy();
         if !noisy || repeats == REPEATS_MAX {
@@ -177,7 +221,7 @@ fn quiet_pair(
     }
 }
 
-fn one(config: &CompareConfig, row: Row, stack: &Stack) -> Result<Outcome> {
+fn one(config: &CompareConfig, row: Row, stack: &Stack, dirty_log: bool) -> Result<Outcome> {
     let outcome = run(&Job {
         socket: stack.socket().to_path_buf(),
         pattern: row.pattern,
@@ -189,6 +233,7 @@ fn one(config: &CompareConfig, row: Row, stack: &Stack) -> Result<Outcome> {
         duration: config.duration,
         verify: false,
         span_bytes: None,
+        dirty_log,
         seed: 1,
         pids: stack.pids(),
     })?;
@@ -206,60 +251,38 @@ fn one(config: &CompareConfig, row: Row, stack: &Stack) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// A ratio over all pairs of a row.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Ratio {
-    /// Median over all pairs.
-    pub median: f64,
-    /// Lowest median of a round.
-    pub low: f64,
-    /// Highest median of a round.
-    pub high: f64,
-}
-
-/// The ratio A to B of some figure.
+/// The ratio A to B of some figure over all pairs of a row.
 #[must_use]
-pub fn ratio(pairs: &[Pair], figure: impl Fn(&Outcome) -> f64) -> Ratio {
+pub fn ratio(pairs: &[Pair], figure: impl Fn(&Outcome) -> f64) -> Spread {
     let ratios: Vec<(u32, f64)> =
         pairs.iter().map(|p| (p.round, figure(&p.a) / figure(&p.b))).collect();
-    let rounds: std::collections::BTreeSet<u32> = pairs.iter().map(|p| p.round).collect();
-    let of_round = |round: u32| median(ratios.iter().filter(|r| r.0 == round).map(|r| r.1));
-    Ratio {
-        median: median(ratios.iter().map(|r| r.1)),
-        low: rounds.iter().map(|&r| of_round(r)).fold(f64::INFINITY, f64::min),
-        high: rounds.iter().map(|&r| of_round(r)).fold(f64::NEG_INFINITY, f64::max),
-    }
-}
-
-/// The middle value, or the mean of the two in the middle; NaN of nothing.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => values[n / 2],
-        n => f64::midpoint(values[n / 2 - 1], values[n / 2]),
-    }
+    Spread::of(&ratios)
 }
 
 /// The report as a table.
 #[must_use]
 pub fn table(report: &Report) -> String {
-    let CompareConfig { a, b, rounds, duration, bytes, .. } = &report.config;
+    let CompareConfig { rounds, duration, bytes, .. } = &report.config;
+    let [a, b] = report.config.names();
     let mut text = format!(
         "A={a} B={b}: {rounds} rounds x 2 pairs x {:.1} s on {} MiB in memory; {}, idle CPUs {}.\n\
          A/B: median of all pairs [lowest and highest median of a round]. IOPS: more is better; the others: less.\n\
-         {:<12} {:>8} {:>8}  {:^20} {:^20} {:^20} {:^20} {:^20} {:>7}\n",
+         {:<12} {:>8} {:>8}  {:^18} {:^18} {:^18} {:^18} {:^18} {:^18} {:>7}\n",
         duration.as_secs_f64(),
         bytes >> 20,
         if report.pinned { "front-end on CPU 0, stacks on CPU 1" } else { "unpinned" },
-        if report.awake { "kept awake" } else { "may sleep (cannot open /dev/cpu_dma_latency)" },
+        if report.awake {
+            "kept awake"
+        } else {
+            "may halt (no cpuidle driver, or /dev/cpu_dma_latency cannot be opened)"
+        },
         "row",
         "A IOPS",
         "B IOPS",
         "IOPS",
         "p50",
         "p99",
+        "CPU/IO of both",
         "backend CPU/IO",
         "server CPU/IO",
         "noisy"
@@ -280,22 +303,17 @@ pub fn table(report: &Report) -> String {
 
 fn line(result: &RowResult) -> String {
     let pairs = &result.pairs;
-    let cell = |figure: &dyn Fn(&Outcome) -> f64| {
-        let Ratio { median, low, high } = ratio(pairs, figure);
-        if !median.is_finite() {
-            // One of the two has no such process.
-            return "-".to_owned();
-        }
-        format!("{median:>5.2} [{low:>5.2} {high:>5.2}] ")
-    };
+    // "-" where one of the two has no such process.
+    let cell = |figure: &dyn Fn(&Outcome) -> f64| ratio(pairs, figure).text(2);
     format!(
-        "{:<12} {:>8.0} {:>8.0}  {:^20} {:^20} {:^20} {:^20} {:^20} {:>3}/{}",
+        "{:<12} {:>8.0} {:>8.0}  {:^18} {:^18} {:^18} {:^18} {:^18} {:^18} {:>3}/{}",
         result.row.name,
         median(pairs.iter().map(|p| p.a.iops)),
         median(pairs.iter().map(|p| p.b.iops)),
         cell(&|o| o.iops),
         cell(&|o| o.p50_us),
         cell(&|o| o.p99_us),
+        cell(&Outcome::cpu_us_per_io_of_all),
         cell(&|o| o.cpu_us_per_io(0)),
         cell(&|o| o.cpu_us_per_io(1)),
         pairs.iter().filter(|p| p.noisy).count(),
@@ -308,19 +326,7 @@ mod tests {
     use super::*;
 
     fn outcome(iops: f64) -> Outcome {
-        Outcome {
-            ios: 1,
-            errors: 0,
-            bad_reads: 0,
-            checked: 0,
-            findings: Vec::new(),
-            iops,
-            p50_us: 1.0,
-            p99_us: 1.0,
-            p999_us: 1.0,
-            max_us: 1.0,
-            usage: Usage::default(),
-        }
+        Outcome { iops, ..Outcome::default() }
     }
 
     fn pair(round: u32, a: f64, b: f64) -> Pair {
@@ -331,13 +337,6 @@ mod tests {
     fn a_ratio_is_of_neighbours_and_its_spread_of_rounds() {
         let pairs =
             [pair(0, 10.0, 10.0), pair(0, 30.0, 10.0), pair(1, 40.0, 10.0), pair(1, 5.0, 1.0)];
-        assert_eq!(ratio(&pairs, |o| o.iops), Ratio { median: 3.5, low: 2.0, high: 4.5 });
-    }
-
-    #[test]
-    fn medians_of_odd_even_and_no_values() {
-        assert!((median([3.0, 1.0, 2.0].into_iter()) - 2.0).abs() < 1e-9);
-        assert!((median([4.0, 1.0].into_iter()) - 2.5).abs() < 1e-9);
-        assert!(median([].into_iter()).is_nan());
+        assert_eq!(ratio(&pairs, |o| o.iops), Spread { median: 3.5, low: 2.0, high: 4.5 });
     }
 }

@@ -115,18 +115,53 @@ fn machine_ticks(stat: &str) -> Result<(u64, u64)> {
 }
 
 /// Keeps idle CPUs from sleeping deeply while it lives: a wake-up of a halted virtual CPU costs more than the request
-/// that it waits for. `None` where that is not allowed.
+/// that it waits for. `None` where that is not allowed, or nobody heeds it.
 #[must_use]
 pub fn hold_cpus_awake() -> Option<File> {
+    // Without a driver the kernel halts idle CPUs whatever latency was asked for, and takes the wish all the same.
+    let driver = fs::read_to_string("/sys/devices/system/cpu/cpuidle/current_driver");
+    if !heeds_latency(&driver.unwrap_or_default()) {
+        return None;
+    }
     let mut file = OpenOptions::new().write(true).open("/dev/cpu_dma_latency").ok()?;
     file.write_all(&0_i32.to_ne_bytes()).ok()?;
     Some(file)
+}
+
+fn heeds_latency(driver: &str) -> bool {
+    !matches!(driver.trim(), "" | "none")
+}
+
+/// Does something that binds its thread to a CPU, which lasts: on a thread that is used up by it. Daemons that are
+/// started there end with it.
+pub fn on_own_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| scope.spawn(work).join().expect("no panic in a measurement"))
 }
 
 /// Binds the calling thread, and those it starts, to one CPU.
 pub fn pin_this_thread(cpu: usize) -> Result<()> {
     sched_setaffinity(Pid::from_raw(0), &only(cpu)?)
         .with_context(|| format!("cannot run on CPU {cpu}"))
+}
+
+/// Does something at the lowest priority there is: the calling thread, and the threads and processes that it starts
+/// meanwhile, run only when nobody else on the CPU wants to. What was started stays so.
+pub fn yielding_to_everybody<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    set_policy(libc::SCHED_IDLE)?;
+    let done = work();
+    set_policy(libc::SCHED_OTHER)?;
+    done
+}
+
+fn set_policy(policy: libc::c_int) -> Result<()> {
+    // SAFETY: all bytes zero is a valid value: priority 0, the only one that these policies have.
+    let parameters: libc::sched_param = unsafe { std::mem::zeroed() };
+    // SAFETY: a system call on the calling thread, with parameters that outlive it.
+    let done = unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) };
+    if done != 0 {
+        return Err(std::io::Error::last_os_error()).context("cannot change the priority");
+    }
+    Ok(())
 }
 
 /// Lets a command run on one CPU only.
@@ -137,6 +172,14 @@ pub fn pin_command(command: &mut Command, cpu: usize) -> Result<()> {
         command.pre_exec(move || sched_setaffinity(Pid::from_raw(0), &set).map_err(Into::into));
     }
     Ok(())
+}
+
+/// The CPUs that a process may run on, as the kernel writes them ("0-1").
+pub fn allowed_cpus(pid: u32) -> Result<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))
+        .with_context(|| format!("there is no process {pid}"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    Ok(line.context("/proc does not say where a process may run")?.trim().to_owned())
 }
 
 fn only(cpu: usize) -> Result<CpuSet> {
@@ -169,6 +212,38 @@ mod tests {
         let mut child = Command::new("true").spawn().unwrap();
         child.wait().unwrap();
         assert!(Snapshot::take(&[child.id()]).is_err(), "a process that is gone");
+    }
+
+    #[test]
+    fn a_bound_command_is_seen_to_be_bound() {
+        let mut command = Command::new("sleep");
+        command.arg("20");
+        pin_command(&mut command, 0).unwrap();
+        let mut child = command.spawn().unwrap();
+        let cpus = allowed_cpus(child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(cpus.unwrap(), "0");
+        assert!(allowed_cpus(child.id()).is_err(), "a process that is gone");
+    }
+
+    #[test]
+    fn what_is_started_at_the_lowest_priority_stays_there() {
+        // SAFETY: asks for a number.
+        let policy = |pid| unsafe { libc::sched_getscheduler(pid) };
+        let pid = |child: &std::process::Child| i32::try_from(child.id()).unwrap();
+        let mut child =
+            yielding_to_everybody(|| Ok(Command::new("sleep").arg("20").spawn()?)).unwrap();
+        let (of_child, own) = (policy(pid(&child)), policy(0));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!((of_child, own), (libc::SCHED_IDLE, libc::SCHED_OTHER));
+    }
+
+    #[test]
+    fn without_a_driver_nobody_is_kept_awake() {
+        assert!(heeds_latency("haltpoll\n") && heeds_latency("intel_idle"));
+        assert!(!heeds_latency("none\n") && !heeds_latency(""));
     }
 
     #[test]

@@ -5,9 +5,11 @@
 //! polls the rings. Calls are waited for edge-triggered and never read: QEMU sets O_NONBLOCK on the shared eventfd, so
 //! a blocking read would spin.
 //!
-//! With `verify`, every block belongs to one slot, which knows what it may hold and checks each read.
+//! With `dirty_log`, a log is kept as during a migration (`dirty`). With `verify`, every block belongs to one slot, which knows what it may hold and checks each read.
 
 use crate::bench::cpu::{Snapshot, Usage};
+use crate::bench::dirty::{self, DirtyPages, Taker};
+use crate::bench::outcome::{Outcome, Tally, summary};
 use crate::blk::{OK, UNTOUCHED, header};
 use crate::memory::GuestMemory;
 use crate::raw_frontend::{Options, Queue, RawFrontend};
@@ -15,7 +17,6 @@ use crate::ring::Descriptor;
 use anyhow::{Context, Result, bail};
 use baton_probe::stamp::{Expect, SECTOR, Stamp, Version, check_block, encode_block};
 use clap::ValueEnum;
-use hdrhistogram::Histogram;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use serde::Serialize;
 use std::collections::HashMap;
@@ -23,9 +24,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
-
-/// A latency beyond this counts as this.
-const LATENCY_MAX_NS: u64 = 60_000_000_000;
 
 /// What to do with the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -73,46 +71,12 @@ pub struct Job {
     pub verify: bool,
     /// Part of the disk used, from its start; `None` for all.
     pub span_bytes: Option<u64>,
+    /// Keep a dirty log, as during a migration, and take its marks now and then, as a VMM does.
+    pub dirty_log: bool,
     /// Seed of the random places.
     pub seed: u64,
     /// Processes whose CPU time is measured with it.
     pub pids: Vec<u32>,
-}
-
-/// What was measured.
-#[derive(Clone, Debug, Serialize)]
-pub struct Outcome {
-    /// Requests completed in the time measured.
-    pub ios: u64,
-    /// Requests that the device failed.
-    pub errors: u64,
-    /// Reads whose data was not what it had to be; the first few are in `findings`.
-    pub bad_reads: u64,
-    /// Reads whose data was checked.
-    pub checked: u64,
-    /// What was wrong, in words.
-    pub findings: Vec<String>,
-    /// Requests per second.
-    pub iops: f64,
-    /// From submission to completion, in us.
-    pub p50_us: f64,
-    /// From submission to completion, in us.
-    pub p99_us: f64,
-    /// From submission to completion, in us.
-    pub p999_us: f64,
-    /// The longest request, in us.
-    pub max_us: f64,
-    /// CPU time and noise meanwhile.
-    pub usage: Usage,
-}
-
-impl Outcome {
-    /// CPU time per request of the process number `index` of [`Job::pids`], in us.
-    #[must_use]
-    #[allow(clippy::cast_precision_loss, reason = "a count of requests of a short measurement")]
-    pub fn cpu_us_per_io(&self, index: usize) -> f64 {
-        self.usage.processes_s.get(index).map_or(0.0, |s| 1e6 * s / self.ios.max(1) as f64)
-    }
 }
 
 const WARM_UP: u8 = 0;
@@ -127,7 +91,8 @@ pub fn run(job: &Job) -> Result<Outcome> {
         queues: job.queues,
         // Three descriptors each; at least what a Linux guest has.
         queue_size: (3 * job.depth).next_power_of_two().max(128),
-        memory_bytes: slots * (job.block_bytes.next_multiple_of(4096) + 64)
+        // A request's header has a page in front of its data.
+        memory_bytes: slots * (job.block_bytes.next_multiple_of(4096) + 4096)
             + (usize::from(job.queues) << 18)
             + (1 << 20),
         start: false,
@@ -142,6 +107,9 @@ pub fn run(job: &Job) -> Result<Outcome> {
         );
     }
     frontend.start()?;
+    if job.dirty_log {
+        dirty::start(&mut frontend)?;
+    }
     let disk_bytes = frontend.capacity()? * SECTOR as u64;
     let span = job.span_bytes.unwrap_or(disk_bytes).min(disk_bytes);
     let blocks = span / job.block_bytes as u64;
@@ -152,6 +120,8 @@ pub fn run(job: &Job) -> Result<Outcome> {
     let workers = (0..job.queues)
         .map(|index| Worker::new(job, frontend.take_queue(index), &memory, index, blocks))
         .collect::<Result<Vec<_>>>()?;
+    let written = workers.iter().flat_map(Worker::written_pages).collect();
+    let log = job.dirty_log.then(|| DirtyPages::expect(written));
     let threads: Vec<Vec<Worker>> = if job.thread_per_queue {
         workers.into_iter().map(|w| vec![w]).collect()
     } else {
@@ -159,10 +129,11 @@ pub fn run(job: &Job) -> Result<Outcome> {
     };
 
     let phase = AtomicU8::new(WARM_UP);
+    let mut taker = Taker { frontend: &frontend, log };
     let (tallies, usage) = std::thread::scope(|scope| {
         let handles: Vec<_> =
             threads.into_iter().map(|workers| scope.spawn(|| serve(workers, &phase))).collect();
-        let usage = timed(job, &phase);
+        let usage = timed(job, &phase, &mut taker);
         // Set again in case the measurement failed, or the threads would never end.
         phase.store(STOP, Ordering::Relaxed);
         let tallies = handles
@@ -172,14 +143,15 @@ pub fn run(job: &Job) -> Result<Outcome> {
         (tallies, usage)
     });
     let (tallies, usage) = (tallies?, usage?);
-    Ok(summary(tallies, usage))
+    let dirty_pages = taker.finish()?;
+    Ok(Outcome { dirty_pages, ..summary(tallies, usage) })
 }
 
-fn timed(job: &Job, phase: &AtomicU8) -> Result<Usage> {
-    std::thread::sleep(job.warmup);
+fn timed(job: &Job, phase: &AtomicU8, taker: &mut Taker<'_>) -> Result<Usage> {
+    taker.sleep(job.warmup)?;
     let before = Snapshot::take(&job.pids)?;
     phase.store(MEASURE, Ordering::Relaxed);
-    std::thread::sleep(job.duration);
+    taker.sleep(job.duration)?;
     phase.store(STOP, Ordering::Relaxed);
     Ok(Snapshot::take(&job.pids)?.since(&before))
 }
@@ -192,55 +164,6 @@ fn check(job: &Job) -> Result<()> {
         bail!("--depth must be from 1 to 256 and --queues from 1 to 64");
     }
     Ok(())
-}
-
-#[allow(clippy::cast_precision_loss, reason = "counts and nanoseconds of a short measurement")]
-fn summary(tallies: Vec<Tally>, usage: Usage) -> Outcome {
-    let mut all = Tally::new();
-    for tally in tallies {
-        all.latency.add(&tally.latency).expect("equal histograms add");
-        all.errors += tally.errors;
-        all.bad_reads += tally.bad_reads;
-        all.checked += tally.checked;
-        all.findings.extend(tally.findings);
-    }
-    let us = |quantile: f64| all.latency.value_at_quantile(quantile) as f64 / 1000.0;
-    Outcome {
-        ios: all.latency.len(),
-        errors: all.errors,
-        bad_reads: all.bad_reads,
-        checked: all.checked,
-        iops: all.latency.len() as f64 / usage.seconds,
-        p50_us: us(0.5),
-        p99_us: us(0.99),
-        p999_us: us(0.999),
-        max_us: all.latency.max() as f64 / 1000.0,
-        findings: all.findings,
-        usage,
-    }
-}
-
-/// Counters of one thread.
-struct Tally {
-    latency: Histogram<u64>,
-    errors: u64,
-    bad_reads: u64,
-    checked: u64,
-    findings: Vec<String>,
-}
-
-impl Tally {
-    fn new() -> Self {
-        let latency = Histogram::new_with_bounds(1, LATENCY_MAX_NS, 3)
-            .expect("bounds and digits are in range");
-        Self { latency, errors: 0, bad_reads: 0, checked: 0, findings: Vec::new() }
-    }
-
-    fn find(&mut self, text: impl FnOnce() -> String) {
-        if self.findings.len() < 10 {
-            self.findings.push(text());
-        }
-    }
 }
 
 struct Slot {
@@ -337,6 +260,20 @@ impl Worker {
         })
     }
 
+    /// Pages that the device writes while this queue is used: the used index, each status, and what is read.
+    fn written_pages(&self) -> Vec<u64> {
+        let (_, _, used) = self.queue.ring.addresses();
+        let mut pages = vec![used];
+        let reads = matches!(self.pattern, Pattern::Read | Pattern::RandRead);
+        for slot in &self.slots {
+            pages.push(slot.header + STATUS_OFFSET);
+            if reads {
+                pages.extend((slot.data..slot.data + self.block_bytes as u64).step_by(512));
+            }
+        }
+        pages
+    }
+
     fn next_random(&mut self) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
@@ -402,7 +339,8 @@ impl Worker {
     }
 
     /// Takes all completions and, unless it is time to stop, submits the next requests. Returns how many there were.
-    fn reap(&mut self, phase: u8, tally: &mut Tally) -> Result<u32> {
+    /// `at` is this queue's place in the tally.
+    fn reap(&mut self, at: usize, phase: u8, tally: &mut Tally) -> Result<u32> {
         let mut count = 0;
         while let Some(used) = self.queue.ring.pop_used() {
             let number = usize::try_from(used.head).ok().and_then(|h| self.slot_of.get(h)).copied();
@@ -412,8 +350,7 @@ impl Worker {
             })?;
             let latency = self.slots[number].submitted.elapsed();
             if phase == MEASURE {
-                let ns = u64::try_from(latency.as_nanos()).unwrap_or(LATENCY_MAX_NS);
-                tally.latency.saturating_record(ns.max(1));
+                tally.record(at, latency);
             }
             self.judge(number, tally);
             if phase != STOP {
@@ -468,7 +405,7 @@ fn serve(mut workers: Vec<Worker>, phase: &AtomicU8) -> Result<Tally> {
         let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, i as u64);
         epoll.add(&worker.queue.call, event)?;
     }
-    let mut tally = Tally::new();
+    let mut tally = Tally::new(workers.len());
     for worker in &mut workers {
         for number in 0..worker.slots.len() {
             worker.submit(number);
@@ -480,9 +417,9 @@ fn serve(mut workers: Vec<Worker>, phase: &AtomicU8) -> Result<Tally> {
     loop {
         let now = phase.load(Ordering::Relaxed);
         let mut done = 0;
-        for worker in &mut workers {
+        for (at, worker) in workers.iter_mut().enumerate() {
             worker.queue.ring.refuse_calls();
-            done += worker.reap(now, &mut tally)?;
+            done += worker.reap(at, now, &mut tally)?;
         }
         if done > 0 {
             continue;

@@ -1,8 +1,11 @@
 //! The load generator and the side-by-side benchmark.
 //!
 //! `load` drives one vhost-user disk and measures it, `cpu` tells who used the CPUs meanwhile, `stack` starts a
-//! backend with its storage server, `compare` alternates two stacks and reports ratios, `handoff`
-//! measures what a move adds, `scale` what a request costs as the work grows, `idle` what doing nothing costs, `cost`
+//! backend with its storage server, `compare` alternates two stacks and reports ratios, `targets` judges them, `floor` measures what is under
+//! all of them, `section`
+//! writes them down in a `document`, `plot` draws them, `handoff`
+//! measures what a move adds, `fair` how evenly queues
+//! are served, `tenants` what a neighbour costs, `scale` what a request costs as the work grows, `idle` what doing nothing costs, `cost`
 //! counts instructions. Absolute figures drift by a
 //! quarter within minutes on a shared machine; only ratios of runs next to each other count.
 
@@ -10,8 +13,18 @@ pub mod callgrind;
 pub mod compare;
 pub mod cost;
 pub mod cpu;
+mod dirty;
+pub mod document;
+pub mod fair;
+pub mod floor;
 pub mod handoff;
 pub mod idle;
 pub mod load;
+pub mod outcome;
+pub mod plot;
 pub mod scale;
+pub mod section;
 pub mod stack;
+pub mod stats;
+pub mod targets;
+pub mod tenants;

@@ -147,6 +147,7 @@ fn round_of(
         duration: time,
         verify: false,
         span_bytes: Some(span),
+        dirty_log: false,
         seed: u64::from(round) << 16 | n as u64,
         pids: if n == 0 { pids.to_vec() } else { Vec::new() },
     };

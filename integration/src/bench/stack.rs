@@ -33,8 +33,14 @@ pub enum Kind {
     QsdNbdkitUnix,
     /// baton-backend on a local file, without a storage server: what the backend alone costs.
     BatonFile,
-    /// qemu-storage-daemon on a local file.
+    /// qemu-storage-daemon on a local file, with its threads.
     QsdFile,
+    /// qemu-storage-daemon on a local file through io_uring.
+    QsdFileUring,
+    /// Baton's backend on a volume that does nothing (`baton-bench-null`): what ring and front-end cost.
+    BatonNull,
+    /// qemu-storage-daemon on its null-co driver, which does nothing.
+    QsdNull,
 }
 
 impl std::fmt::Display for Kind {
@@ -47,6 +53,9 @@ impl std::fmt::Display for Kind {
             Self::QsdNbdkitUnix => "qsd-nbdkit-unix",
             Self::BatonFile => "baton-file",
             Self::QsdFile => "qsd-file",
+            Self::QsdFileUring => "qsd-file-uring",
+            Self::BatonNull => "baton-null",
+            Self::QsdNull => "qsd-null",
         })
     }
 }
@@ -85,9 +94,13 @@ impl Stack {
         let (server, backend) = match config.kind {
             Kind::Baton | Kind::BatonUnix => baton(config, dir.path(), &socket)?,
             Kind::BatonFile => (None, baton_file(config, dir.path(), &socket)?),
-            Kind::Qsd | Kind::QsdNbdkit | Kind::QsdNbdkitUnix | Kind::QsdFile => {
-                qsd(config, dir.path(), &socket)?
-            }
+            Kind::BatonNull => (None, baton_null(config, dir.path(), &socket)?),
+            Kind::Qsd
+            | Kind::QsdNbdkit
+            | Kind::QsdNbdkitUnix
+            | Kind::QsdFile
+            | Kind::QsdFileUring
+            | Kind::QsdNull => qsd(config, dir.path(), &socket)?,
         };
         fill(&socket, config.bytes)?;
         Ok(Self { backend, server, socket, dir })
@@ -185,6 +198,15 @@ fn baton_file(config: &StackConfig, dir: &Path, socket: &Path) -> Result<Daemon>
     baton_backend(config, dir, socket, &format!("file://{}", file.display()))
 }
 
+fn baton_null(config: &StackConfig, dir: &Path, socket: &Path) -> Result<Daemon> {
+    let StackConfig { queues, bytes, .. } = config;
+    let flags = format!("--size {bytes} --num-queues {queues} --socket-path {}", socket.display());
+    let program = program("baton-bench-null")?;
+    let mut backend = start(config, dir, "baton-bench-null", &program, &words(&flags))?;
+    backend.wait_line("listening socket=", START_TIMEOUT)?;
+    Ok(backend)
+}
+
 fn baton_backend(config: &StackConfig, dir: &Path, socket: &Path, volume: &str) -> Result<Daemon> {
     let queues = config.queues;
     let flags =
@@ -198,11 +220,21 @@ fn baton_backend(config: &StackConfig, dir: &Path, socket: &Path, volume: &str) 
 fn qsd(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Option<Daemon>, Daemon)> {
     let file = dir.join("disk.img");
     File::create(&file)?.set_len(config.bytes)?;
-    let (server, blockdev) = if config.kind == Kind::QsdFile {
-        (None, format!("driver=file,node-name=disk,filename={}", file.display()))
-    } else {
-        let (server, to) = nbd_server(config, dir, &file)?;
-        (Some(server), format!("driver=nbd,node-name=disk,{to}"))
+    let path = file.display();
+    let (server, blockdev) = match config.kind {
+        Kind::QsdFile => (None, format!("driver=file,node-name=disk,filename={path}")),
+        Kind::QsdFileUring => {
+            (None, format!("driver=file,aio=io_uring,node-name=disk,filename={path}"))
+        }
+        // What is read is left as it was in the guest's memory, as baton-bench-null leaves it.
+        Kind::QsdNull => {
+            let size = config.bytes;
+            (None, format!("driver=null-co,node-name=disk,size={size},read-zeroes=off"))
+        }
+        _ => {
+            let (server, to) = nbd_server(config, dir, &file)?;
+            (Some(server), format!("driver=nbd,node-name=disk,{to}"))
+        }
     };
     let export = format!(
         "vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues={}",

@@ -1,19 +1,19 @@
 //! `baton-bench-handoff`: what a handoff costs (`make bench-handoff`).
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use baton_integration::bench::cpu::hold_cpus_awake;
+use baton_integration::bench::document::{machine, replace};
 use baton_integration::bench::handoff::{
     Figures, Many, Messages, Moves, Syncs, many, messages, moves, syncs,
 };
 use baton_integration::workspace::TestDir;
 use clap::Parser;
 use std::fmt::Write as _;
-use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-const BEGIN: &str = "<!-- bench-handoff: begin -->";
-const END: &str = "<!-- bench-handoff: end -->";
+/// Its section in docs/performance.md.
+const SECTION: &str = "bench-handoff";
 
 /// Measures handoffs in fast mode between two backends and storage servers on this machine.
 #[derive(Debug, Parser)]
@@ -57,7 +57,7 @@ fn main() -> Result<()> {
     // Nobody may be reading.
     let _ = writeln!(std::io::stdout(), "{text}");
     match &cli.write {
-        Some(file) => replace(file, &text),
+        Some(file) => replace(file, SECTION, &text),
         None => Ok(()),
     }
 }
@@ -144,34 +144,4 @@ fn section(result: &Outcome, commit: &str, awake: bool) -> String {
 
 fn ms(us: f64) -> String {
     format!("{:.2} ms", us / 1e3)
-}
-
-/// The machine, as /proc tells.
-fn machine() -> String {
-    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    let cpu = read("/proc/cpuinfo");
-    let field = |name: &str| {
-        let line = cpu.lines().find(|line| line.starts_with(name));
-        line.and_then(|line| line.split_once(": ")).map_or("unknown", |(_, value)| value).to_owned()
-    };
-    let cpus = cpu.lines().filter(|line| line.starts_with("processor")).count();
-    let kernel = read("/proc/sys/kernel/osrelease");
-    let load = read("/proc/loadavg");
-    let load = load.split(' ').next().unwrap_or("unknown");
-    format!(
-        "{cpus} CPUs ({}), Linux {}, load average {load} at the end",
-        field("model name"),
-        kernel.trim()
-    )
-}
-
-/// Puts `text` between the markers.
-fn replace(file: &Path, text: &str) -> Result<()> {
-    let whole = fs::read_to_string(file).with_context(|| format!("cannot read {file:?}"))?;
-    let Some((before, rest)) = whole.split_once(BEGIN) else {
-        bail!("{} has no line `{BEGIN}`", file.display());
-    };
-    let (_, after) = rest.split_once(END).context("the end marker is missing")?;
-    fs::write(file, format!("{before}{BEGIN}\n{text}{END}{after}"))?;
-    Ok(())
 }

@@ -1,13 +1,16 @@
 //! `baton-bench`: load on one vhost-user disk, or two stacks side by side (`make bench`).
 
+mod compare;
+mod docs;
+mod shares;
+
 use anyhow::{Context, Result, bail};
-use baton_integration::bench::compare::{CompareConfig, compare, table};
 use baton_integration::bench::cost;
 use baton_integration::bench::cpu::hold_cpus_awake;
 use baton_integration::bench::idle;
-use baton_integration::bench::load::{Job, Outcome, Pattern, run};
+use baton_integration::bench::load::{Job, Pattern, run};
+use baton_integration::bench::outcome::Outcome;
 use baton_integration::bench::scale;
-use baton_integration::bench::stack::Kind;
 use clap::{Args, Parser, Subcommand};
 use std::fs;
 use std::io::Write;
@@ -32,7 +35,13 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Measure Baton and a peer in turn, and print ratios
-    Compare(CompareArgs),
+    Compare(compare::CompareArgs),
+    /// See how evenly four full queues are served
+    Fair(shares::FairArgs),
+    /// See what a busy neighbour on the same server costs a tenant
+    Tenants(shares::TenantsArgs),
+    /// See what keeping a dirty log costs, as during a migration
+    DirtyLog(compare::DirtyLogArgs),
     /// Count what a request costs: instructions, system calls, allocations
     Cost(CostArgs),
     /// See what a request costs as queues, volumes and their sizes grow
@@ -112,6 +121,9 @@ struct LoadArgs {
     /// Stamp what is written and check what is read back; best with --rw randrw
     #[arg(long)]
     verify: bool,
+    /// Keep a dirty log, as during a migration, and check that what the device writes is in it
+    #[arg(long)]
+    dirty_log: bool,
     /// Seed of the random places
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -121,34 +133,6 @@ struct LoadArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Debug, Args)]
-struct CompareArgs {
-    /// The stack on top of the ratios
-    #[arg(long, value_enum, default_value = "baton")]
-    a: Kind,
-    /// The stack it is measured against; the same as --a shows how well this machine can tell
-    #[arg(long, value_enum, default_value = "qsd-nbdkit")]
-    b: Kind,
-    /// Restarts of both stacks
-    #[arg(long)]
-    rounds: Option<u32>,
-    /// Seconds of each run
-    #[arg(long)]
-    seconds: Option<f64>,
-    /// Size of each disk, such as 1G
-    #[arg(long, value_parser = size)]
-    size: Option<u64>,
-    /// Only rows whose name contains this, such as r4k or q4
-    #[arg(long)]
-    only: Option<String>,
-    /// A short run, to see whether it works: 2 rounds of 0.3 s on 256M
-    #[arg(long)]
-    quick: bool,
-    /// Where every run is written as JSON, with the table beside it
-    #[arg(long)]
-    output: Option<PathBuf>,
 }
 
 /// "128k", "1G", "4096": powers of 1024.
@@ -176,7 +160,10 @@ fn seconds(value: f64) -> Result<Duration> {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match (cli.command, cli.load) {
-        (Some(Command::Compare(args)), _) => run_compare(args),
+        (Some(Command::Compare(args)), _) => compare::run(args),
+        (Some(Command::DirtyLog(args)), _) => compare::dirty_log(args),
+        (Some(Command::Fair(args)), _) => shares::fair(args),
+        (Some(Command::Tenants(args)), _) => shares::tenants(args),
         (Some(Command::Cost(args)), _) => run_cost(args),
         (Some(Command::Scale(args)), _) => run_scale(args),
         (Some(Command::Idle(args)), _) => run_idle(args),
@@ -206,6 +193,7 @@ fn run_load(args: LoadArgs) -> Result<ExitCode> {
         duration,
         verify: args.verify,
         span_bytes: args.span,
+        dirty_log: args.dirty_log,
         seed: args.seed,
         pids: args.pids,
     })?;
@@ -239,6 +227,9 @@ fn in_words(outcome: &Outcome, block_bytes: u64) -> String {
             index + 1,
             outcome.cpu_us_per_io(index)
         ));
+    }
+    if let Some(pages) = outcome.dirty_pages {
+        text.push_str(&format!("\npages in the dirty log: {pages}"));
     }
     text
 }
@@ -295,38 +286,6 @@ fn run_idle(args: IdleArgs) -> Result<ExitCode> {
 fn compiler() -> Result<String> {
     let said = std::process::Command::new("rustc").arg("--version").output();
     Ok(String::from_utf8(said.context("cannot run rustc")?.stdout)?.trim().to_owned())
-}
-
-fn run_compare(args: CompareArgs) -> Result<ExitCode> {
-    let (rounds, run_seconds, bytes) =
-        if args.quick { (2, 0.3, 256 << 20) } else { (5, 1.0, 1 << 30) };
-    let config = CompareConfig {
-        a: args.a,
-        b: args.b,
-        rounds: args.rounds.unwrap_or(rounds),
-        duration: seconds(args.seconds.unwrap_or(run_seconds))?,
-        bytes: args.size.unwrap_or(bytes),
-        only: args.only,
-    };
-    if config.rounds == 0 || config.bytes < 64 << 20 {
-        bail!("--rounds must be at least 1 and --size at least 64M");
-    }
-    let report = compare(&config, |text| eprintln!("{text}"))?;
-    let table = table(&report);
-    let output = match args.output {
-        Some(path) => path,
-        None => baton_integration::workspace::target_dir()?
-            .join("bench")
-            .join(format!("{}-{}.json", config.a, config.b)),
-    };
-    if let Some(dir) = output.parent() {
-        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    }
-    fs::write(&output, serde_json::to_string_pretty(&report)?)
-        .with_context(|| format!("cannot write {}", output.display()))?;
-    fs::write(output.with_extension("txt"), &table)?;
-    writeln!(std::io::stdout(), "{table}\nevery run: {}", output.display())?;
-    Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(test)]
