@@ -37,6 +37,7 @@ fn main() -> anyhow::Result<()> {
         // As baton-backend has it.
         queue_size: 128,
         read_only: false,
+        poll_us: 0,
     };
     let server = DiskServer::new(Arc::new(NullVolume::new(cli.size)), &options, None)
         .context("cannot serve the disk")?;
