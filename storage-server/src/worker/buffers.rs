@@ -51,10 +51,7 @@ impl InBuf {
             // Large requests seldom come alone; with room for one, most of each
             // receive would be a part that has to be moved.
             let size = if want > SMALL { (4 * want).min(READ_AHEAD.max(want)) } else { want };
-            let mut grown = vec![0; size];
-            let unread = self.end - self.start;
-            grown[..unread].copy_from_slice(&self.bytes[self.start..self.end]);
-            (self.bytes, self.start, self.end) = (grown, 0, unread);
+            self.grow(size);
         } else if self.start > 0 && self.bytes.len() - self.start < want {
             self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
@@ -68,12 +65,19 @@ impl InBuf {
         debug_assert!(self.end <= self.bytes.len());
     }
 
-    /// The peer sends more than the buffer takes at once.
+    /// The peer sends more than the buffer takes at once. Also with a part of a request in it, or a stream of writes
+    /// would never get more than what a small buffer takes.
     pub(super) fn read_further_ahead(&mut self) {
-        if self.start == self.end && self.bytes.len() < READ_AHEAD {
-            let size = (self.bytes.len().max(SMALL) * 2).min(READ_AHEAD);
-            *self = Self { bytes: vec![0; size], start: 0, end: 0 };
+        if self.bytes.len() < READ_AHEAD {
+            self.grow((self.bytes.len().max(SMALL) * 2).min(READ_AHEAD));
         }
+    }
+
+    fn grow(&mut self, size: usize) {
+        let mut grown = vec![0; size];
+        let unread = self.end - self.start;
+        grown[..unread].copy_from_slice(&self.bytes[self.start..self.end]);
+        (self.bytes, self.start, self.end) = (grown, 0, unread);
     }
 
     pub(super) fn is_large(&self) -> bool {

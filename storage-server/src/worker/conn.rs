@@ -19,6 +19,7 @@ use crate::volumes::{Lease, RunningVolume};
 
 use super::ask::Asks;
 use super::buffers::{InBuf, OutBuf, READ_AHEAD};
+use super::rounds::Share;
 
 /// Where the window of a connection lives.
 #[derive(Debug)]
@@ -117,6 +118,12 @@ pub(super) struct Conn {
     pub(super) blocked: bool,
     /// In the worker's list of connections to look at.
     pub(super) queued: bool,
+    /// For its next turn, among the worker's rounds.
+    pub(super) waits: bool,
+    /// There may be more to receive in that turn.
+    pub(super) readable: bool,
+    /// Of the worker's time.
+    pub(super) share: Share,
     /// Something happened since the last sweep.
     pub(super) active: bool,
     /// Sweeps spent lingering or closing.
@@ -157,6 +164,9 @@ impl Conn {
             asks: Asks::default(),
             blocked: false,
             queued: false,
+            waits: false,
+            readable: false,
+            share: Share::default(),
             active: true,
             sweeps: 0,
             filled: false,
@@ -210,7 +220,10 @@ impl Conn {
                 self.filled = n == share;
                 true
             }
-            Err(Errno::EAGAIN | Errno::EINTR) => false,
+            Err(Errno::EAGAIN | Errno::EINTR) => {
+                self.filled = false;
+                false
+            }
             Err(_) => {
                 self.life = Life::Dead;
                 false

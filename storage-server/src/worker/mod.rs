@@ -21,6 +21,7 @@ mod flusher;
 mod mailbox;
 mod pool;
 mod ring;
+mod rounds;
 mod serve;
 
 use std::collections::HashMap;
@@ -43,6 +44,7 @@ pub(crate) use pool::Pool;
 
 use conn::{Conn, Life};
 use ring::{Back, Ring};
+use rounds::Rounds;
 
 const EVENTS: usize = 128;
 /// epoll data of what is not a connection.
@@ -81,6 +83,7 @@ struct Context {
     ring: Option<Ring>,
     /// Connections to look at before waiting again.
     ready: Vec<usize>,
+    rounds: Rounds,
     /// Some connection holds a large buffer or lingers.
     untidy: bool,
 }
@@ -114,7 +117,8 @@ pub(crate) fn start(setup: Setup) -> std::io::Result<JoinHandle<()>> {
     }
     let name = format!("worker-{}", setup.number);
     let polling = BusyPoll::new(setup.poll_us);
-    let context = Context { setup, epoll, ring, ready: Vec::new(), untidy: false };
+    let context =
+        Context { setup, epoll, ring, ready: Vec::new(), rounds: Rounds::default(), untidy: false };
     let mut worker = Worker {
         context,
         conns: Vec::new(),
@@ -174,7 +178,10 @@ impl Worker {
             }
             std::mem::swap(&mut now, &mut self.context.ready);
             for index in now.drain(..) {
-                self.turn(index, false);
+                self.look(index, false);
+            }
+            if let Some(index) = self.context.rounds.next() {
+                self.next_turn(index);
             }
             self.sweep_if_due();
         }
@@ -182,6 +189,7 @@ impl Worker {
 
     fn timeout(&mut self) -> EpollTimeout {
         let busy = !self.context.ready.is_empty()
+            || self.context.rounds.is_anyone_waiting()
             || self.context.ring.as_ref().is_some_and(Ring::has_unsubmitted);
         if busy {
             return EpollTimeout::ZERO;
@@ -211,6 +219,25 @@ impl Worker {
             conn.life = Life::Dead;
         }
         let readable = flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLHUP);
+        self.look(index, readable);
+    }
+
+    /// There is something new about a connection. One that waits for its turn does so with that, too.
+    fn look(&mut self, index: usize, readable: bool) {
+        match self.conns.get_mut(index) {
+            Some(Some(conn)) if conn.waits && conn.life == Life::Open => {
+                conn.queued = false;
+                conn.readable |= readable;
+            }
+            _ => self.turn(index, readable),
+        }
+    }
+
+    /// It is the turn of one that waited.
+    fn next_turn(&mut self, index: usize) {
+        let Some(Some(conn)) = self.conns.get_mut(index) else { return };
+        conn.waits = false;
+        let readable = std::mem::take(&mut conn.readable);
         self.turn(index, readable);
     }
 

@@ -21,10 +21,6 @@ use super::mailbox::Done;
 use super::pool::{Job, Work};
 use super::ring::ColdRead;
 
-/// Requests of one turn, so that one connection cannot keep a worker.
-const TURN_REQUESTS: usize = 256;
-/// Payload bytes of one turn.
-const TURN_BYTES: u64 = 2 << 20;
 /// WRITE_ZEROES up to this many bytes are run on the spot: the store writes them
 /// to the page cache. More, and any DISCARD, punches holes, which took ext4 4 to
 /// 6 ms each: too long for the other connections of a worker.
@@ -70,7 +66,12 @@ impl Context {
         // Answers that came from elsewhere first: they may make room.
         conn.send();
         conn.answer_parked(&self.setup.metrics);
+        conn.share.renew(&self.rounds);
         if readable && !conn.blocked && !conn.is_throttled() {
+            if conn.share.is_used_up() {
+                conn.readable = true;
+                return self.wait(index, conn);
+            }
             conn.receive();
         }
         let volume = Arc::clone(conn.volume());
@@ -81,13 +82,7 @@ impl Context {
             admitted: None,
             newest: Seq(0),
         };
-        let mut bytes_left = TURN_BYTES;
-        let mut requests_left = TURN_REQUESTS;
         while conn.life != Life::Dead && !conn.blocked && !conn.is_throttled() {
-            if requests_left == 0 || bytes_left == 0 {
-                self.queue(index, conn);
-                break;
-            }
             match session::front(conn.input.unread()) {
                 Front::Partial { need } => {
                     conn.need = need;
@@ -104,6 +99,7 @@ impl Context {
                     self.end(conn, &why);
                     break;
                 }
+                Front::Whole { .. } if conn.share.is_used_up() => break,
                 Front::Whole { header, bytes } => {
                     let answer = answer_bytes(&header);
                     if !conn.output.has_room(answer) || conn.output.unsent().len() >= SEND_AT {
@@ -112,8 +108,7 @@ impl Context {
                             break;
                         }
                     }
-                    requests_left -= 1;
-                    bytes_left = bytes_left.saturating_sub((bytes + answer) as u64);
+                    conn.share.take(bytes + answer);
                     if let Err(why) = self.request(index, conn, &volume, &mut turn, &header, bytes)
                     {
                         self.setup.metrics.answered(header.opcode, Status::Protocol);
@@ -133,10 +128,22 @@ impl Context {
         volume.arrivals.look();
         conn.send();
         conn.asks.sent();
-        let stopped_by_room = !conn.blocked && !conn.is_throttled() && conn.life == Life::Open;
-        if stopped_by_room && !matches!(session::front(conn.input.unread()), Front::Partial { .. })
-        {
-            self.queue(index, conn);
+        if conn.blocked || conn.is_throttled() || conn.life != Life::Open {
+            return;
+        }
+        // A socket that filled the buffer most likely has more.
+        let more = conn.filled && conn.share.is_used_up();
+        conn.readable |= more;
+        if more || !matches!(session::front(conn.input.unread()), Front::Partial { .. }) {
+            self.wait(index, conn);
+        }
+    }
+
+    /// It has more to do, when it is its turn again.
+    fn wait(&mut self, index: usize, conn: &mut Conn) {
+        if !conn.waits {
+            conn.waits = true;
+            self.rounds.wait(index);
         }
     }
 
