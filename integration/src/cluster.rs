@@ -190,6 +190,15 @@ impl Host {
         Ok(())
     }
 
+    /// Kills its agent, and then what that one started.
+    pub fn die(&mut self) -> Result<()> {
+        self.agent.kill()?;
+        for pid in self.strays() {
+            kill(pid, Signal::SIGKILL)?;
+        }
+        Ok(())
+    }
+
     /// Where a monitor connects for a disk.
     #[must_use]
     pub fn socket(&self, disk: &str) -> PathBuf {

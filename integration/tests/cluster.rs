@@ -157,6 +157,41 @@ fn row_36_the_operator_fences_a_dead_host_through_the_coordinator() {
     assert_eq!(events["events"][0]["kind"], "baton.vm.not-stopped", "{events:#}");
 }
 
+/// Row 36 of the failure table, at a coordinator that has lost its journal with the handoff in it.
+#[test]
+fn row_36_a_lost_journal_does_not_leave_the_volumes_armed_for_a_dead_host() {
+    let name = "row_36_a_lost_journal_does_not_leave_the_volumes_armed_for_a_dead_host";
+    if skip_without_qemu(name) {
+        return;
+    }
+    let dir = TestDir::new("lost").unwrap();
+    let mut cluster = Cluster::start(dir.path(), 2, Driver::Other).unwrap();
+    let (_guest, mut probe) = cluster.hosts[0].boot().unwrap();
+    probe.ask("load dev=vda,vdb threads=2 depth=4 flush-every=50").unwrap();
+    probe.wait_progress(300, SOON).unwrap();
+    cluster.does(&["handoff", "prepare", VM, "--to", "host-b", "--wait"]).unwrap();
+
+    cluster.coordinator.kill().unwrap();
+    std::fs::remove_file(dir.join("journal.redb")).unwrap();
+    cluster.hosts[1].die().unwrap();
+    cluster.restart_coordinator().unwrap();
+    assert!(cluster.handoffs().unwrap().is_empty());
+    let armed = cluster.access().unwrap();
+    assert_eq!((&armed["phase"], &armed["owner_host"]), (&"armed".into(), &"host-a".into()));
+
+    let fence = ["handoff", "fence", VM, "--dead-host", "host-b", "--reason", "journal lost"];
+    eprintln!("{:?}", cluster.operator(&fence).unwrap());
+    cluster.wait_owner("host-a").unwrap();
+    let access = cluster.access().unwrap();
+    assert!(access["handoff"].is_null(), "{access:#}");
+    probe.wait_progress(300, SOON).unwrap();
+
+    // Nothing is in the way of the next one.
+    cluster.hosts[1].restart().unwrap();
+    cluster.does(&["handoff", "drill", VM, "--to", "host-b"]).unwrap();
+    probe.stop_load().unwrap();
+}
+
 /// Rows 3 and 4 of the failure table.
 #[test]
 fn row_03_a_coordinator_killed_while_the_volumes_are_sealed_goes_on_or_rolls_back() {

@@ -313,7 +313,9 @@ impl Work {
         let mut patience = Patience::new();
         loop {
             let answer = match self.core.storages.of(anchor) {
-                Ok(server) => server.reclaim(&self.row, &anchor.volume, self.core.term).await,
+                Ok(server) => {
+                    server.reclaim(self.row.attempt(), &anchor.volume, self.core.term).await
+                }
                 Err(error) => Err(error),
             };
             match answer {
@@ -336,7 +338,9 @@ impl Work {
         let mut patience = Patience::new();
         loop {
             let answer = match self.core.storages.of(anchor) {
-                Ok(server) => server.abdicate(&self.row, &anchor.volume, self.core.term).await,
+                Ok(server) => {
+                    server.abdicate(self.row.attempt(), &anchor.volume, self.core.term).await
+                }
                 Err(error) => Err(error),
             };
             match answer {
@@ -351,7 +355,7 @@ impl Work {
         let mut patience = Patience::new();
         loop {
             let answer = match self.core.storages.of(anchor) {
-                Ok(server) => server.proof(&self.row, &anchor.volume).await,
+                Ok(server) => server.proof(self.row.attempt(), &anchor.volume).await,
                 Err(error) => Err(error),
             };
             match answer {
@@ -371,7 +375,10 @@ impl Work {
         let mut patience = Patience::new();
         loop {
             let answer = match self.core.storages.of(member) {
-                Ok(server) => server.settle(&self.row, &member.volume, self.core.term).await,
+                Ok(server) => {
+                    let proof = self.row.proof.as_ref();
+                    server.settle(self.row.attempt(), proof, &member.volume, self.core.term).await
+                }
                 Err(error) => Err(error),
             };
             fault_point::at("settle.sent");

@@ -7,7 +7,8 @@
 //! it yet. So one FENCE to each volume is not always enough:
 //!
 //! 1. What is not decided is taken back first if the dead host is the destination; what
-//!    is decided is settled first. Both need the anchor, and have a time.
+//!    is decided is settled first. Both need the anchor, and have a time. A handoff that
+//!    the journal does not know is read from the records ([`super::orphan`]).
 //! 2. The anchor is fenced before the other volumes: what it decided until then holds,
 //!    and afterwards nothing is decided any more. While it is not fenced, volumes that
 //!    are in a handoff are left alone: they may be the other host's.
@@ -27,6 +28,7 @@ use utoipa::ToSchema;
 use super::core::{Core, unix_us};
 use super::fault::Fault;
 use super::journal::{Change, Event};
+use super::orphan;
 use super::plan::{self, Input};
 use super::storages::{RecordView, StorageError};
 use super::vms::{Volume, find, volumes};
@@ -37,7 +39,7 @@ use super::vms::{Volume, find, volumes};
 const ROUNDS_MAX: u32 = 8;
 /// How long a handoff may take to be taken back, or settled, before its volumes are
 /// fenced as they are. A few round trips, unless a server is away.
-const SETTLE_LIMIT: Duration = Duration::from_secs(3);
+pub(super) const SETTLE_LIMIT: Duration = Duration::from_secs(3);
 
 /// A VM that was fenced from a host.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -104,10 +106,12 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
     let nominee = nominee.map(|host| plan::owner(&host, vm));
     let order = Order { owner: &owner, nominee: nominee.as_deref(), reason: &reason };
     let mut taken: Vec<String> = Vec::new();
+    let mut left_over: Option<String>;
     let mut round = 0;
     let mut results = loop {
         round += 1;
         end_handoff(core, vm, &dead_host).await;
+        left_over = orphan::end(core, &volumes(core, &view).await?, order.owner).await;
         let (results, changed) = fence_all(core, volumes(core, &view).await?, &order).await;
         taken.extend(results.iter().filter(|r| r.taken).map(|r| r.volume.clone()));
         if !changed || round == ROUNDS_MAX {
@@ -120,7 +124,10 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
         result.taken |= result.fenced && taken.contains(&result.volume);
     }
     core.metrics.fences.fetch_add(1, Ordering::Relaxed);
-    let all = results.iter().all(|result| result.fenced);
+    if results.iter().all(|result| result.taken) {
+        left_over = None;
+    }
+    let all = results.iter().all(|result| result.fenced) && left_over.is_none();
     let data = json!({"vm": vm, "dead_host": dead_host, "reason": reason, "force": force,
         "done": all, "volumes": results});
     tracing::warn!(vm, dead_host, reason, force, done = all, "fenced");
@@ -136,8 +143,12 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
         tracing::error!(%error, vm, "the fence was carried out, but is not in the journal");
     }
     if !all {
-        let left: Vec<&str> =
-            results.iter().filter(|r| !r.fenced).map(|r| r.detail.as_str()).collect();
+        let left: Vec<&str> = results
+            .iter()
+            .filter(|r| !r.fenced)
+            .map(|r| r.detail.as_str())
+            .chain(left_over.as_deref())
+            .collect();
         return Err(Fault::new(
             StatusCode::SERVICE_UNAVAILABLE,
             "baton:fence-incomplete",
@@ -294,10 +305,11 @@ async fn fence_one(
             Some(true) => {}
             Some(false) => {
                 result.detail = format!(
-                    "volume `{}`: belongs to `{}`, which runs and hands it over to `{}`: cancel the handoff first (`baton handoff cancel`)",
+                    "volume `{}`: belongs to `{}`, which runs and hands it over to `{}` in handoff {}, which is not taken back yet",
                     volume.name,
                     current.unwrap_or("nobody"),
-                    order.owner
+                    order.owner,
+                    record.handoff.as_ref().map_or("", |handoff| handoff.id.as_str()),
                 );
                 return (result, false);
             }

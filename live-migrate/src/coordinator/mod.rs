@@ -29,6 +29,7 @@ pub mod fence;
 pub mod journal;
 pub mod keeper;
 pub mod migrate;
+mod orphan;
 pub mod plan;
 pub mod prepare;
 pub mod server;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_protocol::handoff::Try;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -61,6 +62,9 @@ pub struct Storages(Vec<StorageServer>);
 /// An access record, as the API shows it.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct RecordView {
+    /// Id of the volume, as `anchor` names it.
+    #[serde(default)]
+    pub volume: String,
     /// Counts changes.
     #[serde(default)]
     pub version: u64,
@@ -106,6 +110,9 @@ pub struct HandoffView {
     /// Owner name of the destination.
     #[serde(default)]
     pub to: String,
+    /// Id of the volume that decides.
+    #[serde(default)]
+    pub anchor: String,
     /// Its seal is known.
     #[serde(default)]
     pub sealed: bool,
@@ -344,11 +351,11 @@ impl StorageServer {
     /// [`StorageError`].
     pub async fn reclaim(
         &self,
-        row: &Row,
+        of: Try,
         volume: &str,
         term: u64,
     ) -> Result<Reclaimed, StorageError> {
-        match self.post(volume, "reclaim", &attempt(row, term)).await {
+        match self.post(volume, "reclaim", &attempt(of, term)).await {
             Ok(answer) if answer["outcome"] == "source" => {
                 Ok(Reclaimed::Source(self.grant(&answer)?))
             }
@@ -366,16 +373,16 @@ impl StorageServer {
     ///
     /// # Errors
     /// [`StorageError`].
-    pub async fn abdicate(&self, row: &Row, volume: &str, term: u64) -> Result<(), StorageError> {
-        self.post(volume, "abdicate", &attempt(row, term)).await.map(drop)
+    pub async fn abdicate(&self, of: Try, volume: &str, term: u64) -> Result<(), StorageError> {
+        self.post(volume, "abdicate", &attempt(of, term)).await.map(drop)
     }
 
     /// The anchor's proof; `None`: it has not decided.
     ///
     /// # Errors
     /// [`StorageError`].
-    pub async fn proof(&self, row: &Row, volume: &str) -> Result<Option<Grant>, StorageError> {
-        let path = format!("/v1/volumes/{volume}/proof?id={}&attempt={}", row.id, row.attempt);
+    pub async fn proof(&self, of: Try, volume: &str) -> Result<Option<Grant>, StorageError> {
+        let path = format!("/v1/volumes/{volume}/proof?id={}&attempt={}", of.id, of.attempt);
         match self.call(Method::GET, &path, None).await {
             Ok(answer) => self.grant(&answer).map(Some),
             Err(error) if error.refusal() == "baton:undecided" => Ok(None),
@@ -389,12 +396,13 @@ impl StorageServer {
     /// [`StorageError`].
     pub async fn settle(
         &self,
-        row: &Row,
+        of: Try,
+        proof: Option<&Grant>,
         volume: &str,
         term: u64,
     ) -> Result<Option<u64>, StorageError> {
-        let mut body = attempt(row, term);
-        if let Some(grant) = &row.proof {
+        let mut body = attempt(of, term);
+        if let Some(grant) = proof {
             body["session"] = format!("{:016x}", grant.session).into();
             body["proof"] =
                 json!({"side": grant.winner.name(), "grant": grant.grant, "mac": grant.mac});
@@ -489,8 +497,8 @@ impl StorageServer {
     }
 }
 
-fn attempt(row: &Row, term: u64) -> Value {
-    json!({"term": term, "id": row.id.to_string(), "attempt": row.attempt})
+fn attempt(of: Try, term: u64) -> Value {
+    json!({"term": term, "id": of.id.to_string(), "attempt": of.attempt})
 }
 
 #[cfg(test)]

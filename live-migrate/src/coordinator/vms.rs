@@ -96,7 +96,9 @@ pub(super) async fn volumes<'a>(
         let record = server.access(&name, None).await.map(|(_, record)| record);
         Volume { server, name, record }
     });
-    Ok(join_all(records).await)
+    let mut found = join_all(records).await;
+    super::orphan::anchor_first(&mut found);
+    Ok(found)
 }
 
 /// Who owns the VM's volumes: a projection of the access records.

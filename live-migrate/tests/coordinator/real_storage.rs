@@ -1,6 +1,7 @@
 //! The coordinator with Baton's own storage servers; backends speak the wire by hand.
 
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 
 use baton_live_migrate::client::Method;
 use baton_protocol::handoff::{Answer, Ask, HandoffRequest, Outcome, Try};
@@ -16,7 +17,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::support::{Cluster, id};
+use super::support::{Cluster, Coordinator, id};
 
 /// A backend's control connection.
 struct Control {
@@ -127,6 +128,32 @@ async fn cluster() -> (Cluster, Vec<Real>, Vec<Control>) {
     (cluster, servers, source)
 }
 
+/// READY, and then its coordinator is killed; another follows, whose journal is empty.
+async fn prepared_by_another(cluster: &Cluster, id: &str) -> Coordinator {
+    let first = cluster.coordinator("c", "").await;
+    stands(cluster, "ready", id);
+    assert_eq!(first.prepare(id).await.expect("READY")["state"], "READY");
+    drop(first);
+    cluster.coordinator("other", "").await
+}
+
+async fn fence(coordinator: &Coordinator, dead: &str, nominee: &str) -> Value {
+    let body = json!({"dead_host": dead, "reason": "a test", "nominee": nominee});
+    let done = coordinator.call(Method::POST, "/v1/vms/web:fence", body).await;
+    done.expect("one call is enough")
+}
+
+/// All volumes are this host's, and nothing is armed.
+async fn belongs_to(coordinator: &Coordinator, host: &str) {
+    let access = coordinator.get("/v1/vms/web/access").await;
+    assert_eq!(access["handoff"], Value::Null, "{access:#}");
+    assert_eq!(access["members"].as_array().map(Vec::len), Some(2), "{access:#}");
+    for member in access["members"].as_array().expect("members") {
+        let found = (&member["owner"], &member["phase"]);
+        assert_eq!(found, (&json!(format!("{host}/web")), &json!("owned")), "{access:#}");
+    }
+}
+
 /// What the backend on host-b says.
 fn stands(cluster: &Cluster, standing: &str, id: &str) {
     let handoff = json!({"standing": standing, "id": id, "attempt": 1});
@@ -196,4 +223,68 @@ async fn row_28_a_cancel_after_the_seal_gives_all_volumes_back() {
         (&json!("host-b"), &json!("host-a/web"))
     );
     stop(servers).await;
+}
+
+/// Armed by a coordinator whose journal is lost: the records are enough to take it back
+/// from a dead destination, also when the VM's disks are told in another order.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn row_36_a_fence_takes_back_a_handoff_that_the_journal_does_not_know() {
+    for (sealed, turned) in [(false, false), (false, true), (true, true)] {
+        let (cluster, servers, mut source) = cluster().await;
+        let id = id();
+        let coordinator = prepared_by_another(&cluster, &id).await;
+        let mut late =
+            Control::open(servers[0].server.data, "root", "host-b/web", AccessMode::Standby).await;
+        if sealed {
+            for control in &mut source {
+                assert_eq!(control.ask(&id, Ask::Seal(Vec::new())).await.outcome, Outcome::Granted);
+            }
+        }
+        if turned {
+            cluster.a.with("web", |machine| {
+                machine.definition["disk"].as_array_mut().expect("disks").reverse();
+            });
+        }
+        cluster.b.silent.store(true, Ordering::SeqCst);
+        let done = fence(&coordinator, "host-b", "host-a").await;
+        for volume in done["volumes"].as_array().expect("volumes") {
+            assert_eq!(volume["taken"], false, "{done:#}");
+        }
+        belongs_to(&coordinator, "host-a").await;
+        // It comes too late, wherever it was.
+        assert_ne!(late.ask(&id, Ask::Activate).await.outcome, Outcome::Granted);
+        belongs_to(&coordinator, "host-a").await;
+        stop(servers).await;
+    }
+}
+
+/// The destination has won, and only the anchor knows: it keeps all volumes if the source
+/// is dead, and loses all of them if it is dead itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn row_36_a_fence_settles_a_handoff_that_the_journal_does_not_know() {
+    for (dead, other) in [("host-a", "host-b"), ("host-b", "host-a")] {
+        let (cluster, servers, mut source) = cluster().await;
+        let id = id();
+        let coordinator = prepared_by_another(&cluster, &id).await;
+        let mut anchor =
+            Control::open(servers[0].server.data, "root", "host-b/web", AccessMode::Standby).await;
+        for control in &mut source {
+            assert_eq!(control.ask(&id, Ask::Seal(Vec::new())).await.outcome, Outcome::Granted);
+        }
+        assert_eq!(anchor.ask(&id, Ask::Activate).await.outcome, Outcome::Granted);
+        cluster.a.with("web", |machine| {
+            machine.run = "paused";
+            machine.handoff = Some(json!({"standing": "sealed"}));
+            machine.definition["disk"].as_array_mut().expect("disks").reverse();
+        });
+        coordinator.get("/v1/vms").await;
+        let host = if dead == "host-a" { &cluster.a } else { &cluster.b };
+        host.silent.store(true, Ordering::SeqCst);
+        let done = fence(&coordinator, dead, other).await;
+        for volume in done["volumes"].as_array().expect("volumes") {
+            assert_eq!(volume["taken"], dead == "host-b", "{done:#}");
+        }
+        belongs_to(&coordinator, other).await;
+        stop(servers).await;
+    }
 }

@@ -182,7 +182,7 @@ fn view(record: &AccessRecord) -> Value {
         "coordinator_term": record.coordinator_term,
         "owner": record.owner.as_ref().map(|o| json!({"name": o.name, "session": o.session.to_string()})),
         "handoff": record.handoff.as_ref().map(|h| json!({"id": h.plan.attempt.id.to_string(),
-            "attempt": h.plan.attempt.attempt, "from": h.plan.from, "to": h.plan.to, "sealed": h.sealed, "wanted_back": h.wanted_back})),
+            "attempt": h.plan.attempt.attempt, "anchor": h.plan.anchor.to_string(), "from": h.plan.from, "to": h.plan.to, "sealed": h.sealed, "wanted_back": h.wanted_back})),
         "decided": record.decided.as_ref().map(|d| json!({"id": d.attempt.id.to_string(),
             "attempt": d.attempt.attempt, "winner": d.winner})),
     })

@@ -1,0 +1,101 @@
+//! A handoff that stands in the access records and not in the journal: it was armed by
+//! a coordinator whose journal is lost. The records say which it is, and which volume
+//! decides it; the decision stays with that one, whoever asks for it.
+
+use baton_protocol::handoff::Try;
+use futures_util::future::join_all;
+
+use super::core::Core;
+use super::fence::SETTLE_LIMIT;
+use super::plan::Grant;
+use super::storages::{HandoffView, Reclaimed, RecordView, StorageError};
+use super::vms::Volume;
+
+/// Puts the volume that decides in front, as the records say; before all others one that
+/// cannot be read and may be it.
+pub(super) fn anchor_first(volumes: &mut [Volume<'_>]) {
+    let records = || volumes.iter().filter_map(|volume| volume.record.as_ref().ok());
+    let named: Vec<String> = records().filter_map(handoff).map(|h| h.anchor.clone()).collect();
+    let is_named = |record: &RecordView| named.contains(&record.volume);
+    if named.is_empty() {
+        return;
+    }
+    let found = records().any(is_named);
+    volumes.sort_by_key(|volume| match &volume.record {
+        Ok(record) => !is_named(record),
+        Err(_) => found,
+    });
+}
+
+/// Has the anchor decide what the dead owner could still win, and settles what is
+/// decided. What is left to do, if a server did not answer; a handoff that the journal
+/// knows, or of which nobody can say how it stands, is not touched.
+pub(super) async fn end(core: &Core, volumes: &[Volume<'_>], dead: &str) -> Option<String> {
+    let handoff = volumes.iter().find_map(|volume| handoff(volume.record.as_ref().ok()?))?;
+    let of = Try { id: handoff.id.parse().ok()?, attempt: handoff.attempt };
+    if core.handoff(of.id).is_some_and(|handle| !handle.row().state.is_over()) {
+        return None;
+    }
+    let anchor = volumes.iter().find(|volume| {
+        volume.record.as_ref().is_ok_and(|record| record.volume == handoff.anchor)
+    })?;
+    let decided = async {
+        let grant = decide(core, anchor, of, handoff.to == dead).await?;
+        let Some(grant) = grant else { return Ok(()) };
+        tracing::warn!(handoff = %of.id, winner = grant.winner.name(), dead, "settled from the records; the journal does not know it");
+        let settled = volumes.iter().map(|volume| settle(core, volume, of, &grant));
+        join_all(settled).await.into_iter().collect()
+    };
+    let error = match tokio::time::timeout(SETTLE_LIMIT, decided).await {
+        Ok(Ok(())) => return None,
+        Ok(Err(error)) => error,
+        Err(_) => "a storage server is slow".to_owned(),
+    };
+    Some(format!("handoff {} is not over at every volume: {error}", of.id))
+}
+
+fn handoff(record: &RecordView) -> Option<&HandoffView> {
+    record.handoff.as_ref().filter(|handoff| !handoff.anchor.is_empty())
+}
+
+/// The anchor's decision; `None`: there is none, and none is needed or to be had.
+async fn decide(
+    core: &Core,
+    anchor: &Volume<'_>,
+    of: Try,
+    take_back: bool,
+) -> Result<Option<Grant>, String> {
+    let proof = match anchor.server.proof(of, &anchor.name).await {
+        // Fenced, or armed for another since.
+        Err(error) if error.refusal() == "baton:no-such-handoff" => return Ok(None),
+        answer => answer.map_err(|error| told(core, &error))?,
+    };
+    if proof.is_some() || !take_back {
+        return Ok(proof);
+    }
+    match anchor.server.reclaim(of, &anchor.name, core.term).await {
+        Ok(Reclaimed::Source(grant)) => Ok(Some(grant)),
+        // It has won meanwhile.
+        Ok(Reclaimed::Lost) => {
+            anchor.server.proof(of, &anchor.name).await.map_err(|error| told(core, &error))
+        }
+        Ok(Reclaimed::Unknown | Reclaimed::Foreign) => Ok(None),
+        Err(error) => Err(told(core, &error)),
+    }
+}
+
+async fn settle(core: &Core, volume: &Volume<'_>, of: Try, grant: &Grant) -> Result<(), String> {
+    match volume.server.settle(of, Some(grant), &volume.name, core.term).await {
+        Ok(_) => Ok(()),
+        // Not armed yet, or fenced.
+        Err(error) if error.refusal() == "baton:no-such-handoff" => Ok(()),
+        Err(error) => Err(format!("volume `{}`: {}", volume.name, told(core, &error))),
+    }
+}
+
+fn told(core: &Core, error: &StorageError) -> String {
+    if matches!(error, StorageError::StaleTerm(_)) {
+        core.step_down("a storage server has heard a higher term");
+    }
+    error.to_string()
+}
