@@ -36,6 +36,7 @@ fn what_is_written_is_read_and_then_the_cores_are_given_back() {
                 verify: true,
                 span_bytes: Some(257 * 4096),
                 seed: 3,
+                dirty_log: false,
                 pids: Vec::new(),
             })
             .unwrap();

@@ -50,24 +50,6 @@ impl SmallDisk {
         PathBuf::from(format!("/proc/{}/root", self.holder.id())).join(inside).join(name)
     }
 
-    /// Moves a file to a disk of its own, in which it cannot grow.
-    pub(crate) fn move_away(&self, name: &str) {
-        self.shell(&format!(
-            "mkdir own && mount -t tmpfs -o size=$(stat -c %s {name}) tmpfs own && mv {name} own/ && ln -s own/{name} {name}"
-        ));
-    }
-
-    /// The disk of the file that was moved away is enlarged.
-    pub(crate) fn enlarge_own(&self, bytes: u64) {
-        self.shell(&format!("mount -o remount,size={bytes} own"));
-    }
-
-    fn shell(&self, script: &str) {
-        let script = format!("cd '{}' && {script}", self.dir.display());
-        let status = self.command("sh").args(["-c", &script]).status().expect("a shell");
-        assert!(status.success(), "{script}");
-    }
-
     /// Not one page is left.
     pub(crate) fn fill(&self) {
         let mut ballast = File::create(self.path("ballast")).expect("created");
