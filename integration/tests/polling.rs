@@ -34,7 +34,7 @@ fn what_is_written_is_read_and_then_the_cores_are_given_back() {
                 warmup: Duration::from_millis(20),
                 duration: Duration::from_millis(400),
                 verify: true,
-                span_bytes: Some(257 * 4096),
+                span_bytes: Some(256 * 4096),
                 seed: 3,
                 dirty_log: false,
                 pids: Vec::new(),
