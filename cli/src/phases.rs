@@ -18,6 +18,12 @@ const STEPS: [(&str, &str); 7] = [
     ("done", "done"),
 ];
 
+/// What else is in a step when the guest's I/O is timed for a report.
+const STEPS_WATCHED: [(&str, &str); 2] = [
+    ("prepare", "arming volumes, starting the standby backend; 3 s of timing the guest's I/O"),
+    ("cleanup", "cleaning up behind it; 3 s of timing the guest's I/O"),
+];
+
 /// A phase that took time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Phase {
@@ -53,7 +59,10 @@ pub(crate) fn progress(row: &Value) -> String {
 pub(crate) fn phases(row: &Value) -> Vec<Phase> {
     let at = |step: &str| row["migration"]["at_unix_us"][step].as_u64();
     let mut phases = Vec::new();
+    let watched = row["migration"]["watch_io"] == true;
     for (place, (name, what)) in STEPS.iter().enumerate() {
+        let more = STEPS_WATCHED.iter().find(|(step, _)| watched && step == name);
+        let (_, what) = more.unwrap_or(&(*name, *what)).to_owned();
         let next = STEPS[place + 1..].iter().find_map(|(next, _)| at(next));
         let next = next.or_else(|| at("rolling-back")).or_else(|| at("rolled-back"));
         if let (Some(from_us), Some(to_us)) = (at(name), next)
@@ -179,6 +188,14 @@ mod tests {
             assert_eq!(pair[0].to_us, pair[1].from_us);
         }
         assert!(text(&row()).contains("310 µs") && text(&row()).contains("1.20 ms"));
+    }
+
+    #[test]
+    fn the_time_that_a_report_takes_is_said_to_be_of_the_report() {
+        let mut row = row();
+        assert!(!text(&row).contains("timing"));
+        row["migration"]["watch_io"] = true.into();
+        assert_eq!(text(&row).matches("timing the guest's I/O").count(), 2);
     }
 
     #[test]

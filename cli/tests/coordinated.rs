@@ -104,7 +104,12 @@ fn migrate_shows_how_far_it_is_and_writes_a_report() {
     let text = cluster.prints(0, &["vm", "migrate", "web", "--to", "host-b", "--report", report]);
     contains(
         &text,
-        &["web moved from host-a to host-b", "precopy", "seal sent to all volumes sealed"],
+        &[
+            "web moved from host-a to host-b",
+            "3 s of timing the guest's I/O",
+            "precopy",
+            "seal sent to all volumes sealed",
+        ],
     );
     let page = std::fs::read_to_string(report).expect("a report");
     contains(&page, &["moved to host-b", "<svg"]);
