@@ -360,8 +360,9 @@ impl Host {
         self.env = env;
     }
 
-    /// How the process that is started next begins.
-    pub fn set_begin(&self, begin: Begin) -> Result<()> {
+    /// How the process that is started next begins; not for one try only.
+    pub fn set_begin(&mut self, begin: Begin) -> Result<()> {
+        self.flags.clear();
         let text = fs::read_to_string(&self.config)?.replace("standby = true\n", "");
         let first = if begin == Begin::Standby { "standby = true\n" } else { "" };
         Ok(fs::write(&self.config, format!("{first}{text}"))?)

@@ -314,6 +314,37 @@ fn row_35_a_backend_that_is_updated_in_a_handoff_goes_on() {
     Scene::check(&mut there);
 }
 
+/// The winner dies before its agent saw it serve, so the next process is started for the same try, which is over; and
+/// the VM's next handoff is armed already. It takes nothing for its own. When that handoff is called off, a process that
+/// claims the volumes goes on with the machine.
+#[test]
+fn row_35_a_winner_that_dies_before_it_was_seen_waits_for_the_next_handoff_to_be_called_off() {
+    let mut scene = Scene::new(2, 2, "fast");
+    scene.destination.daemon.kill().unwrap();
+    let (dir, fleet) = (scene.dir.path(), &scene.fleet);
+    let mut winner =
+        Host::start_for(dir, "b1", "host-b/vm", fleet, &scene.attempt, QUEUES).unwrap();
+    scene.write_more();
+    scene.stop();
+    let mut there = connect(&winner, 2, options());
+    Scene::check(&mut there);
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+
+    let next = scene.fleet.arm("host-b/vm", "host-c/vm").unwrap();
+    winner.daemon.kill().unwrap();
+    winner.restart().unwrap();
+    winner.wait_standing("parked").unwrap();
+    assert_eq!(scene.fleet.owner(0).unwrap(), "host-b/vm");
+
+    assert_eq!(scene.fleet.reclaim(&next).unwrap()["outcome"], "source");
+    assert_eq!(scene.fleet.settle(&next).unwrap(), "source");
+    winner.daemon.kill().unwrap();
+    winner.set_begin(Begin::Claim).unwrap();
+    winner.restart().unwrap();
+    there.iter_mut().for_each(|disk| disk.reconnect().unwrap());
+    Scene::check(&mut there);
+}
+
 /// The machine had started the rings of both disks, or of one only. The next process knows it by the try in which it
 /// arrived, and that it is not one of another try; what its guest had asked for is done once the volumes are granted.
 #[test]
