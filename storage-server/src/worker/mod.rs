@@ -10,7 +10,8 @@
 //! A connection belongs to one worker for its life, so its state has no lock.
 //! A turn (what one recv brought) is admitted by the gate once per epoch.
 //!
-//! Memory of one connection: 32 KiB busy with small requests and nothing idle;
+//! Memory of one connection: 32 KiB busy with small reads, up to 0.5 MiB with a
+//! stream of writes, and nothing idle;
 //! at most 1 MiB + 64 bytes received, 1 MiB + 32 bytes to send and 3 MiB of read
 //! answers that came late.
 
