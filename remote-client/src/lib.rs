@@ -2,9 +2,11 @@
 //! drivers. Knows nothing of virtio.
 
 pub mod baton;
+mod cursor;
 pub mod file;
 pub mod handoff;
 pub mod open;
+mod socket;
 pub mod uri;
 pub mod volume;
 
