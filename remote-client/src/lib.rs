@@ -5,6 +5,10 @@ pub mod baton;
 mod cursor;
 pub mod file;
 pub mod handoff;
+#[cfg(fuzzing)]
+pub mod nbd;
+#[cfg(not(fuzzing))]
+mod nbd;
 pub mod open;
 mod socket;
 pub mod uri;
