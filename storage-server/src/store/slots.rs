@@ -116,6 +116,11 @@ impl Slots {
         !self.dirty.is_empty() || self.syncing > 0
     }
 
+    /// Free slots that `free_slots` does not name, because a sync has them.
+    pub(super) fn in_sync(&self) -> u32 {
+        self.syncing
+    }
+
     pub(super) fn counts(&self) -> SlotCounts {
         SlotCounts {
             capacity: self.capacity,
