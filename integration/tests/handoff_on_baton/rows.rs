@@ -335,6 +335,10 @@ fn row_35_a_winner_that_dies_before_it_was_seen_waits_for_the_next_handoff_to_be
     winner.restart().unwrap();
     winner.wait_standing("parked").unwrap();
     assert_eq!(scene.fleet.owner(0).unwrap(), "host-b/vm");
+    // Its host has the volumes, and it does not say otherwise.
+    assert_eq!(winner.status().unwrap()["handoff"]["parked"], "other-try");
+    let told = format!("{:#}", winner.order("reclaim").unwrap_err());
+    assert!(told.contains("and never held the volumes"), "{told}");
 
     assert_eq!(scene.fleet.reclaim(&next).unwrap()["outcome"], "source");
     assert_eq!(scene.fleet.settle(&next).unwrap(), "source");

@@ -44,9 +44,21 @@ fn parked(status: &Value) -> Option<&str> {
 /// one, or was stopped by somebody, stays as it is.
 fn verdict(parked: Option<&str>, run: RunState) -> Verdict {
     match (parked, run) {
-        (Some("lost" | "abdicated" | "over"), RunState::Running) => Verdict::Stop,
+        (Some("lost" | "abdicated" | "over" | "other-try"), RunState::Running) => Verdict::Stop,
         _ => Verdict::Leave,
     }
+}
+
+/// Why the machine must not run, and what is to be done with it once it does not.
+fn because(vm: &str, parked: &str) -> (&'static str, String) {
+    if parked == "other-try" {
+        let then = format!(
+            "if this host owns its volumes (`baton handoff why {vm}`), leave it stopped until its handoff is over and a new backend has claimed them, else end it"
+        );
+        return ("its backend was started for another handoff than the one that it is in", then);
+    }
+    let then = "its memory is out of date; do not resume it, end it".to_owned();
+    ("another host owns its volumes, or may be given them", then)
 }
 
 /// What was told of a machine, so that each thing is told once.
@@ -89,7 +101,7 @@ impl Agent {
                 self.events.tell(kind, name, detail, data.clone());
             }
         };
-        let owned = "another host owns its volumes, or may be given them";
+        let (owned, then) = because(name, why);
         let Some(vm) = self.inventory.find(name) else { return };
         let Some(vmm) = self.vmm(&vm) else {
             return tell(
@@ -108,10 +120,7 @@ impl Agent {
         match stopped {
             Ok(()) => tell(
                 "baton.vm.stopped",
-                format!(
-                    "`{name}` on {} was stopped: {owned}, and its memory is out of date; do not resume it, end it",
-                    self.config.host
-                ),
+                format!("`{name}` on {} was stopped: {owned}; {then}", self.config.host),
             ),
             Err(error) => tell(
                 "baton.vm.not-stopped",
@@ -142,13 +151,25 @@ mod tests {
 
     #[test]
     fn row_37_only_a_running_machine_of_a_parked_backend_is_stopped() {
-        for word in ["lost", "abdicated", "over"] {
+        for word in ["lost", "abdicated", "over", "other-try"] {
             for run in RUNS {
                 let expected =
                     if run == RunState::Running { Verdict::Stop } else { Verdict::Leave };
                 assert_eq!(verdict(Some(word), run), expected, "{word} {run:?}");
                 assert_eq!(verdict(None, run), Verdict::Leave, "{run:?}");
             }
+        }
+    }
+
+    /// Its host may be the one that owns the volumes, with a machine that is up to date.
+    #[test]
+    fn row_35_the_machine_of_a_winners_successor_is_not_called_out_of_date() {
+        let (why, then) = because("web", "other-try");
+        assert!(!why.contains("owns") && !then.contains("out of date"), "{why}; {then}");
+        assert!(then.contains("baton handoff why web"), "{then}");
+        for word in ["lost", "abdicated", "over"] {
+            let (why, then) = because("web", word);
+            assert!(why.contains("another host owns") && then.contains("end it"), "{why}; {then}");
         }
     }
 

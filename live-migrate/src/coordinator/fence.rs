@@ -217,10 +217,11 @@ async fn fence_all(
     volumes: Vec<Volume<'_>>,
     order: &Order<'_>,
 ) -> (Vec<FencedVolume>, bool) {
+    let forgotten = &orphan::forgotten(&volumes).await;
     let mut volumes = volumes.into_iter();
     let Some(anchor) = volumes.next() else { return (Vec::new(), false) };
     let decides = handoff_of(&anchor);
-    let (first, changed) = fence_one(core, anchor, order, false).await;
+    let (first, changed) = fence_one(core, anchor, order, (false, forgotten)).await;
     let open = !first.fenced;
     let lost = first.fenced && !first.taken;
     let others = volumes.map(|volume| {
@@ -228,7 +229,8 @@ async fn fence_all(
         // Of the anchor's handoff, or of one that the anchor cannot be asked about.
         let together = follows.is_some() && (open || follows == decides);
         let winner = first.belongs_to.as_deref();
-        let anchor_taken = first.taken && together;
+        let forgets = follows.as_ref().is_some_and(|follows| forgotten.contains(follows));
+        let anchor_taken = first.taken && (together || forgets);
         async move {
             if together && open {
                 let mut result = unfenced(&volume);
@@ -245,7 +247,7 @@ async fn fence_all(
                 result.detail = format!("goes to `{}` with the handoff", winner.unwrap_or_default());
                 (result, false)
             } else {
-                fence_one(core, volume, order, anchor_taken).await
+                fence_one(core, volume, order, (anchor_taken, forgotten)).await
             }
         }
     });
@@ -289,9 +291,10 @@ async fn fence_one(
     core: &Core,
     volume: Volume<'_>,
     order: &Order<'_>,
-    anchor_taken: bool,
+    (anchor_taken, forgotten): (bool, &[(String, u32)]),
 ) -> (FencedVolume, bool) {
     let mut result = unfenced(&volume);
+    let of = handoff_of(&volume).unwrap_or_default();
     let record = match volume.record {
         Ok(record) => record,
         Err(error) => {
@@ -303,6 +306,16 @@ async fn fence_one(
     if current != Some(order.owner) {
         match may_win(&record, order.owner, anchor_taken) {
             Some(true) => {}
+            // Its owner runs, and the dead host has no way to it any more.
+            Some(false) if forgotten.contains(&of) => {
+                let (owner, (id, _)) = (current.unwrap_or("nobody"), of);
+                result.fenced = true;
+                result.belongs_to = current.map(str::to_owned);
+                result.detail = format!(
+                    "belongs to `{owner}`, and is still armed for handoff {id}, which the volume that decides it does not know any more, so that nobody can win it: once the VM is stopped, fence it from the host of `{owner}` to end that, too"
+                );
+                return (result, false);
+            }
             Some(false) => {
                 result.detail = format!(
                     "volume `{}`: belongs to `{}`, which runs and hands it over to `{}` in handoff {}, which is not taken back yet",

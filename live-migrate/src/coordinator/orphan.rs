@@ -54,6 +54,30 @@ pub(super) async fn end(core: &Core, volumes: &[Volume<'_>], dead: &str) -> Opti
     Some(format!("handoff {} is not over at every volume: {error}", of.id))
 }
 
+/// The handoffs that volumes are armed for and that the volume which decides them does not know any more. The anchor
+/// is armed before all others, and an ARM that comes again is refused: nobody can win such a handoff.
+pub(super) async fn forgotten(volumes: &[Volume<'_>]) -> Vec<(String, u32)> {
+    let mut asked: Vec<(String, u32)> = Vec::new();
+    let mut forgotten = Vec::new();
+    let records = volumes.iter().filter_map(|volume| volume.record.as_ref().ok());
+    for handoff in records.filter_map(handoff) {
+        let key = (handoff.id.clone(), handoff.attempt);
+        let anchor = volumes.iter().find(|volume| {
+            volume.record.as_ref().is_ok_and(|record| record.volume == handoff.anchor)
+        });
+        let (Some(anchor), Ok(id)) = (anchor, handoff.id.parse()) else { continue };
+        if asked.contains(&key) {
+            continue;
+        }
+        asked.push(key.clone());
+        let answer = anchor.server.proof(Try { id, attempt: handoff.attempt }, &anchor.name).await;
+        if answer.is_err_and(|error| error.refusal() == "baton:no-such-handoff") {
+            forgotten.push(key);
+        }
+    }
+    forgotten
+}
+
 fn handoff(record: &RecordView) -> Option<&HandoffView> {
     record.handoff.as_ref().filter(|handoff| !handoff.anchor.is_empty())
 }

@@ -92,13 +92,16 @@ async fn storage(volume: &str) -> Real {
     let flags = Flags::try_parse_from(flags.chain(["--data-dir".into(), data.into()]));
     let config = Config::load(flags.expect("flags")).expect("a configuration");
     let server = server::start(config).await.expect("it starts");
-    let admin: baton_live_migrate::client::Endpoint =
-        format!("http://{}", server.admin).parse().expect("an endpoint");
-    let who = "baton://host/storage".parse().expect("an identity");
-    let client = baton_live_migrate::client::Client::new(who, admin, None, super::support::LIMIT);
-    let body = json!({"name": volume, "size_bytes": 1 << 20});
-    client.call(Method::POST, "/v1/volumes", Some(&body)).await.expect("created");
+    post(server.admin, "/v1/volumes", &json!({"name": volume, "size_bytes": 1 << 20})).await;
     Real { server, _dir: dir }
+}
+
+/// Calls a server's API, as an operator does.
+async fn post(admin: SocketAddr, path: &str, body: &Value) {
+    let who = "baton://host/storage".parse().expect("an identity");
+    let admin = format!("http://{admin}").parse().expect("an endpoint");
+    let client = baton_live_migrate::client::Client::new(who, admin, None, super::support::LIMIT);
+    client.call(Method::POST, path, Some(body)).await.expect("done");
 }
 
 /// `web` on host-a with a volume on each of two servers, whose backend is `source`.
@@ -285,6 +288,53 @@ async fn row_36_a_fence_settles_a_handoff_that_the_journal_does_not_know() {
             assert_eq!(volume["taken"], dead == "host-b", "{done:#}");
         }
         belongs_to(&coordinator, other).await;
+        stop(servers).await;
+    }
+}
+
+/// Its anchor was fenced by hand and claimed again, so it knows of no handoff, while the other volume is armed for one.
+/// A dead destination has no way to that, and the source runs on; the source's own fence ends it. One call each.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn row_36_a_fence_ends_a_handoff_that_its_anchor_does_not_know_any_more() {
+    for sealed in [false, true] {
+        let (cluster, servers, mut source) = cluster().await;
+        let id = id();
+        let coordinator = prepared_by_another(&cluster, &id).await;
+        let mut late =
+            Control::open(servers[0].server.data, "root", "host-b/web", AccessMode::Standby).await;
+        if sealed {
+            assert_eq!(source[1].ask(&id, Ask::Seal(Vec::new())).await.outcome, Outcome::Granted);
+        }
+        let admin = servers[0].server.admin;
+        let by_hand = json!({"reason": "a test", "nominee": "host-a/web"});
+        post(admin, "/v1/volumes/root/fence", &by_hand).await;
+        source[0] =
+            Control::open(servers[0].server.data, "root", "host-a/web", AccessMode::Owner).await;
+        cluster.b.silent.store(true, Ordering::SeqCst);
+
+        let done = fence(&coordinator, "host-b", "host-a").await;
+        let member = &done["volumes"][1];
+        assert_eq!((&member["volume"], &member["fenced"]), (&json!("data"), &json!(true)));
+        assert_eq!(done["volumes"][0]["belongs_to"], "host-a/web", "{done:#}");
+        // What was sealed is not its session's any more, and is kept for the next one.
+        assert_eq!(member["taken"], sealed, "{done:#}");
+        if !sealed {
+            assert_eq!(member["belongs_to"], "host-a/web", "{done:#}");
+            let detail = member["detail"].as_str().expect("a sentence");
+            assert!(detail.contains(&id) && detail.contains("nobody can win it"), "{detail}");
+            let access = coordinator.get("/v1/vms/web/access").await;
+            assert_eq!(access["members"][1]["epoch"], source[1].epoch.0, "it goes on: {access:#}");
+            // A late destination cannot, nor can it seal in the source's name and go on.
+            assert_ne!(late.ask(&id, Ask::Activate).await.outcome, Outcome::Granted);
+            cluster.a.with("web", |machine| {
+                machine.run = "gone";
+                machine.handoff = None;
+                machine.backend = None;
+            });
+            fence(&coordinator, "host-a", "host-a").await;
+        }
+        belongs_to(&coordinator, "host-a").await;
+        assert_ne!(late.ask(&id, Ask::Activate).await.outcome, Outcome::Granted);
         stop(servers).await;
     }
 }

@@ -3,9 +3,9 @@
 use std::sync::atomic::Ordering;
 
 use baton_live_migrate::client::Method;
-use baton_protocol::VolumeId;
 use baton_protocol::access::{Input, Phase};
 use baton_protocol::handoff::{HandoffId, Key, Members, Mode, Plan, Try};
+use baton_protocol::{SessionId, VolumeId};
 use serde_json::{Value, json};
 
 use super::support::{Cluster, id, kind, wait};
@@ -384,4 +384,26 @@ async fn a_machine_that_somebody_else_drives_is_not_migrated() {
     assert!(detail.contains("host-a owns") && detail.contains("nothing was armed"), "{detail}");
     assert_eq!(coordinator.get("/v1/handoffs").await["handoffs"], json!([]));
     assert_eq!(cluster.storages[0].record("root").epoch.0, 1);
+}
+
+/// Row 29 of the failure table: a volume that decides and refuses has left no trace at the others, not even for a moment.
+#[tokio::test]
+async fn row_29_nothing_was_armed_when_the_anchor_refuses() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let before = cluster.storages[1].record("data");
+    let (anchor, id) = (&cluster.storages[0], id());
+    anchor.hang_on("arm");
+    let (prepared, ()) = tokio::join!(coordinator.prepare(&id), async {
+        wait("the anchor is being armed", async || anchor.hung.load(Ordering::SeqCst) > 0).await;
+        // An epoch since the handoff was planned: refused as a stale plan.
+        let claim = Input::Claim { name: "host-a/web", session: SessionId(77) };
+        anchor.step("root", claim).expect("the next process");
+        anchor.thaw();
+    });
+    prepared.expect("asked");
+    let row = coordinator.over(&id).await;
+    assert_eq!((&row["state"], &row["outcome"]), (&json!("FAILED"), &json!("source")), "{row:#}");
+    assert_eq!(row["because"]["type"], "baton:stale-plan", "{row:#}");
+    assert_eq!(cluster.storages[1].record("data"), before);
 }

@@ -51,19 +51,24 @@ fn is_being_decided(handoff: &Value) -> bool {
 
 /// The refusal for a VM whose volumes are not its own any more.
 fn parked(vm: &str, host: &str, handoff: &Value, done: &str) -> Problem {
-    let other = match (handoff["parked"].as_str(), handoff["side"].as_str()) {
-        (Some("lost"), Some("source")) => "the destination won, and owns the volumes",
-        (Some("lost"), _) => "the other host won, and owns the volumes",
-        (Some("abdicated"), _) => "this host gave it up, and the source owns the volumes",
-        _ => "it is over, and this host does not own the volumes",
-    };
     let id = handoff["id"].as_str().map_or_else(String::new, |id| format!(" {id}"));
+    let stale = "its memory is out of date: end it";
+    let (other, then) = match (handoff["parked"].as_str(), handoff["side"].as_str()) {
+        (Some("lost"), Some("source")) => ("the destination won, and owns the volumes", stale),
+        (Some("lost"), _) => ("the other host won, and owns the volumes", stale),
+        (Some("abdicated"), _) => ("this host gave it up, and the source owns the volumes", stale),
+        (Some("other-try"), _) => (
+            "it was started for another one and never had the volumes",
+            "if this host owns them, wait until the handoff is over and start its backend anew, else end it",
+        ),
+        _ => ("it is over, and this process does not have the volumes", stale),
+    };
     Problem::new(
         StatusCode::CONFLICT,
         "baton:parked",
         "The VM has lost its volumes",
         format!(
-            "`{vm}` must not run on {host}, and {done}: its backend is parked after handoff{id}: {other}; its memory is out of date: end it (`baton handoff why {vm}` says where the VM may run)"
+            "`{vm}` must not run on {host}, and {done}: its backend is parked after handoff{id}: {other}; {then} (`baton handoff why {vm}` says where the VM may run)"
         ),
     )
 }
@@ -106,4 +111,25 @@ pub(super) async fn resume(
     }
     let standing = standing(&now).map(str::to_owned);
     Ok(Json(Resumed { vmm: vmm.status().await?, standing }))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn row_35_a_winners_successor_is_not_said_to_be_another_hosts() {
+        let said = |word: &str| {
+            let handoff = json!({"standing": "parked", "parked": word, "id": "ID"});
+            parked("web", "host-b", &handoff, "was not resumed").detail
+        };
+        let other = said("other-try");
+        assert!(other.contains("if this host owns them, wait"), "{other}");
+        assert!(!other.contains("out of date"), "{other}");
+        for word in ["lost", "abdicated", "over"] {
+            assert!(said(word).contains("its memory is out of date: end it"), "{}", said(word));
+        }
+    }
 }

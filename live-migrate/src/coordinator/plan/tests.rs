@@ -265,6 +265,32 @@ fn an_arm_that_may_have_left_is_in_the_row_before() {
     }
 }
 
+/// Until the anchor is armed no other volume is: it alone decides, and a handoff that it does not know nobody can end.
+/// A member whose ARM has left already is asked again whatever became of the anchor.
+#[test]
+fn the_anchor_is_armed_before_any_other_volume() {
+    let mut armed = 0;
+    for (name, state) in states() {
+        for (input_name, input) in inputs() {
+            let Ok(Step { row, outputs }) = state.step(input) else { continue };
+            for output in outputs {
+                let Output::Begin(Action::Arm(place @ 1..)) = output else { continue };
+                armed += 1;
+                let first = row.members[0].progress;
+                let left = state.members[place].progress == Progress::Asked;
+                assert!(
+                    left || !matches!(
+                        first,
+                        Progress::Planned | Progress::Asked | Progress::Refused
+                    ),
+                    "{name} + {input_name}: {place} is armed, and the anchor is {first:?}"
+                );
+            }
+        }
+    }
+    assert!(armed > 0);
+}
+
 /// Row 29 of the failure table: one volume that cannot be armed and nothing starts.
 #[test]
 fn row_29_one_refusal_takes_everything_back() {

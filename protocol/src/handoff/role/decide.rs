@@ -36,14 +36,15 @@ impl Role {
         if focus.side == Side::Destination {
             match self.bound {
                 None => self.bound = Some(focus.attempt),
-                Some(bound) if bound != focus.attempt => self.park(Parked::Over),
+                Some(bound) if bound != focus.attempt => self.park(Parked::OtherTry),
                 Some(_) => {}
             }
         } else if self.bound.is_some_and(|bound| bound != focus.attempt) && !self.had_any() {
             // It hung until its host is the source of another handoff, and may not
             // even have heard of its own try: the owner there is not this process,
-            // and its machine never began.
-            self.park(Parked::Over);
+            // and its machine never began. Or its host has won, and the process that
+            // had the volumes died under the machine before anybody saw that it had.
+            self.park(Parked::OtherTry);
         }
     }
 

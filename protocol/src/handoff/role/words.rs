@@ -153,9 +153,15 @@ pub enum Parked {
     Abdicated,
     /// The handoff was ended or fenced by somebody.
     #[error(
-        "the handoff is over and this host does not hold the volumes: this VM must not run here"
+        "the handoff is over and this process does not hold the volumes: this VM must not run here"
     )]
     Over,
+    /// It stood by for another handoff than the one that the VM is in. The host may own the
+    /// volumes all the same: it won, and the process that had them is gone.
+    #[error(
+        "this process was started for another handoff than the one that the VM is in, and never held the volumes: this VM must not run here before that handoff is over and a new process has claimed them"
+    )]
+    OtherTry,
 }
 
 /// How the VM stands, for people.

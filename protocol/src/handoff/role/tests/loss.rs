@@ -63,12 +63,12 @@ fn a_standby_that_hung_before_it_heard_of_its_try_takes_no_other() {
         bench.arm(1);
         bench.seal(S1);
         let outputs = bench.views();
-        assert!(outputs.contains(&Output::Park(Parked::Over)), "{attempt}: {outputs:?}");
+        assert!(outputs.contains(&Output::Park(Parked::OtherTry)), "{attempt}: {outputs:?}");
         // Nor is it the source's next process, when its host's turn has come and gone.
         let mut bench = hung_for(SOURCE, attempt);
         bench.arm(1);
         let outputs = bench.views();
-        assert!(outputs.contains(&Output::Park(Parked::Over)), "{attempt}: {outputs:?}");
+        assert!(outputs.contains(&Output::Park(Parked::OtherTry)), "{attempt}: {outputs:?}");
     }
 }
 
@@ -100,7 +100,7 @@ fn a_destination_is_good_for_one_try() {
     bench.settle_for_source(1);
     bench.arm(2);
     let outputs = bench.view(ANCHOR);
-    assert!(outputs.contains(&Output::Park(Parked::Over)), "{outputs:?}");
+    assert!(outputs.contains(&Output::Park(Parked::OtherTry)), "{outputs:?}");
 }
 
 #[test]
@@ -161,6 +161,6 @@ fn a_destination_that_hung_until_its_host_is_the_source_is_parked() {
     bench.role.step(Input::Started { member: ANCHOR });
     let armed = on_the_way_back(&bench, ANCHOR);
     let outputs = show(&mut bench, ANCHOR, &armed);
-    assert_eq!(outputs.last(), Some(&Output::Park(Parked::Over)));
+    assert_eq!(outputs.last(), Some(&Output::Park(Parked::OtherTry)));
     assert_eq!(asks(&outputs, Asked::Reclaim), 0);
 }
