@@ -389,3 +389,16 @@ fn background_checkpoints_keep_up_with_endless_changes() {
         store.check().unwrap();
     }
 }
+
+/// Whoever checks a store while it syncs: the sync has freed slots in its hands, and they are neither lost nor free.
+#[test]
+fn a_slot_in_a_running_sync_is_not_lost() {
+    let (_dir, store, volume) = with_volume(2, 2 * MIB);
+    volume.write(0, &[9]).unwrap();
+    volume.discard(0, MIB).unwrap();
+    let syncing = store.core.state().slots.sync_begins();
+    assert_eq!(syncing.len(), 1);
+    store.check().unwrap();
+    store.core.state().slots.sync_done(&syncing);
+    store.check().unwrap();
+}
