@@ -15,7 +15,8 @@ use baton_remote_client::{
     IoError, Op, OpenError, OpenOptions, Tag, Timing, Volume, VolumeEvent, VolumeState, open,
 };
 use common::{
-    Buffer, Server, TinyServer, collect, eventually, opened, options, refused, run, wait,
+    Buffer, Server, TinyServer, collect, eventually, opened, options, refused, run, stamped_load,
+    wait,
 };
 
 const LONG: Duration = Duration::from_secs(20);
@@ -72,50 +73,11 @@ fn a_disk_over_a_unix_socket() {
 #[test]
 fn a_server_killed_under_load_is_only_a_pause() {
     const QUEUES: u16 = 4;
-    const SLOTS: u32 = 16;
-    const BYTES: usize = 20 << 10;
     let mut server = TinyServer::tcp(Server::new(8 << 20));
     let volume = opened(&server.uri);
     let events = listen(&volume);
     let deadline = Instant::now() + Duration::from_millis(1500);
-    let workers: Vec<_> = (0..QUEUES)
-        .map(|index| {
-            let volume = Arc::clone(&volume);
-            thread::spawn(move || {
-                let mut queue = volume.open_queue(index, 16).expect("queue");
-                let base = u64::from(index) * u64::from(SLOTS) * BYTES as u64;
-                let mut buffers: Vec<_> = (0..SLOTS).map(|_| Buffer(vec![0; BYTES])).collect();
-                let mut stamps: Vec<u8> = (0..16).map(|slot| slot * 16).collect();
-                let mut rounds = 0u32;
-                while Instant::now() < deadline {
-                    rounds += 1;
-                    let write = rounds % 2 == 1;
-                    for (slot, buffer) in (0u32..).zip(&mut buffers) {
-                        let offset = base + u64::from(slot) * BYTES as u64;
-                        let stamp = &mut stamps[slot as usize];
-                        if write {
-                            *stamp = stamp.wrapping_add(1);
-                            buffer.0.fill(*stamp);
-                        } else {
-                            buffer.0.fill(0xee);
-                        }
-                        let op = if write { Op::Write { offset } } else { Op::Read { offset } };
-                        // SAFETY: the buffers live until all are collected.
-                        unsafe { queue.submit(Tag(slot), op, &buffer.iov()) };
-                    }
-                    let done = collect(&mut *queue, SLOTS as usize, LONG);
-                    let mut tags: Vec<_> = done.iter().map(|c| (c.tag.0, c.result)).collect();
-                    tags.sort_by_key(|t| t.0);
-                    let want: Vec<_> = (0..SLOTS).map(|t| (t, Ok(()))).collect();
-                    assert_eq!(tags, want);
-                    for (slot, buffer) in buffers.iter().enumerate() {
-                        assert!(buffer.0.iter().all(|b| *b == stamps[slot]), "queue {index}");
-                    }
-                }
-                rounds
-            })
-        })
-        .collect();
+    let workers = stamped_load(&volume, QUEUES, deadline);
     let mut kills = 0;
     while Instant::now() < deadline {
         thread::sleep(Duration::from_millis(100));
@@ -125,7 +87,7 @@ fn a_server_killed_under_load_is_only_a_pause() {
         kills += 1;
     }
     for worker in workers {
-        assert!(worker.join().expect("worker") > 4, "hardly any progress");
+        assert!(worker.join().expect("worker").1 > 4, "hardly any progress");
     }
     assert!(kills > 5);
     eventually("connected again", || volume.state() == VolumeState::Connected);

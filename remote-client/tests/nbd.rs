@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use baton_remote_client::{
     IoError, Op, OpenError, OpenOptions, Tag, VolumeEvent, VolumeState, open,
 };
-use common::{Buffer, collect, eventually, opened, options, refused, run};
+use common::{Buffer, collect, eventually, opened, options, refused, run, stamped_load};
 use nbd_server::{NbdServer, disk, skip_without};
 use nix::sys::signal::Signal;
 
@@ -21,49 +21,10 @@ const BYTES: u64 = 8 << 20;
 /// Queues with their own threads, stamped data, and a server that is killed with
 /// SIGKILL and started again over and over: no error, and nothing lost or mixed up.
 fn survives_kills(server: &mut NbdServer, export: &str, queues: u16) {
-    const SLOTS: u32 = 16;
-    const LEN: usize = 20 << 10;
     let volume = opened(&server.uri(export));
     assert!(volume.queues_max() >= queues);
     let deadline = Instant::now() + Duration::from_secs(3);
-    let workers: Vec<_> = (0..queues)
-        .map(|index| {
-            let volume = Arc::clone(&volume);
-            thread::spawn(move || {
-                let mut queue = volume.open_queue(index, 16).expect("queue");
-                let base = u64::from(index) * u64::from(SLOTS) * LEN as u64;
-                let mut buffers: Vec<_> = (0..SLOTS).map(|_| Buffer(vec![0; LEN])).collect();
-                let mut stamps: Vec<u8> = (0..16).map(|slot| slot * 16).collect();
-                let mut rounds = 0u32;
-                while Instant::now() < deadline {
-                    rounds += 1;
-                    let write = rounds % 2 == 1;
-                    for (slot, buffer) in (0u32..).zip(&mut buffers) {
-                        let offset = base + u64::from(slot) * LEN as u64;
-                        let stamp = &mut stamps[slot as usize];
-                        if write {
-                            *stamp = stamp.wrapping_add(1);
-                            buffer.0.fill(*stamp);
-                        } else {
-                            buffer.0.fill(0xee);
-                        }
-                        let op = if write { Op::Write { offset } } else { Op::Read { offset } };
-                        // SAFETY: the buffers live until all are collected.
-                        unsafe { queue.submit(Tag(slot), op, &buffer.iov()) };
-                    }
-                    let done = collect(&mut *queue, SLOTS as usize, LONG);
-                    let mut tags: Vec<_> = done.iter().map(|c| (c.tag.0, c.result)).collect();
-                    tags.sort_by_key(|t| t.0);
-                    let want: Vec<_> = (0..SLOTS).map(|t| (t, Ok(()))).collect();
-                    assert_eq!(tags, want);
-                    for (slot, buffer) in buffers.iter().enumerate() {
-                        assert!(buffer.0.iter().all(|b| *b == stamps[slot]), "queue {index}");
-                    }
-                }
-                (queue, rounds)
-            })
-        })
-        .collect();
+    let workers = stamped_load(&volume, queues, deadline);
     let mut kills = 0;
     while Instant::now() < deadline {
         thread::sleep(Duration::from_millis(150));

@@ -351,3 +351,58 @@ pub(crate) fn eventually(what: &str, mut met: impl FnMut() -> bool) {
         thread::sleep(Duration::from_millis(2));
     }
 }
+
+/// Requests in flight of each queue of a [`stamped_load`].
+const STAMPED_SLOTS: u32 = 16;
+const STAMPED_BYTES: usize = 20 << 10;
+
+/// Writes stamps and reads them back, with a thread for each of so many queues, until the deadline; every request has
+/// to succeed. The queues come back with their rounds.
+pub(crate) fn stamped_load(
+    volume: &Arc<dyn Volume>,
+    queues: u16,
+    deadline: Instant,
+) -> Vec<JoinHandle<(Box<dyn VolumeQueue>, u32)>> {
+    let queue = |index| {
+        let volume = Arc::clone(volume);
+        thread::spawn(move || {
+            let mut queue = volume.open_queue(index, STAMPED_SLOTS as usize).expect("queue");
+            let rounds = stamp_until(&mut *queue, index, deadline);
+            (queue, rounds)
+        })
+    };
+    (0..queues).map(queue).collect()
+}
+
+fn stamp_until(queue: &mut dyn VolumeQueue, index: u16, deadline: Instant) -> u32 {
+    let base = u64::from(index) * u64::from(STAMPED_SLOTS) * STAMPED_BYTES as u64;
+    let mut buffers: Vec<_> = (0..STAMPED_SLOTS).map(|_| Buffer(vec![0; STAMPED_BYTES])).collect();
+    let mut stamps: Vec<u8> = (0..16).map(|slot| slot * 16).collect();
+    let mut rounds = 0u32;
+    while Instant::now() < deadline {
+        rounds += 1;
+        let write = rounds % 2 == 1;
+        for (slot, buffer) in (0u32..).zip(&mut buffers) {
+            let offset = base + u64::from(slot) * STAMPED_BYTES as u64;
+            let stamp = &mut stamps[slot as usize];
+            if write {
+                *stamp = stamp.wrapping_add(1);
+                buffer.0.fill(*stamp);
+            } else {
+                buffer.0.fill(0xee);
+            }
+            let op = if write { Op::Write { offset } } else { Op::Read { offset } };
+            // SAFETY: the buffers live until all are collected.
+            unsafe { queue.submit(Tag(slot), op, &buffer.iov()) };
+        }
+        let done = collect(queue, STAMPED_SLOTS as usize, Duration::from_secs(20));
+        let mut tags: Vec<_> = done.iter().map(|c| (c.tag.0, c.result)).collect();
+        tags.sort_by_key(|t| t.0);
+        let want: Vec<_> = (0..STAMPED_SLOTS).map(|t| (t, Ok(()))).collect();
+        assert_eq!(tags, want);
+        for (slot, buffer) in buffers.iter().enumerate() {
+            assert!(buffer.0.iter().all(|b| *b == stamps[slot]), "queue {index}");
+        }
+    }
+    rounds
+}
