@@ -5,6 +5,7 @@ pub mod baton;
 pub mod file;
 pub mod handoff;
 pub mod open;
+pub mod rbd;
 pub mod uri;
 pub mod volume;
 

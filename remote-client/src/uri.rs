@@ -6,12 +6,17 @@
 //! | `baton://HOST:PORT/VOLUME`, `baton://A:P,B:P/VOLUME` | Baton over TCP |
 //! | `baton+unix:///VOLUME?socket=PATH` | Baton over a Unix socket |
 //! | `file:///PATH` | a local file or block device |
+//! | `rbd://POOL/IMAGE`, `rbd://POOL/IMAGE@SNAPSHOT` | Ceph RBD |
+
+mod rbd;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use baton_protocol::message::VOLUME_NAME_BYTES_MAX;
+
+pub use rbd::RbdUri;
 
 /// Where a storage server listens.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -54,6 +59,8 @@ pub enum VolumeUri {
         /// Absolute.
         path: PathBuf,
     },
+    /// A block image of a Ceph cluster.
+    Rbd(RbdUri),
 }
 
 /// Why a text is not a volume URI.
@@ -61,11 +68,11 @@ pub enum VolumeUri {
 pub enum UriError {
     /// No `SCHEME://`.
     #[error(
-        "`{0}` is not a volume URI; write baton://HOST:PORT/VOLUME, baton+unix:///VOLUME?socket=PATH or file:///PATH"
+        "`{0}` is not a volume URI; write baton://HOST:PORT/VOLUME, baton+unix:///VOLUME?socket=PATH, rbd://POOL/IMAGE or file:///PATH"
     )]
     NoScheme(String),
     /// A scheme that this build has no driver for.
-    #[error("no driver for `{0}://` volumes; use baton://, baton+unix:// or file://")]
+    #[error("no driver for `{0}://` volumes; use baton://, baton+unix://, rbd:// or file://")]
     Scheme(String),
     /// A server without a host or a port.
     #[error("`{0}` is not a server; write HOST:PORT, with an IPv6 address in brackets")]
@@ -73,6 +80,11 @@ pub enum UriError {
     /// No volume name, or one that no server accepts.
     #[error("`{0}` is not a volume name; it needs 1 to {VOLUME_NAME_BYTES_MAX} bytes without `/`")]
     Volume(String),
+    /// No pool, image, snapshot, user or namespace, or one that Ceph's tools cannot name.
+    #[error(
+        "`{0}` is not a name in Ceph; write rbd://POOL/IMAGE or rbd://POOL/IMAGE@SNAPSHOT, and a namespace as ?namespace=NAME"
+    )]
+    RbdName(String),
     /// `baton+unix` without `?socket=`.
     #[error("`{0}` does not name the server's socket; add ?socket=/PATH")]
     NoSocket(String),
@@ -97,6 +109,7 @@ impl FromStr for VolumeUri {
             "baton" => baton(rest),
             "baton+unix" => baton_unix(text, rest),
             "file" => file(rest),
+            "rbd" => rbd::parse(rest),
             _ => Err(UriError::Scheme(scheme.to_owned())),
         }
     }
@@ -221,6 +234,7 @@ impl fmt::Display for VolumeUri {
                 write!(f, "baton+unix:///{}?socket={}", Escaped(volume), Escaped(&socket))
             }
             Self::File { path } => write!(f, "file://{}", Escaped(&shown(path))),
+            Self::Rbd(uri) => uri.fmt(f),
         }
     }
 }
@@ -272,7 +286,7 @@ mod tests {
         for (text, part) in [
             ("", "not a volume URI"),
             ("/dev/sda", "not a volume URI"),
-            ("rbd://pool/image", "no driver for `rbd://`"),
+            ("sheepdog://pool/image", "no driver for `sheepdog://`"),
             ("baton://h/v", "not a server"),
             ("baton://h:0/v", "not a server"),
             ("baton://h:65536/v", "not a server"),
