@@ -9,7 +9,7 @@ echo "bench-cost: building (the first time takes minutes)" >&2
 # Progress is for people.
 quiet=()
 [[ -t 2 ]] || quiet=(--quiet)
-cargo build --release "${quiet[@]}" -p baton-storage-server -p baton-backend -p baton-cli -p baton-integration --bins
+cargo build --release "${quiet[@]}" --bin baton-storage --bin baton-backend --bin baton --bin baton-bench
 target=${CARGO_TARGET_DIR:-$PWD/target}
 case $target in /*) ;; *) target=$PWD/$target ;; esac
 how=--check

@@ -35,7 +35,8 @@ pub struct Args {
     /// Inherited socket to serve, listening or connected
     #[arg(long, value_name = "FDNUM", conflicts_with = "config")]
     fd: Option<RawFd>,
-    /// Volume: baton://HOST:PORT/NAME, baton+unix:///NAME?socket=PATH or file:///PATH
+    /// Volume: baton://HOST:PORT/NAME, baton+unix:///NAME?socket=PATH,
+    /// nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH or file:///PATH
     #[arg(long, value_name = "URI", conflicts_with_all = ["blk_file", "config"])]
     volume: Option<String>,
     /// Local file or block device to serve instead of a volume

@@ -92,6 +92,15 @@ impl DiskServer {
         member: Option<MemberHandle>,
     ) -> io::Result<Self> {
         let geometry = volume.geometry();
+        let num_queues = options.num_queues.min(volume.queues_max());
+        if num_queues < options.num_queues {
+            tracing::warn!(
+                disk = options.name,
+                asked = options.num_queues,
+                num_queues,
+                "the storage serves fewer queues than asked for; give the VMM no more than these"
+            );
+        }
         let news = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let disk = Arc::new(Disk {
             name: options.name.clone(),
@@ -100,7 +109,7 @@ impl DiskServer {
             read_only: options.read_only || geometry.read_only,
             id: geometry.id,
             inflight_made: MadeHere::default(),
-            status: DiskStatus::new(options.num_queues),
+            status: DiskStatus::new(num_queues),
             member,
         });
         let (weak, waker) = (Arc::downgrade(&disk), Arc::clone(&news));
@@ -111,7 +120,7 @@ impl DiskServer {
         }));
         // It may have grown before the listener was there.
         disk.size_bytes.fetch_max(disk.volume.geometry().size_bytes, Ordering::Relaxed);
-        let queues = (0..options.num_queues)
+        let queues = (0..num_queues)
             .map(|index| QueueHandle::spawn(index, Arc::clone(&disk), options.poll_us))
             .collect::<io::Result<Vec<_>>>()?;
         // A destination's connections stand before its rings start.

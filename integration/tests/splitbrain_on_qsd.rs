@@ -71,8 +71,10 @@ fn a_frozen_destination_makes_two_writers() {
     let outcome = replay("frozen", replay_frozen_destination);
     assert!(outcome.is_split_brain(), "the peer no longer fails: {outcome:?}");
     assert_eq!((&*outcome.source.vm, &*outcome.destination.vm), ("running", "running"));
+    // Nobody gets his volume back whole. Now and then the peer's backends stall with two writers, and then no guest can
+    // read what it has: seen once in some fifty runs, on both sides at once.
     let sides = [&outcome.source, &outcome.destination];
-    assert!(sides.iter().any(|s| matches!(s.verification, Verification::Bad { .. })));
+    assert!(!sides.iter().all(|s| s.verification == Verification::Good), "{outcome:?}");
 }
 
 #[test]

@@ -2,10 +2,16 @@
 //! drivers. Knows nothing of virtio.
 
 pub mod baton;
+mod cursor;
 pub mod file;
 pub mod handoff;
+#[cfg(fuzzing)]
+pub mod nbd;
+#[cfg(not(fuzzing))]
+mod nbd;
 pub mod open;
 pub mod rbd;
+mod socket;
 pub mod uri;
 pub mod volume;
 

@@ -11,6 +11,7 @@ use baton_protocol::{SessionId, Status};
 use crate::baton::Timing;
 use crate::baton::volume::{BatonVolume, Servers};
 use crate::file::FileVolume;
+use crate::nbd::volume::NbdVolume;
 use crate::rbd::{RbdError, RbdVolume};
 use crate::uri::{UriError, VolumeUri};
 use crate::volume::Volume;
@@ -207,6 +208,86 @@ pub enum OpenError {
     /// Not one sector.
     #[error("`{}` is smaller than one sector; make it larger with `truncate -s 10G`", .0.display())]
     Empty(PathBuf),
+    /// Storage of another kind cannot do what a handoff needs.
+    #[error(
+        "volume `{volume}` cannot be handed over: NBD servers cannot keep two hosts apart; start this backend without standby, after the other host's backend has ended"
+    )]
+    NoHandoff {
+        /// URI.
+        volume: String,
+    },
+    /// Nothing listens there, or the way is blocked.
+    #[error("cannot reach an NBD server at {server}; check the address and that the server runs")]
+    NbdUnreachable {
+        /// Address.
+        server: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Something accepts connections and stays silent.
+    #[error(
+        "no answer from {server} within {after_ms} ms; check that it is an NBD server, and that it takes one more client"
+    )]
+    NbdTimeout {
+        /// Address.
+        server: String,
+        /// How long was waited, milliseconds.
+        after_ms: u128,
+    },
+    /// Something else listens there.
+    #[error("what listens at {server} is not an NBD server; check the port")]
+    NotNbd {
+        /// Address.
+        server: String,
+    },
+    /// Older than the fixed newstyle handshake.
+    #[error(
+        "the NBD server at {server} speaks only the old style of the protocol; use one with the fixed newstyle handshake"
+    )]
+    NbdOldStyle {
+        /// Address.
+        server: String,
+    },
+    /// It serves nobody in clear text.
+    #[error("the NBD server at {server} requires TLS, which this build does not speak")]
+    NbdTlsRequired {
+        /// Address.
+        server: String,
+    },
+    /// No such export.
+    #[error(
+        "no export `{export}` at the NBD server {server}; check the name in the URI, behind the slash that follows the server"
+    )]
+    NbdNoExport {
+        /// Address.
+        server: String,
+        /// Name.
+        export: String,
+    },
+    /// Another refusal, or something that no disk can be.
+    #[error("the NBD server at {server} cannot serve export `{export}` as a disk")]
+    NbdRefused {
+        /// Address.
+        server: String,
+        /// Name.
+        export: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Not one block.
+    #[error(
+        "`{volume}` has {size_bytes} bytes, less than one block of {block_bytes}; export a larger disk"
+    )]
+    NbdEmpty {
+        /// URI.
+        volume: String,
+        /// Its size, bytes.
+        size_bytes: u64,
+        /// Its block, bytes.
+        block_bytes: u32,
+    },
 }
 
 /// Opens the volume `uri`. Waits for the storage for at most
@@ -228,6 +309,7 @@ pub fn open(uri: &str, options: &OpenOptions) -> Result<Arc<dyn Volume>, OpenErr
         VolumeUri::Baton { servers, volume } => {
             Ok(Arc::new(BatonVolume::open(&Servers::Tcp(servers), &volume, options)?))
         }
+        VolumeUri::Nbd(uri) => Ok(Arc::new(NbdVolume::open(&uri, options)?)),
         VolumeUri::BatonUnix { socket, volume } => {
             Ok(Arc::new(BatonVolume::open(&Servers::Unix(socket), &volume, options)?))
         }

@@ -5,6 +5,8 @@
 //! |---|---|
 //! | `baton://HOST:PORT/VOLUME`, `baton://A:P,B:P/VOLUME` | Baton over TCP |
 //! | `baton+unix:///VOLUME?socket=PATH` | Baton over a Unix socket |
+//! | `nbd://HOST[:PORT]/EXPORT` | NBD over TCP: [`NbdUri`] |
+//! | `nbd+unix:///EXPORT?socket=PATH` | NBD over a Unix socket |
 //! | `file:///PATH` | a local file or block device |
 //! | `rbd://POOL/IMAGE`, `rbd://POOL/IMAGE@SNAPSHOT` | Ceph RBD |
 
@@ -16,6 +18,8 @@ use std::str::FromStr;
 
 use baton_protocol::message::VOLUME_NAME_BYTES_MAX;
 
+use crate::nbd::uri as nbd;
+pub use crate::nbd::uri::{NbdServer, NbdUri};
 pub use rbd::RbdUri;
 
 /// Where a storage server listens.
@@ -54,6 +58,8 @@ pub enum VolumeUri {
         /// Name of the volume.
         volume: String,
     },
+    /// An export of an NBD server.
+    Nbd(NbdUri),
     /// A local file or block device.
     File {
         /// Absolute.
@@ -68,11 +74,13 @@ pub enum VolumeUri {
 pub enum UriError {
     /// No `SCHEME://`.
     #[error(
-        "`{0}` is not a volume URI; write baton://HOST:PORT/VOLUME, baton+unix:///VOLUME?socket=PATH, rbd://POOL/IMAGE or file:///PATH"
+        "`{0}` is not a volume URI; write baton://HOST:PORT/VOLUME, baton+unix:///VOLUME?socket=PATH, nbd://HOST/EXPORT, rbd://POOL/IMAGE or file:///PATH"
     )]
     NoScheme(String),
     /// A scheme that this build has no driver for.
-    #[error("no driver for `{0}://` volumes; use baton://, baton+unix://, rbd:// or file://")]
+    #[error(
+        "no driver for `{0}://` volumes; use baton://, baton+unix://, nbd://, nbd+unix://, rbd:// or file://"
+    )]
     Scheme(String),
     /// A server without a host or a port.
     #[error("`{0}` is not a server; write HOST:PORT, with an IPv6 address in brackets")]
@@ -85,6 +93,9 @@ pub enum UriError {
         "`{0}` is not a name in Ceph; write rbd://POOL/IMAGE or rbd://POOL/IMAGE@SNAPSHOT, and a namespace as ?namespace=NAME"
     )]
     RbdName(String),
+    /// Longer than the protocol allows.
+    #[error("an export's name may have 4096 bytes; this one has {0}")]
+    Export(usize),
     /// `baton+unix` without `?socket=`.
     #[error("`{0}` does not name the server's socket; add ?socket=/PATH")]
     NoSocket(String),
@@ -108,6 +119,8 @@ impl FromStr for VolumeUri {
         match scheme {
             "baton" => baton(rest),
             "baton+unix" => baton_unix(text, rest),
+            "nbd" => nbd::tcp(rest).map(VolumeUri::Nbd),
+            "nbd+unix" => nbd::unix(text, rest).map(VolumeUri::Nbd),
             "file" => file(rest),
             "rbd" => rbd::parse(rest),
             _ => Err(UriError::Scheme(scheme.to_owned())),
@@ -124,7 +137,7 @@ fn baton(rest: &str) -> Result<VolumeUri, UriError> {
     Ok(VolumeUri::Baton { servers, volume: volume_name(volume)? })
 }
 
-fn server(text: &str) -> Result<HostPort, UriError> {
+pub(crate) fn server(text: &str) -> Result<HostPort, UriError> {
     let bad = || UriError::Server(text.to_owned());
     let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
     let host = match host.strip_prefix('[') {
@@ -172,7 +185,7 @@ fn file(rest: &str) -> Result<VolumeUri, UriError> {
     Ok(VolumeUri::File { path: absolute(rest)? })
 }
 
-fn absolute(text: &str) -> Result<PathBuf, UriError> {
+pub(crate) fn absolute(text: &str) -> Result<PathBuf, UriError> {
     let path = unescape(text)?;
     if !path.starts_with('/') || path.len() == 1 {
         return Err(UriError::Relative(path));
@@ -180,7 +193,7 @@ fn absolute(text: &str) -> Result<PathBuf, UriError> {
     Ok(PathBuf::from(path))
 }
 
-fn unescape(text: &str) -> Result<String, UriError> {
+pub(crate) fn unescape(text: &str) -> Result<String, UriError> {
     let bad = || UriError::Escape(text.to_owned());
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();
@@ -201,7 +214,7 @@ fn unescape(text: &str) -> Result<String, UriError> {
 }
 
 /// Escapes what would end a path or a name early.
-struct Escaped<'a>(&'a str);
+pub(crate) struct Escaped<'a>(pub(crate) &'a str);
 
 impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -233,6 +246,7 @@ impl fmt::Display for VolumeUri {
                 let socket = shown(socket);
                 write!(f, "baton+unix:///{}?socket={}", Escaped(volume), Escaped(&socket))
             }
+            Self::Nbd(uri) => uri.fmt(f),
             Self::File { path } => write!(f, "file://{}", Escaped(&shown(path))),
             Self::Rbd(uri) => uri.fmt(f),
         }

@@ -141,6 +141,11 @@ pub trait Volume: Send + Sync + Debug {
     /// How it stands.
     fn state(&self) -> VolumeState;
 
+    /// How many queues the storage can serve at once; the index of each is below.
+    fn queues_max(&self) -> u16 {
+        u16::MAX
+    }
+
     /// Opens queue `index` for up to `depth` requests in flight. An index that
     /// was dropped may be opened again. Does not wait for the storage.
     ///

@@ -210,7 +210,13 @@ fn verify(guest: &mut Guest, vm: &str, writes: u64) -> Result<Verification> {
     }
     guest.resynchronise()?;
     // Its backend may have given up meanwhile: qemu-storage-daemon does now and then, with a guest that came back.
-    let Ok(totals) = guest.end_load() else { return Ok(Verification::Stalled) };
+    let totals = match guest.end_load() {
+        Ok(totals) => totals,
+        Err(e) => {
+            eprintln!("a guest that wrote does not read back: {e:#}");
+            return Ok(Verification::Stalled);
+        }
+    };
     if totals.errs + totals.stale + totals.corrupt == 0 {
         return Ok(Verification::Good);
     }

@@ -7,27 +7,16 @@
 //! Decides nothing; the session does.
 
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, connect,
-    getpeername, getsockname, setsockopt, socket, sockopt,
-};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::session::{DropReason, Session, State};
 use crate::file::IOV_MAX;
-use crate::uri::HostPort;
+use crate::socket::{Endpoint, Timer, Wake, connect_outcome, recvmsg, sendmsg};
 use crate::volume::Completion;
 
 /// One receive takes a batch of small answers: 62 READs of 4 KiB. Only what was
@@ -38,136 +27,6 @@ const BATCH_BYTES: usize = 256 << 10;
 /// most of the payload goes straight to guest memory: a header, and answers
 /// that came between.
 const TAIL_BYTES: usize = 4 << 10;
-
-/// Room for requests on their way through a Unix socket, whose buffer does not
-/// grow by itself; the kernel cuts it to its limit.
-const UNIX_BUFFER_BYTES: usize = 4 << 20;
-
-/// The kernel probes an idle connection after this, so that a dead server is
-/// noticed without waking this process for a live one.
-const KEEPALIVE_IDLE_S: u32 = 10;
-const KEEPALIVE_INTERVAL_S: u32 = 3;
-const KEEPALIVE_PROBES: u32 = 3;
-/// Sent data that nobody acknowledges for this long ends the connection.
-const USER_TIMEOUT_MS: u32 = 15_000;
-
-/// Where a storage server is.
-#[derive(Debug)]
-pub(crate) enum Endpoint {
-    Tcp {
-        server: HostPort,
-        /// What the name resolved to last; never empty.
-        addresses: Mutex<Vec<SocketAddr>>,
-    },
-    Unix(PathBuf),
-}
-
-impl std::fmt::Display for Endpoint {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Tcp { server, .. } => write!(f, "{server}"),
-            Self::Unix(path) => write!(f, "{}", path.display()),
-        }
-    }
-}
-
-impl Endpoint {
-    /// Resolves the server's name, which may block.
-    pub(crate) fn resolve(server: &HostPort) -> io::Result<Self> {
-        let addresses = Mutex::new(lookup(server)?);
-        Ok(Self::Tcp { server: server.clone(), addresses })
-    }
-
-    /// Resolves the name again, which may block. A name that does not resolve
-    /// any more leaves the old addresses.
-    pub(crate) fn refresh(&self) {
-        if let Self::Tcp { server, addresses } = self
-            && server.host.parse::<std::net::IpAddr>().is_err()
-            && let Ok(found) = lookup(server)
-        {
-            *addresses.lock().unwrap_or_else(PoisonError::into_inner) = found;
-        }
-    }
-
-    /// Begins connection number `attempt`.
-    fn connect(&self, attempt: usize) -> nix::Result<OwnedFd> {
-        match self {
-            Self::Tcp { addresses, .. } => {
-                let address = {
-                    let list = addresses.lock().unwrap_or_else(PoisonError::into_inner);
-                    list[attempt % list.len()]
-                };
-                let family =
-                    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-                let fd = new_socket(family)?;
-                setsockopt(&fd, sockopt::TcpNoDelay, &true)?;
-                setsockopt(&fd, sockopt::KeepAlive, &true)?;
-                setsockopt(&fd, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_S)?;
-                setsockopt(&fd, sockopt::TcpKeepInterval, &KEEPALIVE_INTERVAL_S)?;
-                setsockopt(&fd, sockopt::TcpKeepCount, &KEEPALIVE_PROBES)?;
-                setsockopt(&fd, sockopt::TcpUserTimeout, &USER_TIMEOUT_MS)?;
-                begin(&fd, &SockaddrStorage::from(address))?;
-                Ok(fd)
-            }
-            Self::Unix(path) => {
-                let fd = new_socket(AddressFamily::Unix)?;
-                setsockopt(&fd, sockopt::SndBuf, &UNIX_BUFFER_BYTES)?;
-                begin(&fd, &UnixAddr::new(path)?)?;
-                Ok(fd)
-            }
-        }
-    }
-}
-
-fn lookup(server: &HostPort) -> io::Result<Vec<SocketAddr>> {
-    let found: Vec<_> = (server.host.as_str(), server.port).to_socket_addrs()?.collect();
-    if found.is_empty() {
-        return Err(io::Error::other("the name has no address"));
-    }
-    Ok(found)
-}
-
-fn new_socket(family: AddressFamily) -> nix::Result<OwnedFd> {
-    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    socket(family, SockType::Stream, flags, None)
-}
-
-fn begin(fd: &OwnedFd, address: &dyn SockaddrLike) -> nix::Result<()> {
-    match connect(fd.as_raw_fd(), address) {
-        Err(Errno::EINPROGRESS | Errno::EINTR) | Ok(()) => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-/// Wakes whoever waits for a link, from another thread.
-#[derive(Debug)]
-pub(crate) struct Wake {
-    fd: EventFd,
-    /// Set before the descriptor is written, so that the owner asks the kernel
-    /// only when there is something.
-    flag: AtomicBool,
-}
-
-impl Wake {
-    pub(crate) fn notify(&self) {
-        if !self.flag.swap(true, Ordering::AcqRel) {
-            // Fails only when the counter is at its limit, and then it is readable.
-            let _ = self.fd.write(1);
-        }
-    }
-
-    /// Whether there was a notification since the last call. What the notifier
-    /// changed before is visible afterwards.
-    pub(crate) fn take(&self) -> bool {
-        if !self.flag.load(Ordering::Acquire) {
-            return false;
-        }
-        // First the descriptor, then the flag: a notifier in between finds the
-        // flag set and writes nothing, and its change is seen by our caller.
-        let _ = self.fd.read();
-        self.flag.swap(false, Ordering::AcqRel)
-    }
-}
 
 const SOCKET: EpollEvent = EpollEvent::new(EpollFlags::EPOLLIN, 0);
 const SOCKET_OUT: EpollEvent = EpollEvent::new(EpollFlags::EPOLLIN.union(EpollFlags::EPOLLOUT), 0);
@@ -185,9 +44,7 @@ pub(crate) struct Link {
     attempt: usize,
     socket: Option<Socket>,
     epoll: Epoll,
-    timer: TimerFd,
-    /// When the timer fires; it may be earlier than anything needs.
-    armed: Option<Instant>,
+    timer: Timer,
     wake: Arc<Wake>,
     iov: Vec<libc::iovec>,
     buffer: Box<[u8]>,
@@ -207,13 +64,9 @@ impl Link {
     /// A link for `session`; `batch` is false for one that carries no I/O.
     pub(crate) fn new(session: Session, endpoint: Arc<Endpoint>, batch: bool) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let timer = TimerFd::new(
-            ClockId::CLOCK_MONOTONIC,
-            TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
-        )?;
-        let fd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        epoll.add(&timer, SOCKET)?;
-        epoll.add(&fd, SOCKET)?;
+        let (timer, wake) = (Timer::new()?, Arc::new(Wake::new()?));
+        epoll.add(timer.as_fd(), SOCKET)?;
+        epoll.add(wake.as_fd(), SOCKET)?;
         let bytes = if batch { BATCH_BYTES } else { TAIL_BYTES };
         Ok(Self {
             session,
@@ -222,8 +75,7 @@ impl Link {
             socket: None,
             epoll,
             timer,
-            armed: None,
-            wake: Arc::new(Wake { fd, flag: AtomicBool::new(false) }),
+            wake,
             iov: Vec::with_capacity(IOV_MAX),
             buffer: vec![0; bytes].into_boxed_slice(),
         })
@@ -268,11 +120,7 @@ impl Link {
     /// Does what is due: timer, connection, sending, receiving.
     pub(crate) fn poll(&mut self, completions: &mut Vec<Completion>) {
         let now = Instant::now();
-        if self.armed.is_some_and(|armed| armed <= now) {
-            // Clears the descriptor; an early read leaves it for the next call.
-            if read_timer(&self.timer) {
-                self.armed = None;
-            }
+        if self.timer.is_due(now) {
             self.session.on_timer(now);
         }
         // A connection that breaks is replaced at once when the session says
@@ -320,18 +168,7 @@ impl Link {
         let (State::Connecting { .. }, Some(socket)) = (self.session.state(), &self.socket) else {
             return;
         };
-        let mut fds = [PollFd::new(socket.fd.as_fd(), PollFlags::POLLOUT)];
-        match poll(&mut fds, PollTimeout::ZERO) {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {}
-        }
-        let error = nix::sys::socket::getsockopt(&socket.fd, sockopt::SocketError);
-        let outcome = match error.map(Errno::from_raw) {
-            Err(error) => Err(error),
-            Ok(error) if error != Errno::UnknownErrno => Err(error),
-            Ok(_) if is_to_itself(&socket.fd) => Err(Errno::ECONNREFUSED),
-            Ok(_) => Ok(()),
-        };
+        let Some(outcome) = connect_outcome(&socket.fd) else { return };
         match outcome {
             Ok(()) => self.session.connected(now),
             Err(error) => {
@@ -436,73 +273,13 @@ impl Link {
         }
     }
 
-    /// Sets the timer when something is due before it fires. It is never set to
-    /// a later time: that would cost a system call per request to save one
-    /// wake-up per period.
     fn arm(&mut self, now: Instant) {
-        let Some(deadline) = self.session.deadline() else {
-            let is_final = matches!(self.session.state(), State::Fenced | State::Lost);
-            // Nothing will ever be due again. Unsetting also forgets a timer
-            // that has fired.
-            if is_final && self.armed.take().is_some() {
-                let _ = self.timer.unset();
+        match self.session.deadline() {
+            Some(deadline) => self.timer.arm(now, deadline),
+            None if matches!(self.session.state(), State::Fenced | State::Lost) => {
+                self.timer.disarm();
             }
-            return;
-        };
-        if self.armed.is_some_and(|armed| armed <= deadline) {
-            return;
-        }
-        let wait = deadline.saturating_duration_since(now).max(Duration::from_micros(1));
-        let expiration = Expiration::OneShot(TimeSpec::from_duration(wait));
-        match self.timer.set(expiration, TimerSetTimeFlags::empty()) {
-            Ok(()) => self.armed = Some(deadline.max(now)),
-            Err(error) => tracing::error!(%error, "cannot set a timer"),
+            None => {}
         }
     }
-}
-
-fn read_timer(timer: &TimerFd) -> bool {
-    let mut count = [0u8; 8];
-    nix::unistd::read(timer, &mut count).is_ok()
-}
-
-/// A connection to a free port of this host may meet itself (RFC 9293 3.5,
-/// simultaneous open), and then keep the server from binding the port.
-fn is_to_itself(fd: &OwnedFd) -> bool {
-    let ends = (
-        getsockname::<SockaddrStorage>(fd.as_raw_fd()),
-        getpeername::<SockaddrStorage>(fd.as_raw_fd()),
-    );
-    matches!(ends, (Ok(a), Ok(b)) if a == b && a.as_unix_addr().is_none())
-}
-
-fn message(iov: &mut [libc::iovec]) -> libc::msghdr {
-    // SAFETY: all zeros is a valid, empty message header.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = iov.as_mut_ptr();
-    message.msg_iovlen = iov.len();
-    message
-}
-
-fn sendmsg(fd: &OwnedFd, iov: &mut [libc::iovec]) -> nix::Result<usize> {
-    let flags = (MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT).bits();
-    let message = message(iov);
-    // SAFETY: the header names `iov` and nothing else; the memory behind it is
-    // the session's own or vouched for by the submitter, and the kernel checks it.
-    Errno::result(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, flags) })
-        .map(|n| usize::try_from(n).expect("not negative"))
-}
-
-fn recvmsg(fd: &OwnedFd, iov: &mut [libc::iovec]) -> nix::Result<usize> {
-    let flags = MsgFlags::MSG_DONTWAIT.bits();
-    // SAFETY: as in `sendmsg`; each buffer may be written for its whole length.
-    let n = unsafe {
-        if let [one] = iov {
-            libc::recv(fd.as_raw_fd(), one.iov_base, one.iov_len, flags)
-        } else {
-            let mut message = message(iov);
-            libc::recvmsg(fd.as_raw_fd(), &raw mut message, flags)
-        }
-    };
-    Errno::result(n).map(|n| usize::try_from(n).expect("not negative"))
 }

@@ -19,11 +19,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::handover::{Errands, Handover};
 use super::ledger::Ledger;
-use super::link::{Endpoint, Link, Wake};
+use super::link::Link;
 use super::queue::{BatonQueue, Halt, Reporter};
 use super::session::{DropReason, Grant, Identity, LostReason, Notice, Session, Timing};
 use crate::handoff::HandoffPort;
 use crate::open::{OpenError, OpenOptions, random_nonzero};
+use crate::socket::{Endpoint, Wake};
 use crate::uri::HostPort;
 use crate::volume::{
     EventListener, Geometry, QueueError, Volume, VolumeEvent, VolumeQueue, VolumeState,
@@ -33,6 +34,8 @@ use crate::volume::{
 const RELEASE_WAIT: Duration = Duration::from_secs(2);
 /// Pause between rounds of attempts while a volume is opened.
 const OPEN_PAUSE: Duration = Duration::from_millis(50);
+/// Sent data that nobody acknowledges for this long ends the connection.
+const USER_TIMEOUT_MS: u32 = 15_000;
 /// Names are resolved again at most this often while the server is away.
 const RESOLVE_PAUSE: Duration = Duration::from_secs(1);
 
@@ -396,7 +399,7 @@ fn attempt(
     until: Instant,
 ) -> Result<Attempt, OpenError> {
     let endpoint = match servers {
-        Servers::Tcp(list) => match Endpoint::resolve(&list[index]) {
+        Servers::Tcp(list) => match Endpoint::resolve(&list[index], USER_TIMEOUT_MS) {
             Ok(endpoint) => endpoint,
             Err(source) => {
                 let host = list[index].host.clone();

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 #[derive(Debug)]
-pub(super) struct Backoff {
+pub(crate) struct Backoff {
     min: Duration,
     max: Duration,
     /// Attempts since the last progress.
@@ -14,18 +14,18 @@ pub(super) struct Backoff {
 }
 
 impl Backoff {
-    pub(super) fn new(min: Duration, max: Duration, seed: u64) -> Self {
+    pub(crate) fn new(min: Duration, max: Duration, seed: u64) -> Self {
         Self { min, max, attempt: 0, random: seed | 1 }
     }
 
     /// The server did something useful: the next attempt may be at once.
-    pub(super) fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.attempt = 0;
     }
 
     /// The pause before the next attempt. `polite`: even the first one pauses,
     /// because the server asked for it.
-    pub(super) fn next(&mut self, polite: bool) -> Duration {
+    pub(crate) fn next(&mut self, polite: bool) -> Duration {
         if polite {
             self.attempt = self.attempt.max(1);
         }

@@ -24,7 +24,7 @@
 //!   READ that it answers, and nothing panics: the connection is dropped.
 //! - No allocation per request once each slot was used.
 
-mod backoff;
+pub(crate) mod backoff;
 mod handoff;
 mod handshake;
 mod receive;

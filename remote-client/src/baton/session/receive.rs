@@ -9,8 +9,9 @@ use baton_protocol::message::{BodyError, EVENT_BYTES};
 use baton_protocol::{AccessMode, Event, EventKind, Opcode, ReplyHeader, Seq, Status};
 
 use super::handshake::{Verdict, judge, sentence};
-use super::table::{Child, Cursor, Purpose};
+use super::table::{Child, Purpose};
 use super::{DropReason, LostReason, Notice, Session, State, Violation};
+use crate::cursor::{Cursor, copy_out};
 use crate::volume::IoError;
 
 /// Longest body other than READ data that a server may send, bytes: a WELCOME,
@@ -347,18 +348,4 @@ fn event(body: &[u8], known: u64) -> Result<(u64, Option<Event>), Violation> {
         return Err(Violation::EventOrder { known, found: id });
     }
     Ok((id, event))
-}
-
-/// Copies received bytes to the guest's memory at a position inside it.
-fn copy_out(buffers: &[libc::iovec], mut at: Cursor, mut bytes: &[u8]) {
-    while !bytes.is_empty() {
-        let part = at.part(buffers, bytes.len());
-        // SAFETY: the submitter vouches for the buffers until completion. The
-        // guest may touch them meanwhile; we only store through a raw pointer.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), part.iov_base.cast(), part.iov_len);
-        }
-        at.advance(buffers, part.iov_len);
-        bytes = &bytes[part.iov_len..];
-    }
 }

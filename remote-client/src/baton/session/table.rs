@@ -23,6 +23,7 @@ use baton_protocol::{Epoch, Opcode, QueueId, RequestHeader, Seq, SessionId};
 
 use super::handoff::ASKS;
 use crate::baton::ledger::Mark;
+use crate::cursor::Cursor;
 use crate::volume::{Completion, IoError, Op, Tag};
 
 /// Slots for wire requests: the widest window a server may offer.
@@ -88,65 +89,6 @@ impl Body {
     }
 }
 
-/// A position in a guest request's buffers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Cursor {
-    iov: usize,
-    skip: usize,
-}
-
-impl Cursor {
-    /// Moves `n` bytes on.
-    pub(super) fn advance(&mut self, iov: &[libc::iovec], mut n: usize) {
-        while n > 0 {
-            let left = iov[self.iov].iov_len - self.skip;
-            if n < left {
-                self.skip += n;
-                return;
-            }
-            n -= left;
-            *self = Self { iov: self.iov + 1, skip: 0 };
-        }
-    }
-
-    /// The longest piece of at most `len` bytes that is in one buffer.
-    pub(super) fn part(&self, iov: &[libc::iovec], len: usize) -> libc::iovec {
-        let (mut at, mut skip) = (self.iov, self.skip);
-        while iov[at].iov_len == skip {
-            (at, skip) = (at + 1, 0);
-        }
-        libc::iovec {
-            iov_base: iov[at].iov_base.wrapping_byte_add(skip),
-            iov_len: (iov[at].iov_len - skip).min(len),
-        }
-    }
-
-    /// Appends the next `len` bytes to `out`, which may grow to `max` entries;
-    /// returns how many bytes fitted.
-    pub(super) fn push(
-        mut self,
-        iov: &[libc::iovec],
-        len: usize,
-        out: &mut Vec<libc::iovec>,
-        max: usize,
-    ) -> usize {
-        let mut pushed = 0;
-        while pushed < len && out.len() < max {
-            let v = &iov[self.iov];
-            let n = (v.iov_len - self.skip).min(len - pushed);
-            if n > 0 {
-                out.push(libc::iovec {
-                    iov_base: v.iov_base.wrapping_byte_add(self.skip),
-                    iov_len: n,
-                });
-            }
-            pushed += n;
-            self = Self { iov: self.iov + 1, skip: 0 };
-        }
-        pushed
-    }
-}
-
 /// A wire request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Child {
@@ -164,7 +106,7 @@ const FREE: Child = Child {
     opcode: Opcode::Ping,
     unanswered: false,
     len: 0,
-    at: Cursor { iov: 0, skip: 0 },
+    at: Cursor::START,
 };
 
 impl Child {

@@ -1,0 +1,37 @@
+//! The driver for NBD servers, as the protocol's document defines them: nbdkit,
+//! qemu-nbd, qemu-storage-daemon and others.
+//!
+//! ```text
+//!  NbdVolume --open_queue--> NbdQueue --- Link --- Session --- Handshake
+//!                                          |          |    \-- Table
+//!                                socket, timer    bytes in, bytes out
+//! ```
+//!
+//! | module | noun |
+//! |---|---|
+//! | [`uri`] | how a person names an export |
+//! | [`wire`] | the bytes |
+//! | [`errno`] | what an error means to the guest |
+//! | [`handshake`] | from the greeting to an export |
+//! | [`table`] | requests and what was cut from them |
+//! | [`session`], [`receive`] | one conversation over any number of connections, sans-IO |
+//! | [`link`] | what gives a session a socket and a clock |
+//! | [`volume`] | the export as a volume, and its queues |
+//!
+//! NBD has no fence: a server does not know who may write. Nothing here can keep
+//! two hosts apart.
+
+mod errno;
+mod handshake;
+mod link;
+mod receive;
+mod session;
+mod table;
+pub(crate) mod uri;
+pub(crate) mod volume;
+mod wire;
+
+pub(crate) use handshake::EXPORT_BYTES_MAX;
+
+#[cfg(fuzzing)]
+pub mod fuzz;
