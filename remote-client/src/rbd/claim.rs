@@ -48,8 +48,8 @@ impl FromStr for Claim {
 pub(super) enum Step {
     /// Nobody alive has it: ask for it.
     Acquire,
-    /// A client has it that is this owner's, or was not heard of lately: fence
-    /// it, break the lock, ask for it.
+    /// A client that is this owner's is still there, or the one that has it was
+    /// not heard of lately: fence it, break the lock, ask for it.
     TakeOver(String),
     /// A client that is alive and not ours has it.
     InUse(String),
@@ -64,14 +64,16 @@ pub(super) fn next(
     lock: Option<&str>,
     watchers: &[String],
 ) -> Step {
+    let is_alive = |client: &str| watchers.iter().any(|alive| alive == client);
     match (claim, lock) {
         (Some(claim), _) if claim.owner != owner => Step::NotOwner(claim.owner.clone()),
+        // It has given up its lock but not ended: it may be dead, and then every
+        // notice to those who watch the image waits for it, or frozen.
+        (Some(claim), None) if is_alive(&claim.client) => Step::TakeOver(claim.client.clone()),
         (_, None) => Step::Acquire,
         // Dead or frozen; which of them cannot be known from here.
         (Some(claim), Some(client)) if claim.client == client => Step::TakeOver(client.to_owned()),
-        (_, Some(client)) if watchers.iter().any(|alive| alive == client) => {
-            Step::InUse(client.to_owned())
-        }
+        (_, Some(client)) if is_alive(client) => Step::InUse(client.to_owned()),
         // Its watch has timed out, which a frozen one's does, too.
         (_, Some(client)) => Step::TakeOver(client.to_owned()),
     }
@@ -107,7 +109,7 @@ mod tests {
         for (claim, lock, dead, living) in [
             (None, None, &acquire, &acquire),
             (None, Some("qemu"), &dead_one, &in_use("qemu")),
-            (Some(&mine), None, &acquire, &acquire),
+            (Some(&mine), None, &acquire, &over),
             (Some(&mine), Some("old"), &over, &over),
             (Some(&mine), Some("qemu"), &dead_one, &in_use("qemu")),
             (Some(&other), None, &theirs, &theirs),
