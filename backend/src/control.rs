@@ -181,7 +181,7 @@ impl Vm {
         let Some(handoff) = &self.handoff else {
             return Err(Refusal::new(
                 RefusalKind::CannotHandOver,
-                "no volume of this VM can be handed over; its storage server has to be one that can",
+                "no volume of this VM can be handed over: files and Ceph RBD images cannot, volumes of a Baton storage server can",
             ));
         };
         if let Some(order) = order {

@@ -10,6 +10,7 @@ pub mod nbd;
 #[cfg(not(fuzzing))]
 mod nbd;
 pub mod open;
+pub mod rbd;
 mod socket;
 pub mod uri;
 pub mod volume;

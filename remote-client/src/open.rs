@@ -12,6 +12,7 @@ use crate::baton::Timing;
 use crate::baton::volume::{BatonVolume, Servers};
 use crate::file::FileVolume;
 use crate::nbd::volume::NbdVolume;
+use crate::rbd::{RbdError, RbdVolume};
 use crate::uri::{UriError, VolumeUri};
 use crate::volume::Volume;
 
@@ -201,6 +202,9 @@ pub enum OpenError {
         .0.display()
     )]
     Locked(PathBuf),
+    /// An image of Ceph.
+    #[error(transparent)]
+    Rbd(#[from] RbdError),
     /// Not one sector.
     #[error("`{}` is smaller than one sector; make it larger with `truncate -s 10G`", .0.display())]
     Empty(PathBuf),
@@ -301,6 +305,7 @@ pub fn open(uri: &str, options: &OpenOptions) -> Result<Arc<dyn Volume>, OpenErr
     }
     match uri {
         VolumeUri::File { path } => Ok(Arc::new(FileVolume::open(&path, options.read_only)?)),
+        VolumeUri::Rbd(image) => Ok(Arc::new(RbdVolume::open(&image, options)?)),
         VolumeUri::Baton { servers, volume } => {
             Ok(Arc::new(BatonVolume::open(&Servers::Tcp(servers), &volume, options)?))
         }

@@ -8,6 +8,9 @@
 //! | `nbd://HOST[:PORT]/EXPORT` | NBD over TCP: [`NbdUri`] |
 //! | `nbd+unix:///EXPORT?socket=PATH` | NBD over a Unix socket |
 //! | `file:///PATH` | a local file or block device |
+//! | `rbd://POOL/IMAGE`, `rbd://POOL/IMAGE@SNAPSHOT` | Ceph RBD |
+
+mod rbd;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -17,6 +20,7 @@ use baton_protocol::message::VOLUME_NAME_BYTES_MAX;
 
 use crate::nbd::uri as nbd;
 pub use crate::nbd::uri::{NbdServer, NbdUri};
+pub use rbd::RbdUri;
 
 /// Where a storage server listens.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -61,6 +65,8 @@ pub enum VolumeUri {
         /// Absolute.
         path: PathBuf,
     },
+    /// A block image of a Ceph cluster.
+    Rbd(RbdUri),
 }
 
 /// Why a text is not a volume URI.
@@ -68,12 +74,12 @@ pub enum VolumeUri {
 pub enum UriError {
     /// No `SCHEME://`.
     #[error(
-        "`{0}` is not a volume URI; write baton://HOST:PORT/VOLUME, baton+unix:///VOLUME?socket=PATH, nbd://HOST/EXPORT or file:///PATH"
+        "`{0}` is not a volume URI; write baton://HOST:PORT/VOLUME, baton+unix:///VOLUME?socket=PATH, nbd://HOST/EXPORT, rbd://POOL/IMAGE or file:///PATH"
     )]
     NoScheme(String),
     /// A scheme that this build has no driver for.
     #[error(
-        "no driver for `{0}://` volumes; use baton://, baton+unix://, nbd://, nbd+unix:// or file://"
+        "no driver for `{0}://` volumes; use baton://, baton+unix://, nbd://, nbd+unix://, rbd:// or file://"
     )]
     Scheme(String),
     /// A server without a host or a port.
@@ -82,6 +88,11 @@ pub enum UriError {
     /// No volume name, or one that no server accepts.
     #[error("`{0}` is not a volume name; it needs 1 to {VOLUME_NAME_BYTES_MAX} bytes without `/`")]
     Volume(String),
+    /// No pool, image, snapshot, user or namespace, or one that Ceph's tools cannot name.
+    #[error(
+        "`{0}` is not a name in Ceph; write rbd://POOL/IMAGE or rbd://POOL/IMAGE@SNAPSHOT, and a namespace as ?namespace=NAME"
+    )]
+    RbdName(String),
     /// Longer than the protocol allows.
     #[error("an export's name may have 4096 bytes; this one has {0}")]
     Export(usize),
@@ -111,6 +122,7 @@ impl FromStr for VolumeUri {
             "nbd" => nbd::tcp(rest).map(VolumeUri::Nbd),
             "nbd+unix" => nbd::unix(text, rest).map(VolumeUri::Nbd),
             "file" => file(rest),
+            "rbd" => rbd::parse(rest),
             _ => Err(UriError::Scheme(scheme.to_owned())),
         }
     }
@@ -236,6 +248,7 @@ impl fmt::Display for VolumeUri {
             }
             Self::Nbd(uri) => uri.fmt(f),
             Self::File { path } => write!(f, "file://{}", Escaped(&shown(path))),
+            Self::Rbd(uri) => uri.fmt(f),
         }
     }
 }
@@ -287,7 +300,7 @@ mod tests {
         for (text, part) in [
             ("", "not a volume URI"),
             ("/dev/sda", "not a volume URI"),
-            ("rbd://pool/image", "no driver for `rbd://`"),
+            ("sheepdog://pool/image", "no driver for `sheepdog://`"),
             ("baton://h/v", "not a server"),
             ("baton://h:0/v", "not a server"),
             ("baton://h:65536/v", "not a server"),

@@ -1,0 +1,356 @@
+//! The RBD driver on a real Ceph cluster, without a backend between: what a guest's requests do to an image, and what
+//! they do while the cluster is away or has refused the client.
+
+use baton_integration::baton::wait_until;
+use baton_integration::ceph::{Ceph, skip_without_ceph};
+use baton_integration::workspace::TestDir;
+use baton_remote_client::{
+    Completion, IoError, Op, OpenError, OpenOptions, Tag, Volume, VolumeEvent, VolumeQueue,
+    VolumeState, open,
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::fs;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+const MIB: u64 = 1 << 20;
+const IMAGE_BYTES: u64 = 64 * MIB;
+const SOON: Duration = Duration::from_secs(60);
+/// Longer than the driver takes to call a cluster slow.
+const SLOW: Duration = Duration::from_secs(15);
+
+/// A cluster with an image `v`; `None`: it cannot be had here.
+fn cluster(test: &str) -> Option<(TestDir, Ceph)> {
+    if skip_without_ceph(test) {
+        return None;
+    }
+    let dir = TestDir::new("rbd").unwrap();
+    let ceph = Ceph::start(dir.path()).unwrap();
+    ceph.create_image("v", IMAGE_BYTES).unwrap();
+    Some((dir, ceph))
+}
+
+fn opened(uri: &str) -> Arc<dyn Volume> {
+    open(uri, &OpenOptions::new("host/vm")).unwrap()
+}
+
+fn refused(uri: &str, options: &OpenOptions) -> String {
+    let error = open(uri, options).expect_err(uri);
+    assert!(matches!(error, OpenError::Rbd(_)), "{error:?}");
+    error.to_string()
+}
+
+/// Odd parts, as a guest's may be.
+fn parts(data: &mut [u8]) -> Vec<libc::iovec> {
+    let (mut parts, mut rest) = (Vec::new(), data);
+    for len in [1, 511, 700, 4096, 9000].into_iter().cycle() {
+        let (now, later) = rest.split_at_mut(len.min(rest.len()));
+        parts.push(libc::iovec { iov_base: now.as_mut_ptr().cast(), iov_len: now.len() });
+        rest = later;
+        if rest.is_empty() {
+            return parts;
+        }
+    }
+    parts
+}
+
+fn collect(queue: &mut dyn VolumeQueue, count: usize, limit: Duration) -> Vec<Completion> {
+    let until = Instant::now() + limit;
+    let mut done = Vec::new();
+    queue.poll(&mut done);
+    while done.len() < count && Instant::now() < until {
+        let left = until.saturating_duration_since(Instant::now());
+        let mut fds = [PollFd::new(queue.wake_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::try_from(left).unwrap()).unwrap();
+        queue.poll(&mut done);
+    }
+    done
+}
+
+fn run(queue: &mut dyn VolumeQueue, op: Op, data: &mut [u8]) -> Result<(), IoError> {
+    // SAFETY: the buffer outlives the request, which is waited for.
+    unsafe { queue.submit(Tag(1), op, &parts(data)) };
+    let done = collect(queue, 1, SOON);
+    assert_eq!(done.len(), 1, "{op:?} was not answered");
+    done[0].result
+}
+
+fn pattern(len: usize, seed: usize) -> Vec<u8> {
+    (0..len).map(|i| u8::try_from((i * 7 + i / 512 + seed) % 251 + 1).unwrap()).collect()
+}
+
+/// What Ceph's own tool finds in the image.
+fn export(dir: &TestDir, ceph: &Ceph, image: &str) -> Vec<u8> {
+    let path = dir.join("export");
+    let _ = fs::remove_file(&path);
+    ceph.rbd(&["export", "--no-progress", image, path.to_str().unwrap()]).unwrap();
+    fs::read(path).unwrap()
+}
+
+#[test]
+fn an_image_holds_what_its_requests_say() {
+    let Some((dir, ceph)) = cluster("an_image_holds_what_its_requests_say") else { return };
+    let volume = opened(&ceph.uri("v"));
+    let geometry = volume.geometry();
+    assert_eq!((geometry.size_bytes, geometry.read_only), (IMAGE_BYTES, false));
+    assert!(geometry.id[0] != 0);
+    let mut queue = volume.open_queue(0, 64).unwrap();
+    assert!(volume.open_queue(0, 64).is_err(), "it is open");
+    let queue = &mut *queue;
+    let size = usize::try_from(IMAGE_BYTES).unwrap();
+    let mut model = vec![0u8; size];
+
+    // Over the edges of objects (4 MiB), and longer than one piece.
+    for (at, len) in [(0, 512), (4096, 8192), (4 * MIB - 1536, 4096), (8 * MIB + 512, 9 << 20)] {
+        let mut data = pattern(len, len);
+        run(queue, Op::Write { offset: at }, &mut data).unwrap();
+        let at = usize::try_from(at).unwrap();
+        model[at..at + len].copy_from_slice(&data);
+        let mut back = vec![0u8; len];
+        run(queue, Op::Read { offset: at as u64 }, &mut back).unwrap();
+        assert!(back == data, "{len} bytes at {at}");
+    }
+    // Zeros and discards of any size; none is lost, and neither touches its neighbours.
+    let zeroes = |offset, len, unmap| Op::WriteZeroes { offset, len, unmap };
+    for (op, at, len) in [
+        (zeroes(4096, 512, false), 4096, 512),
+        (zeroes(8 * MIB + 1024, 5 * MIB + 512, true), 8 * MIB + 1024, 5 * MIB + 512),
+        (Op::Discard { offset: 4 * MIB - 512, len: 1024 }, 4 * MIB - 512, 1024),
+        (Op::Discard { offset: 14 * MIB, len: 64 << 10 }, 14 * MIB, 64 << 10),
+    ] {
+        run(queue, op, &mut []).unwrap();
+        let at = usize::try_from(at).unwrap();
+        model[at..at + usize::try_from(len).unwrap()].fill(0);
+    }
+    run(queue, Op::Flush, &mut []).unwrap();
+    let mut whole = vec![1u8; size];
+    run(queue, Op::Read { offset: 0 }, &mut whole).unwrap();
+    assert!(whole == model, "the driver reads something else");
+    assert!(export(&dir, &ceph, "rbd/v") == model, "Ceph reads something else");
+
+    let out = Err(IoError::OutOfRange);
+    assert_eq!(run(queue, Op::Write { offset: IMAGE_BYTES - 512 }, &mut [1; 1024]), out);
+    assert_eq!(run(queue, Op::Read { offset: 1 }, &mut [1; 512]), out);
+    assert_eq!(run(queue, Op::Discard { offset: IMAGE_BYTES, len: 512 }, &mut []), out);
+    assert_eq!(queue.in_flight(), 0);
+}
+
+#[test]
+fn many_requests_of_two_queues_are_all_answered() {
+    let Some((_dir, ceph)) = cluster("many_requests_of_two_queues_are_all_answered") else {
+        return;
+    };
+    let volume = opened(&ceph.uri("v"));
+    // More than may be out at once.
+    const LEN: usize = 3 << 20;
+    let mut queues = [0, 1].map(|index| volume.open_queue(index, 64).unwrap());
+    let mut data: Vec<Vec<u8>> = (0..20).map(|n| pattern(LEN, n)).collect();
+    for (n, data) in data.iter_mut().enumerate() {
+        let op = Op::Write { offset: (n * LEN) as u64 };
+        // SAFETY: the buffers live to the end of the test.
+        unsafe { queues[n % 2].submit(Tag(u32::try_from(n).unwrap()), op, &parts(data)) };
+    }
+    for (index, queue) in queues.iter_mut().enumerate() {
+        let done = collect(&mut **queue, 10, SOON);
+        let mut tags: Vec<_> = done.iter().map(|one| (one.tag.0, one.result)).collect();
+        tags.sort_unstable_by_key(|(tag, _)| *tag);
+        let wanted: Vec<_> =
+            (0..20).filter(|n| *n as usize % 2 == index).map(|n| (n, Ok(()))).collect();
+        assert_eq!(tags, wanted);
+    }
+    let mut back = vec![0u8; LEN];
+    for (n, data) in data.iter().enumerate() {
+        run(&mut *queues[1 - n % 2], Op::Read { offset: (n * LEN) as u64 }, &mut back).unwrap();
+        assert!(&back == data, "write {n}");
+    }
+}
+
+#[test]
+fn growth_is_told_and_snapshots_are_read_only() {
+    let Some((_dir, ceph)) = cluster("growth_is_told_and_snapshots_are_read_only") else { return };
+    let volume = opened(&ceph.uri("v"));
+    let news = Arc::new(Mutex::new(Vec::new()));
+    let heard = Arc::clone(&news);
+    volume.set_listener(Arc::new(move |event| heard.lock().unwrap().push(event)));
+    let mut queue = volume.open_queue(0, 8).unwrap();
+    let mut old = pattern(4096, 1);
+    run(&mut *queue, Op::Write { offset: 0 }, &mut old).unwrap();
+    run(&mut *queue, Op::Flush, &mut []).unwrap();
+    ceph.rbd(&["snap", "create", "rbd/v@then"]).unwrap();
+    run(&mut *queue, Op::Write { offset: 0 }, &mut pattern(4096, 2)).unwrap();
+
+    // Somebody else's command, while this client has the image locked.
+    ceph.grow_image("v", 2 * IMAGE_BYTES).unwrap();
+    wait_until("the growth is told", SOON, || {
+        news.lock().unwrap().contains(&VolumeEvent::Resized(2 * IMAGE_BYTES))
+    })
+    .unwrap();
+    assert_eq!(volume.geometry().size_bytes, 2 * IMAGE_BYTES);
+    run(&mut *queue, Op::Write { offset: 2 * IMAGE_BYTES - 512 }, &mut [7; 512]).unwrap();
+
+    let uri = ceph.uri("v").replace("rbd/v?", "rbd/v@then?");
+    let snapshot = opened(&uri);
+    assert_eq!(snapshot.geometry().size_bytes, IMAGE_BYTES);
+    assert!(snapshot.geometry().read_only);
+    let mut reader = snapshot.open_queue(0, 8).unwrap();
+    let mut back = vec![0; 4096];
+    run(&mut *reader, Op::Read { offset: 0 }, &mut back).unwrap();
+    assert!(back == old, "the snapshot has changed");
+    assert_eq!(run(&mut *reader, Op::Write { offset: 0 }, &mut back), Err(IoError::ReadOnly));
+    assert_eq!(run(&mut *reader, Op::Flush, &mut []), Ok(()));
+}
+
+#[test]
+fn what_cannot_be_opened_says_why() {
+    let Some((dir, ceph)) = cluster("what_cannot_be_opened_says_why") else { return };
+    let plain = OpenOptions::new("host/vm");
+    let uri = ceph.uri("v");
+    let says = |uri: &str, part: &str| {
+        let said = refused(uri, &plain);
+        assert!(said.contains(part), "{uri}: {said}");
+    };
+    says(&uri.replace("rbd/v?", "rbd/w?"), "no image `rbd/w`");
+    says(&uri.replace("rbd/v?", "vms/v?"), "no pool `vms`");
+    says(&uri.replace("rbd/v?", "rbd/v@s?"), "no snapshot `rbd/v@s`");
+    says(&format!("{uri}&id=nobody"), "does not let `client.nobody` in");
+    ceph.add_user("vm", "profile rbd", "profile rbd pool=rbd").unwrap();
+    ceph.add_user("other", "profile rbd", "profile rbd pool=vms").unwrap();
+    says(&format!("{uri}&id=other"), "give it `mon 'profile rbd' osd 'profile rbd pool=rbd'`");
+    let key = dir.join("ceph/client.wrong.keyring");
+    fs::write(&key, "[client.wrong]\nkey = AQAAAAAAAAAAABAAbR6E0W1v3dmUxPqdHBCqUQ==\n").unwrap();
+    says(&format!("{uri}&id=wrong"), "does not let `client.wrong` in");
+    says("rbd://rbd/v?conf=/nowhere/ceph.conf", "cannot read Ceph's configuration `/nowhere");
+    ceph.rbd(&["create", "--size", "1M", "--image-feature", "layering", "rbd/unlocked"]).unwrap();
+    says(&uri.replace("rbd/v?", "rbd/unlocked?"), "rbd feature enable rbd/unlocked exclusive-lock");
+    ceph.rbd(&["config", "image", "set", "rbd/v", "rbd_cache", "true"]).unwrap();
+    says(&uri, "rbd config image remove rbd/v rbd_cache");
+    ceph.rbd(&["config", "image", "remove", "rbd/v", "rbd_cache"]).unwrap();
+    let standby = OpenOptions { standby: true, ..plain.clone() };
+    assert!(refused(&uri, &standby).contains("no handoff for Ceph RBD yet"));
+
+    // A user with no more than the profile can do everything here, fencing included.
+    let volume = opened(&format!("{uri}&id=vm"));
+    let other = refused(&uri, &OpenOptions::new("host/other"));
+    assert!(other.contains("belongs to `host/vm`"), "{other}");
+    // Not given back: it stays this VM's.
+    volume.close(false);
+    drop(volume);
+    let other = refused(&uri, &OpenOptions::new("host/other"));
+    assert!(other.contains("belongs to `host/vm`"), "{other}");
+    let volume = opened(&uri);
+    volume.close(true);
+    drop(volume);
+    let volume = open(&uri, &OpenOptions::new("host/other")).unwrap();
+    let conf = dir.join("away.conf");
+    fs::write(&conf, "[global]\nmon host = 127.0.0.1:1\nkeyring = /dev/null\n").unwrap();
+    drop(volume);
+    let hurried = OpenOptions { connect_timeout: Duration::from_secs(1), ..plain.clone() };
+    let away = refused(&format!("rbd://rbd/v?conf={}", conf.display()), &hurried);
+    assert!(away.contains("no monitor") || away.contains("let `client.admin` in"), "{away}");
+}
+
+#[test]
+fn a_blocklisted_client_is_fenced_for_good() {
+    let Some((dir, ceph)) = cluster("a_blocklisted_client_is_fenced_for_good") else { return };
+    let volume = opened(&ceph.uri("v"));
+    let mut queue = volume.open_queue(0, 64).unwrap();
+    run(&mut *queue, Op::Write { offset: 0 }, &mut [1; 512]).unwrap();
+    let clients = ceph.clients_of("v").unwrap();
+    let [client] = clients.as_slice() else { panic!("{clients:?}") };
+
+    // Writes go on while the fence falls.
+    let mut data = vec![2u8; 4096];
+    let mut answered = 0;
+    std::thread::scope(|scope| {
+        let fence = scope.spawn(|| ceph.blocklist(client));
+        let until = Instant::now() + SOON;
+        while volume.state() != VolumeState::Fenced {
+            assert!(Instant::now() < until, "not fenced");
+            while queue.in_flight() < 16 {
+                // SAFETY: the buffer lives to the end of the test.
+                unsafe { queue.submit(Tag(9), Op::Write { offset: MIB }, &parts(&mut data)) };
+            }
+            for one in collect(&mut *queue, 1, Duration::from_millis(100)) {
+                assert_eq!(one.result, Ok(()), "no request of a fenced volume fails");
+                answered += 1;
+            }
+        }
+        fence.join().unwrap().unwrap();
+    });
+    assert!(answered > 0);
+    let taken_over = opened(&ceph.uri("v"));
+    let before = export(&dir, &ceph, "rbd/v");
+    // The lock was broken, and the entry is still the one that outlives whatever may be frozen.
+    let listed = ceph.blocklisted().unwrap();
+    let entry = listed.lines().find(|line| line.contains(client)).unwrap();
+    let year = entry.split_whitespace().nth(1).unwrap()[..4].parse::<u32>().unwrap();
+    assert!(year >= 2035, "{entry}");
+    // Neither writes nor flushes are answered, and none of them lands.
+    data.fill(3);
+    for op in [Op::Write { offset: 0 }, Op::Flush, Op::Write { offset: 2 * MIB }] {
+        // SAFETY: as above.
+        unsafe { queue.submit(Tag(10), op, &parts(&mut data)) };
+    }
+    assert_eq!(collect(&mut *queue, 1, Duration::from_secs(2)), []);
+    assert!(queue.in_flight() >= 3);
+    assert!(export(&dir, &ceph, "rbd/v") == before, "a fenced client has written");
+    let closing = Instant::now();
+    drop(queue);
+    volume.close(true);
+    assert!(closing.elapsed() < SLOW);
+    // It had nothing to give back.
+    let mut queue = taken_over.open_queue(0, 8).unwrap();
+    run(&mut *queue, Op::Write { offset: 0 }, &mut [5; 512]).unwrap();
+    run(&mut *queue, Op::Flush, &mut []).unwrap();
+}
+
+#[test]
+fn a_cluster_that_is_away_parks_requests_and_goes_on() {
+    let Some((_dir, ceph)) = cluster("a_cluster_that_is_away_parks_requests_and_goes_on") else {
+        return;
+    };
+    let volume = opened(&ceph.uri("v"));
+    let mut queue = volume.open_queue(0, 64).unwrap();
+    run(&mut *queue, Op::Write { offset: 0 }, &mut [1; 512]).unwrap();
+    ceph.osd.freeze().unwrap();
+    // More than what may be out.
+    let mut data: Vec<_> = (0..12).map(|n| pattern(4 << 20, n)).collect();
+    for (n, data) in data.iter_mut().enumerate() {
+        let op = Op::Write { offset: n as u64 * 4 * MIB };
+        // SAFETY: the buffers live to the end of the test.
+        unsafe { queue.submit(Tag(0), op, &parts(data)) };
+    }
+    // The queue's own descriptor tells when it is time to look.
+    let until = Instant::now() + SLOW;
+    while volume.state() == VolumeState::Connected && Instant::now() < until {
+        assert_eq!(collect(&mut *queue, 1, Duration::from_secs(1)), []);
+    }
+    assert_eq!(volume.state(), VolumeState::Reconnecting);
+    // A queue that is given up does not wait, and takes nothing of the guest's with it.
+    let mut gone = volume.open_queue(1, 8).unwrap();
+    let mut read = vec![9u8; 4096];
+    // SAFETY: the queue is dropped before the buffer.
+    unsafe { gone.submit(Tag(0), Op::Read { offset: 0 }, &parts(&mut read)) };
+    let begun = Instant::now();
+    drop(gone);
+    assert!(begun.elapsed() < Duration::from_secs(1));
+
+    ceph.osd.thaw().unwrap();
+    let done = collect(&mut *queue, 12, SOON);
+    assert!(done.len() == 12 && done.iter().all(|one| one.result.is_ok()), "{done:?}");
+    assert_eq!(volume.state(), VolumeState::Connected);
+    assert_eq!(read, [9u8; 4096], "nobody waited for this answer");
+    let mut back = vec![0; 4 << 20];
+    for (n, data) in data.iter().enumerate() {
+        run(&mut *queue, Op::Read { offset: n as u64 * 4 * MIB }, &mut back).unwrap();
+        assert!(&back == data, "write {n}");
+    }
+    ceph.osd.freeze().unwrap();
+    // SAFETY: the buffer lives to the end of the test.
+    unsafe { queue.submit(Tag(0), Op::Write { offset: 0 }, &parts(&mut read)) };
+    let begun = Instant::now();
+    drop(queue);
+    volume.close(true);
+    assert!(begun.elapsed() < SLOW, "the end waits for the cluster");
+    ceph.osd.thaw().unwrap();
+}

@@ -1,0 +1,25 @@
+//! Images of a Ceph cluster as volumes, through the host's own librbd.
+//!
+//! ```text
+//!   opening --claim--> volume ---- control thread: size, close
+//!                        |
+//!      queue, queue, ... +---- image ---- librbd, its threads
+//!        ^                                   |
+//!        +------------- inbox <--------------+
+//! ```
+//!
+//! One image is open once for all queues. A queue's thread submits and takes
+//! what came back; it never calls anything that could wait for the cluster.
+
+mod claim;
+mod error;
+mod image;
+mod inbox;
+mod library;
+mod opening;
+mod queue;
+mod request;
+mod volume;
+
+pub use error::RbdError;
+pub(crate) use volume::RbdVolume;

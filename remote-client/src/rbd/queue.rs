@@ -1,0 +1,244 @@
+//! One queue of an image.
+//!
+//! Requests go to the library in pieces, as far as there is room for them, and
+//! their pieces come back through the [`Inbox`]. What does not come back stays
+//! in flight: there is no time-out, for what was given up could still happen.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+
+use super::image::Image;
+use super::inbox::{Flight, Inbox, io_error};
+use super::request::{Piece, Request, check};
+use super::volume::Shared;
+use crate::volume::{Completion, Op, Tag, VolumeQueue};
+
+/// A request older than this means that the cluster does not answer.
+pub(super) const SLOW_AFTER: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+pub(super) struct RbdQueue {
+    index: u16,
+    shared: Arc<Shared>,
+    image: Arc<Image>,
+    inbox: Arc<Inbox>,
+    requests: Vec<Option<Request>>,
+    free: Vec<usize>,
+    /// Requests of which not all pieces were sent, oldest first.
+    waiting: VecDeque<usize>,
+    /// The next piece of the first of them, if there was no room for it.
+    held: Option<Piece>,
+    done: Vec<Completion>,
+    /// Scratch.
+    back: Vec<Flight>,
+    /// Of the inbox and the timer.
+    epoll: Epoll,
+    timer: TimerFd,
+    /// When the timer fires.
+    due: Option<Instant>,
+    /// Said to be slow.
+    down: bool,
+}
+
+// SAFETY: the buffers of requests are followed only while their submitter
+// vouches for them, whichever thread the queue is on.
+unsafe impl Send for RbdQueue {}
+
+impl RbdQueue {
+    pub(super) fn new(
+        index: u16,
+        shared: &Arc<Shared>,
+        image: Arc<Image>,
+        inbox: Arc<Inbox>,
+    ) -> io::Result<Self> {
+        let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(inbox.event(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        epoll.add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, 1))?;
+        Ok(Self {
+            index,
+            shared: Arc::clone(shared),
+            image,
+            inbox,
+            requests: Vec::new(),
+            free: Vec::new(),
+            waiting: VecDeque::new(),
+            held: None,
+            done: Vec::new(),
+            back: Vec::new(),
+            epoll,
+            timer,
+            due: None,
+            down: false,
+        })
+    }
+
+    fn keep(&mut self, request: Request) -> usize {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.requests.push(None);
+            self.requests.len() - 1
+        });
+        self.requests[slot] = Some(request);
+        slot
+    }
+
+    fn request(&mut self, slot: usize) -> &mut Request {
+        self.requests[slot].as_mut().expect("its pieces are out or to be sent")
+    }
+
+    /// Sends what waits, as far as there is room.
+    fn pump(&mut self) {
+        while !self.shared.is_over()
+            && let Some(&slot) = self.waiting.front()
+        {
+            let piece = self.held.take().or_else(|| self.request(slot).next_piece());
+            let Some(piece) = piece else {
+                self.waiting.pop_front();
+                self.finish(slot);
+                continue;
+            };
+            if !self.shared.budget().take(piece.cost()) {
+                self.held = Some(piece);
+                return;
+            }
+            self.send_piece(slot, piece);
+        }
+    }
+
+    fn send_piece(&mut self, slot: usize, piece: Piece) {
+        let flight = Flight::new(&self.inbox, slot, piece, &self.image);
+        // SAFETY: the submitter vouches for the buffers until the request is done.
+        if let Err(error) = unsafe { flight.send(&self.image) } {
+            tracing::warn!(image = self.shared.spec(), %error, "a request could not be sent");
+            self.shared.judge(&error);
+            self.request(slot).came_back(Err(io_error(&error)));
+        }
+    }
+
+    /// Answers a request that is done.
+    fn finish(&mut self, slot: usize) {
+        if let Some(request) = &self.requests[slot]
+            && let Some(result) = request.outcome()
+        {
+            self.done.push(Completion { tag: request.tag, result });
+            self.requests[slot] = None;
+            self.free.push(slot);
+        }
+    }
+
+    fn take_back(&mut self) {
+        let mut back = std::mem::take(&mut self.back);
+        self.inbox.take(&mut back);
+        for flight in back.drain(..) {
+            // The guest sees nothing of what came after the end.
+            if self.shared.is_over() {
+                continue;
+            }
+            let (slot, result) = (flight.slot, flight.outcome());
+            if let Err(error) = result {
+                let op = flight.piece.op;
+                tracing::debug!(image = self.shared.spec(), ?op, %error, "request failed");
+            }
+            let is_read = matches!(flight.piece.op, Op::Read { .. });
+            let request = self.request(slot);
+            if result.is_ok() && is_read {
+                // SAFETY: it is not answered, so the submitter vouches for its buffers.
+                unsafe { request.fill(flight.piece.at, &flight.read) };
+            }
+            request.came_back(result);
+            self.finish(slot);
+        }
+        self.back = back;
+    }
+
+    fn oldest(&self) -> Option<Instant> {
+        self.requests.iter().flatten().map(|request| request.since).min()
+    }
+
+    /// Says when the cluster does not answer, and when it does again. The timer
+    /// is set only while something is in flight, and never to a later time: that
+    /// would cost a system call per request to save one wake-up per period.
+    fn watch_time(&mut self) {
+        if self.due.is_none() && !self.down && self.in_flight() == 0 {
+            return;
+        }
+        let now = Instant::now();
+        if self.shared.is_over() {
+            if self.due.take().is_some() {
+                let _ = self.timer.unset();
+            }
+            return;
+        }
+        if self.due.is_some_and(|due| due <= now) {
+            // Also forgets that it has fired.
+            let _ = self.timer.unset();
+            self.due = None;
+        }
+        if self.due.is_some() {
+            return;
+        }
+        let oldest = self.oldest();
+        let slow = oldest.is_some_and(|since| now.duration_since(since) >= SLOW_AFTER);
+        if slow != self.down {
+            self.down = slow;
+            self.shared.set_down(self.index, slow);
+        }
+        // While it is slow, the next answer is what is waited for.
+        if let (Some(since), false) = (oldest, slow) {
+            let due = since + SLOW_AFTER;
+            let wait = due.saturating_duration_since(now).max(Duration::from_millis(1));
+            let expiration = Expiration::OneShot(TimeSpec::from_duration(wait));
+            match self.timer.set(expiration, TimerSetTimeFlags::empty()) {
+                Ok(()) => self.due = Some(due),
+                Err(error) => tracing::error!(%error, "cannot set a timer"),
+            }
+        }
+    }
+}
+
+impl VolumeQueue for RbdQueue {
+    unsafe fn submit(&mut self, tag: Tag, op: Op, data: &[libc::iovec]) {
+        match check(op, data, self.shared.size_bytes(), self.shared.read_only()) {
+            // Nothing is written where nothing can be.
+            Ok(_) if op == Op::Flush && self.shared.read_only() => {
+                self.done.push(Completion { tag, result: Ok(()) });
+            }
+            Ok(len) => {
+                let slot = self.keep(Request::new(tag, op, data, len, Instant::now()));
+                self.waiting.push_back(slot);
+                self.pump();
+            }
+            Err(error) => self.done.push(Completion { tag, result: Err(error) }),
+        }
+    }
+
+    fn poll(&mut self, completions: &mut Vec<Completion>) {
+        self.take_back();
+        self.pump();
+        self.watch_time();
+        completions.append(&mut self.done);
+    }
+
+    fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.requests.len() - self.free.len() + self.done.len()
+    }
+}
+
+impl Drop for RbdQueue {
+    fn drop(&mut self) {
+        self.inbox.close();
+        self.shared.queue_closed(self.index);
+    }
+}
