@@ -103,10 +103,11 @@ pub enum AccessStep {
     Open,
     Unfreeze,
     Settle,
+    Disarm,
 }
 
 impl AccessStep {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Claim,
         Self::Rejoin,
         Self::Release,
@@ -120,6 +121,7 @@ impl AccessStep {
         Self::Open,
         Self::Unfreeze,
         Self::Settle,
+        Self::Disarm,
     ];
 
     /// As people and programs read it.
@@ -139,6 +141,7 @@ impl AccessStep {
             Self::Open => "open",
             Self::Unfreeze => "unfreeze",
             Self::Settle => "settle",
+            Self::Disarm => "disarm",
         }
     }
 }
