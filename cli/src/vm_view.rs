@@ -158,12 +158,14 @@ pub(crate) fn why(answer: &Value) -> String {
 fn forgotten(member: &Value) -> String {
     let [volume, phase, owner] = ["volume", "phase", "owner"].map(|key| text(&member[key]));
     let id = text(&member["handoff"]["id"]);
-    let then = if phase == "armed" {
-        format!(
-            "nobody can win it, and {owner} goes on; the VM's next handoff disarms the volume, and so does `baton handoff fence` of the host it would have gone to"
-        )
-    } else {
-        "nothing can decide it: once the VM stands still, `baton handoff fence` ends it".to_owned()
+    let goes_on = format!(
+        "{owner} goes on, and the VM's next handoff ends this one here; so does `baton handoff fence` of the host that has not got it"
+    );
+    let then = match phase.as_str() {
+        "armed" => format!("nobody can win it. {goes_on}"),
+        "active" | "reclaimed" => format!("it is won. {goes_on}"),
+        _ => "nothing can decide it: once the VM stands still, `baton handoff fence` ends it"
+            .to_owned(),
     };
     format!(
         "Volume {volume} is still {phase} for handoff {id}, which the volume that decides it does not know any more: {then}.\n"
@@ -284,7 +286,8 @@ mod tests {
             )
         };
         assert!(told("armed").contains("data is still armed for handoff ID"), "{}", told("armed"));
-        assert!(told("armed").contains("host-a/web goes on; the VM's next handoff disarms"));
+        assert!(told("armed").contains("nobody can win it. host-a/web goes on"));
+        assert!(told("reclaimed").contains("it is won. host-a/web goes on"));
         assert!(told("sealed").contains("nothing can decide it"), "{}", told("sealed"));
     }
 

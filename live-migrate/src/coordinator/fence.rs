@@ -9,7 +9,7 @@
 //! 1. What is not decided is taken back first if the dead host is the destination; what
 //!    is decided is settled first. Both need the anchor, and have a time. A handoff that
 //!    the journal does not know is read from the records ([`super::orphan`]); a volume that
-//!    is armed for one that its anchor does not know any more is disarmed.
+//!    is in one that its anchor does not know any more is disarmed, or settled.
 //! 2. The anchor is fenced before the other volumes: what it decided until then holds,
 //!    and afterwards nothing is decided any more. While it is not fenced, volumes that
 //!    are in a handoff are left alone: they may be the other host's.
@@ -108,14 +108,14 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
     let order = Order { owner: &owner, nominee: nominee.as_deref(), reason: &reason };
     let mut taken: Vec<String> = Vec::new();
     let mut left_over: Option<String>;
-    let mut disarmed = Vec::new();
+    let mut ended = Vec::new();
     let mut round = 0;
     let mut results = loop {
         round += 1;
         end_handoff(core, vm, &dead_host).await;
         left_over = orphan::end(core, &volumes(core, &view).await?, order.owner).await;
         let mut found = volumes(core, &view).await?;
-        disarmed.extend(orphan::disarm(core, &mut found).await);
+        ended.extend(orphan::end_forgotten(core, &mut found).await);
         let (results, changed) = fence_all(core, found, &order).await;
         taken.extend(results.iter().filter(|r| r.taken).map(|r| r.volume.clone()));
         if !changed || round == ROUNDS_MAX {
@@ -126,9 +126,9 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
     // By an earlier round, whose answer this one found.
     for result in &mut results {
         result.taken |= result.fenced && taken.contains(&result.volume);
-        if let Some(ended) = disarmed.iter().find(|ended| ended.volume == result.volume) {
+        if let Some(ended) = ended.iter().find(|ended| ended.volume == result.volume) {
             result.detail = format!(
-                "{}; it was still armed for handoff {}, which the volume that decides it does not know any more: disarmed",
+                "{}; handoff {}, which the volume that decides it does not know any more, is ended here",
                 result.detail, ended.handoff
             );
         }

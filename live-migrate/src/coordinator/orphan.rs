@@ -4,7 +4,8 @@
 //!
 //! That one may have forgotten it: it was fenced alone, by hand, or was armed for another
 //! handoff before the other volumes had learnt how this one ended. Then nothing decides it
-//! any more, and a volume that is armed for it is disarmed (`docs/decisions/0007-*`).
+//! any more: a volume that is armed for it is disarmed (`docs/decisions/0007-*`), and one
+//! that the winner has opened is settled.
 
 use std::sync::Arc;
 
@@ -79,27 +80,28 @@ pub(super) async fn tidy(core: &Arc<Core>, view: &VmView) -> Result<bool, Fault>
         tracing::warn!(vm = view.name(), left, "an earlier handoff is not over");
     }
     found = volumes(core, view).await?;
-    disarm(core, &mut found).await;
+    end_forgotten(core, &mut found).await;
     Ok(stands(&found) < before)
 }
 
-/// A volume that was disarmed, and the handoff that is over there.
-pub(super) struct Disarmed {
+/// A volume, and the handoff that was ended there.
+pub(super) struct Ended {
     pub(super) volume: String,
     pub(super) handoff: String,
 }
 
-/// Disarms the volumes of handoffs that nobody can win any more (see [`forgotten`]), under
-/// a source that runs on: it has the volume that decides, too. The records are as they are
-/// then. What is sealed is left alone: the destination may have won before it was forgotten.
-pub(super) async fn disarm(core: &Core, volumes: &mut [Volume<'_>]) -> Vec<Disarmed> {
+/// Ends handoffs that nothing decides any more (see [`forgotten`]), under an owner that runs
+/// on: it has the volume that decides, too. A volume that is armed is disarmed, one that the
+/// winner has opened is settled; the records are as they are then. What is sealed or frozen
+/// is left alone: the destination may have won before it was forgotten.
+pub(super) async fn end_forgotten(core: &Core, volumes: &mut [Volume<'_>]) -> Vec<Ended> {
     let forgotten = forgotten(volumes).await;
     let owners: Vec<(String, Option<String>)> = volumes
         .iter()
         .filter_map(|volume| volume.record.as_ref().ok())
         .map(|record| (record.volume.clone(), record.owner.as_ref().map(|o| o.name.clone())))
         .collect();
-    let mut disarmed = Vec::new();
+    let mut ended = Vec::new();
     for volume in volumes {
         let Ok(record) = &volume.record else { continue };
         let Some(of) = handoff(record) else { continue };
@@ -107,28 +109,35 @@ pub(super) async fn disarm(core: &Core, volumes: &mut [Volume<'_>]) -> Vec<Disar
         let owner = record.owner.as_ref().map(|owner| &owner.name);
         let has_both = owners.iter().any(|(id, name)| *id == of.anchor && name.as_ref() == owner);
         let known = core.handoff(id).is_some_and(|handle| !handle.row().state.is_over());
-        let key = (of.id.clone(), of.attempt);
-        if record.phase != "armed" || !forgotten.contains(&key) || !has_both || known {
+        if !forgotten.contains(&(of.id.clone(), of.attempt)) || !has_both || known {
             continue;
         }
         let attempt = Try { id, attempt: of.attempt };
-        match volume.server.disarm(attempt, &volume.name, core.term).await {
+        let (server, name) = (volume.server, &volume.name);
+        let answer = match record.phase.as_str() {
+            "armed" => server.disarm(attempt, name, core.term).await,
+            "active" | "reclaimed" => server.settle(attempt, None, name, core.term).await.map(drop),
+            _ => continue,
+        };
+        let phase = &record.phase;
+        match answer {
             Ok(()) => {
                 tracing::warn!(
-                    volume = volume.name,
+                    volume = name,
                     handoff = of.id,
-                    "disarmed: the volume that decides does not know its handoff any more"
+                    phase,
+                    "ended; the volume that decides does not know it any more"
                 );
-                disarmed.push(Disarmed { volume: volume.name.clone(), handoff: of.id.clone() });
+                ended.push(Ended { volume: name.clone(), handoff: of.id.clone() });
             }
             Err(error) => {
                 let error = told(core, &error);
-                tracing::warn!(volume = volume.name, handoff = of.id, error, "not disarmed");
+                tracing::warn!(volume = name, handoff = of.id, phase, error, "not ended");
             }
         }
-        volume.record = volume.server.access(&volume.name, None).await.map(|(_, record)| record);
+        volume.record = server.access(name, None).await.map(|(_, record)| record);
     }
-    disarmed
+    ended
 }
 
 /// The handoffs that volumes are armed for and that the volume which decides them does not know any more. The anchor

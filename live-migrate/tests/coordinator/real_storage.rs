@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 
 use baton_live_migrate::client::{Client, Method};
-use baton_protocol::handoff::{Answer, Ask, HandoffRequest, Outcome, Try};
+use baton_protocol::handoff::{Answer, Ask, HandoffRequest, Open, Outcome, Proof, Try};
 use baton_protocol::{
     AccessMode, Epoch, Features, Hello, Opcode, QueueId, ReplyHeader, RequestHeader, Seq,
     SessionId, Status,
@@ -76,6 +76,15 @@ impl Control {
         let body = HandoffRequest { attempt, ask }.encode();
         let (_, body) = self.exchange(Opcode::Handoff, Seq(self.seq), &body).await;
         Answer::decode(&body).expect("an answer")
+    }
+}
+
+impl Control {
+    /// OPEN, which must be granted.
+    async fn open_with(&mut self, id: &str, proof: Proof) {
+        self.seq += 1;
+        let attempt = Try { id: id.parse().expect("an id"), attempt: 1 };
+        self.exchange(Opcode::Open, Seq(self.seq), &Open { attempt, proof }.encode()).await;
     }
 }
 
@@ -331,7 +340,7 @@ async fn row_36_a_fence_ends_a_handoff_that_its_anchor_does_not_know_any_more() 
         if !sealed {
             assert_eq!(member["belongs_to"], "host-a/web", "{done:#}");
             let detail = member["detail"].as_str().expect("a sentence");
-            assert!(detail.contains(&id) && detail.contains("disarmed"), "{detail}");
+            assert!(detail.contains(&id) && detail.contains("is ended here"), "{detail}");
             goes_on(&coordinator, &source).await;
             // Nothing is in the way of the next one, which goes through.
             cluster.b.silent.store(false, Ordering::SeqCst);
@@ -390,25 +399,33 @@ async fn forget(servers: &[Real], id: &str) {
 
 /// The source was never fenced nor stopped: its sessions are the same from the first handoff to the last.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn row_36_the_next_handoff_disarms_what_its_anchor_has_forgotten() {
-    let (cluster, servers, mut source) = cluster().await;
-    let id = id();
-    let coordinator = prepared_by_another(&cluster, &id).await;
-    let mut late =
-        Control::open(servers[0].server.data, "root", "host-b/web", AccessMode::Standby).await;
-    forget(&servers, &id).await;
-    let why = coordinator.get("/v1/vms/web/why").await;
-    assert_eq!(why["forgotten"], json!([{"id": id, "attempt": 1}]), "{why:#}");
-    let data = &why["access"]["members"][1];
-    assert_eq!((&data["phase"], &data["handoff"]), (&json!("armed"), &why["forgotten"][0]));
+async fn row_36_the_next_handoff_ends_what_its_anchor_has_forgotten() {
+    for opened in [false, true] {
+        let (cluster, servers, mut source) = cluster().await;
+        let id = id();
+        let coordinator = prepared_by_another(&cluster, &id).await;
+        let mut late =
+            Control::open(servers[0].server.data, "root", "host-b/web", AccessMode::Standby).await;
+        if opened {
+            let answer = source[0].ask(&id, Ask::Reclaim).await;
+            source[1].open_with(&id, answer.proof.expect("it has won")).await;
+        }
+        forget(&servers, &id).await;
+        let why = coordinator.get("/v1/vms/web/why").await;
+        assert_eq!(why["forgotten"], json!([{"id": id, "attempt": 1}]), "{why:#}");
+        let data = &why["access"]["members"][1];
+        let phase = if opened { "reclaimed" } else { "armed" };
+        assert_eq!((&data["phase"], &data["handoff"]), (&json!(phase), &why["forgotten"][0]));
 
-    moves(&cluster, &servers, &coordinator, &mut source).await;
-    assert_ne!(late.ask(&id, Ask::Activate).await.outcome, Outcome::Granted);
-    let why = coordinator.get("/v1/vms/web/why").await;
-    assert_eq!(why["forgotten"], json!([]), "{why:#}");
-    let entries = why["audit"][1]["entries"].as_array().expect("an audit trail");
-    assert!(entries.iter().any(|entry| entry["what"] == "disarm"), "{why:#}");
-    stop(servers).await;
+        moves(&cluster, &servers, &coordinator, &mut source).await;
+        assert_ne!(late.ask(&id, Ask::Activate).await.outcome, Outcome::Granted);
+        let why = coordinator.get("/v1/vms/web/why").await;
+        assert_eq!(why["forgotten"], json!([]), "{why:#}");
+        let entries = why["audit"][1]["entries"].as_array().expect("an audit trail");
+        let disarmed = entries.iter().any(|entry| entry["what"] == "disarm");
+        assert_eq!(disarmed, !opened, "{why:#}");
+        stop(servers).await;
+    }
 }
 
 /// Settled at the anchor alone, which still knows how it ended: the other volume learns it.
