@@ -106,6 +106,8 @@ pub(crate) fn why(answer: &Value) -> String {
                 text(&member["volume"]),
                 text(&member["error"])
             ));
+        } else if items(&answer["forgotten"]).contains(&member["handoff"]) {
+            out.push_str(&forgotten(member));
         } else if member["owner"] != access["owner"] {
             out.push_str(&format!(
                 "Volume {} is {} and belongs to {}: it has not learnt of the decision yet.\n",
@@ -150,6 +152,24 @@ pub(crate) fn why(answer: &Value) -> String {
         out.push_str(&table(entries, [Left, Right, Left, Left, Left, Left]));
     }
     out
+}
+
+/// A volume in a handoff that the one which decides it does not know any more.
+fn forgotten(member: &Value) -> String {
+    let [volume, phase, owner] = ["volume", "phase", "owner"].map(|key| text(&member[key]));
+    let id = text(&member["handoff"]["id"]);
+    let goes_on = format!(
+        "{owner} goes on, and the VM's next handoff ends this one here; so does `baton handoff fence` of the host that has not got it"
+    );
+    let then = match phase.as_str() {
+        "armed" => format!("nobody can win it. {goes_on}"),
+        "active" | "reclaimed" => format!("it is won. {goes_on}"),
+        _ => "nothing can decide it: once the VM stands still, `baton handoff fence` ends it"
+            .to_owned(),
+    };
+    format!(
+        "Volume {volume} is still {phase} for handoff {id}, which the volume that decides it does not know any more: {then}.\n"
+    )
 }
 
 fn phase_in_words(phase: &str) -> &'static str {
@@ -253,6 +273,22 @@ mod tests {
         {
             assert!(text.contains(part), "{part}: {text}");
         }
+    }
+
+    #[test]
+    fn why_says_what_a_forgotten_handoff_has_left() {
+        let told = |phase: &str| {
+            let handoff = json!({"id": "ID", "attempt": 1});
+            let member = json!({"volume": "data", "phase": phase, "owner": "host-a/web", "handoff": handoff});
+            why(
+                &json!({"access": {"vm": "web", "owner": "host-a/web", "phase": "owned", "members": [member]},
+                "forgotten": [handoff], "handoff": null}),
+            )
+        };
+        assert!(told("armed").contains("data is still armed for handoff ID"), "{}", told("armed"));
+        assert!(told("armed").contains("nobody can win it. host-a/web goes on"));
+        assert!(told("reclaimed").contains("it is won. host-a/web goes on"));
+        assert!(told("sealed").contains("nothing can decide it"), "{}", told("sealed"));
     }
 
     #[test]

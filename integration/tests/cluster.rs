@@ -7,6 +7,7 @@ use baton_integration::daemon::Daemon;
 use baton_integration::guest::skip_without_qemu;
 use baton_integration::probe::Probe;
 use baton_integration::workspace::TestDir;
+use serde_json::json;
 use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -190,6 +191,75 @@ fn row_36_a_lost_journal_does_not_leave_the_volumes_armed_for_a_dead_host() {
     cluster.hosts[1].restart().unwrap();
     cluster.does(&["handoff", "drill", VM, "--to", "host-b"]).unwrap();
     probe.stop_load().unwrap();
+}
+
+/// Row 36 of the failure table: a volume is armed for a handoff to a dead host that its anchor has forgotten. Its fence
+/// ends it under a guest that runs on, and the guest moves afterwards. Servers and processes are killed in between.
+#[test]
+fn row_36_a_fence_of_a_dead_destination_disarms_what_the_anchor_has_forgotten() {
+    let name = "row_36_a_fence_of_a_dead_destination_disarms_what_the_anchor_has_forgotten";
+    if skip_without_qemu(name) {
+        return;
+    }
+    let dir = TestDir::new("forgotten").unwrap();
+    let Running { mut cluster, mut probe, _guest } = start(&dir, 2);
+    cluster.does(&["handoff", "prepare", VM, "--to", "host-b", "--wait"]).unwrap();
+    let id = cluster.handoffs().unwrap()[0]["id"].as_str().unwrap().to_owned();
+    cluster.coordinator.kill().unwrap();
+    std::fs::remove_file(dir.join("journal.redb")).unwrap();
+    cluster.hosts[1].die().unwrap();
+    settle_at_the_anchor_alone(&cluster, &id);
+    cluster.restart_coordinator().unwrap();
+
+    // A server that restarts cannot know how it stood; the source says so, and goes on.
+    cluster.storage.kill_and_restart().unwrap();
+    probe.wait_progress(300, SOON).unwrap();
+    let phase = |cluster: &Cluster| cluster.storage.show("disk1").unwrap()["access"].clone();
+    let before = phase(&cluster);
+    assert_eq!(before["phase"], "armed", "{before:#}");
+    let why = cluster.does(&["handoff", "why", VM]).unwrap();
+    let said = format!("Volume disk1 is still armed for handoff {id}");
+    assert!(why.contains(&said) && why.contains("host-a/web goes on"), "{why}");
+
+    let fence = ["handoff", "fence", VM, "--dead-host", "host-b", "--reason", "lost power"];
+    let (_, text) = cluster.operator(&fence).unwrap();
+    assert!(text.contains(&id) && text.contains("is ended here"), "{text}");
+    cluster.wait_owner("host-a").unwrap();
+    let why = cluster.does(&["handoff", "why", VM]).unwrap();
+    assert!(why.contains("disarm") && !why.contains("is still armed"), "{why}");
+    probe.wait_progress(300, SOON).unwrap();
+    // On disk before it was told, and under the same session all the time.
+    cluster.storage.kill_and_restart().unwrap();
+    let after = phase(&cluster);
+    assert_eq!(after["phase"], "owned", "{after:#}");
+    assert_eq!((&after["owner"], &after["epoch"]), (&before["owner"], &before["epoch"]));
+    probe.wait_progress(300, SOON).unwrap();
+
+    cluster.hosts[1].restart().unwrap();
+    cluster.does(&["vm", "migrate", VM, "--to", "host-b"]).unwrap();
+    probe = goes_on_at(&cluster, 1);
+    probe.stop_load().unwrap();
+}
+
+/// What a coordinator without the journal did that knew no better: the handoff is taken back and settled at the anchor
+/// alone, and the anchor armed for another one, which is taken back, too.
+fn settle_at_the_anchor_alone(cluster: &Cluster, id: &str) {
+    let anchor = format!("http://{}/v1/volumes/disk0", cluster.storage.admin_address());
+    let record = call("GET", &format!("{anchor}/access"), None).unwrap()["record"].clone();
+    let (term, other) = (&record["coordinator_term"], "01JZZZZZZZZZZZZZZZZZZZZZZZ");
+    let plan = json!({"id": other, "attempt": 1, "vm": VM, "from": "host-a/web", "to": "host-b/web",
+        "anchor": record["volume"], "members": {"count": 1, "hash": "0000000000000001"}, "mode": "fast", "key": "07".repeat(32)});
+    let arm = json!({"term": term, "next_epoch": record["next_epoch"], "plan": plan});
+    let which = |id: &str| json!({"term": term, "id": id, "attempt": 1});
+    for (what, body) in [
+        ("reclaim", which(id)),
+        ("settle", which(id)),
+        ("arm", arm),
+        ("reclaim", which(other)),
+        ("settle", which(other)),
+    ] {
+        call("POST", &format!("{anchor}/{what}"), Some(&body)).unwrap();
+    }
 }
 
 /// Rows 3 and 4 of the failure table.

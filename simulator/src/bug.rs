@@ -34,11 +34,15 @@ pub enum Bug {
     LateFence,
     /// A standby is not told its try, and takes the first that it hears of.
     StandbyTakesAnyTry,
+    /// Who gives a handoff up has its volumes disarmed, sealed or not.
+    DisarmSealed,
+    /// A volume stays armed for a handoff that its anchor has forgotten.
+    NeverDisarms,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::EpochIgnored,
         Self::NoDrain,
         Self::AnchorSealOnly,
@@ -51,6 +55,8 @@ impl Bug {
         Self::LateArm,
         Self::LateFence,
         Self::StandbyTakesAnyTry,
+        Self::DisarmSealed,
+        Self::NeverDisarms,
     ];
 
     fn name(self) -> &'static str {
@@ -67,6 +73,8 @@ impl Bug {
             Self::LateArm => "late-arm",
             Self::LateFence => "late-fence",
             Self::StandbyTakesAnyTry => "standby-takes-any-try",
+            Self::DisarmSealed => "disarm-sealed",
+            Self::NeverDisarms => "never-disarms",
         }
     }
 }

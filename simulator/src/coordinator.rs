@@ -2,10 +2,11 @@
 //! killed at any time, and may have a successor that it does not know of.
 
 use baton_protocol::access::Refusal;
-use baton_protocol::handoff::{Plan, Proof, Side};
+use baton_protocol::handoff::{Plan, Proof, Side, Try};
 use baton_protocol::{Epoch, SessionId, VolumeId};
 
 use crate::agenda::{MS, Time};
+use crate::bug::Bug;
 use crate::stage::{Call, Event, Reply, Stage, note};
 
 /// How long the members may take to be armed.
@@ -33,6 +34,9 @@ pub(crate) struct Row {
     next_epochs: Vec<Epoch>,
     armed: Vec<bool>,
     settled: Vec<bool>,
+    /// Once the source has won, it is settled at the anchor alone and then lost with
+    /// the journal.
+    pub(crate) is_to_be_lost: bool,
 }
 
 /// What outlives a coordinator.
@@ -60,7 +64,7 @@ pub(crate) enum Order {
     StartStandby,
 }
 
-fn place(volume: VolumeId) -> usize {
+pub(crate) fn place(volume: VolumeId) -> usize {
     usize::try_from(volume.0).expect("few volumes") - 1
 }
 
@@ -68,7 +72,9 @@ impl Row {
     pub(crate) fn new(round: u64, plan: Plan, next_epochs: Vec<Epoch>, now: Time) -> Self {
         let volumes = next_epochs.len();
         let (armed, settled) = (vec![false; volumes], vec![false; volumes]);
-        Self { round, plan, stand: Stand::Arming, since: now, next_epochs, armed, settled }
+        let is_to_be_lost = false;
+        let stand = Stand::Arming;
+        Self { round, plan, stand, since: now, next_epochs, armed, settled, is_to_be_lost }
     }
 
     pub(crate) fn anchor(&self) -> usize {
@@ -77,6 +83,11 @@ impl Row {
 
     fn arm(&self, volume: usize) -> Call {
         Call::Arm { plan: Box::new(self.plan.clone()), next_epoch: self.next_epochs[volume] }
+    }
+
+    /// It is settled at the anchor alone.
+    fn is_lost(&self) -> bool {
+        self.is_to_be_lost && matches!(self.stand, Stand::Settling { winner: Side::Source, .. })
     }
 
     /// The orchestrator gives up.
@@ -138,6 +149,11 @@ impl Coordinator {
                 }
             }
             Stand::Cancelling => {
+                if stage.has(Bug::DisarmSealed) {
+                    for volume in (0..row.armed.len()).filter(|volume| *volume != anchor) {
+                        self.call(stage, volume, Call::Disarm(attempt));
+                    }
+                }
                 if is_dead {
                     self.call(stage, anchor, Call::Abdicate(attempt));
                 }
@@ -147,12 +163,12 @@ impl Coordinator {
                 let shown = proof.map(|proof| (session, proof));
                 let mut others = false;
                 for volume in 0..row.settled.len() {
-                    if volume != anchor && !row.settled[volume] {
+                    if volume != anchor && !row.settled[volume] && !row.is_lost() {
                         others = true;
                         self.call(stage, volume, Call::Settle(attempt, shown));
                     }
                 }
-                if !others {
+                if !others || row.is_lost() {
                     self.call(stage, anchor, Call::Settle(attempt, shown));
                 } else if stage.chance(0.2) {
                     // A later incarnation of the winner has a later proof.
@@ -175,12 +191,22 @@ impl Coordinator {
         }
         let Some(row) = &mut journal.row else { return };
         let (anchor, attempt) = (row.anchor(), row.plan.attempt);
+        if let (Call::Disarm(other), Some(Refusal::TooLate)) = (&reply.call, &reply.refused)
+            && *other != attempt
+        {
+            // Its winner has opened it: that says how the forgotten one ended.
+            return self.call(stage, reply.volume, Call::Settle(*other, None));
+        }
         let asked = match &reply.call {
             Call::Arm { plan, .. } => Some(plan.attempt),
-            Call::Reclaim(attempt) | Call::Abdicate(attempt) | Call::Settle(attempt, _) => {
-                Some(*attempt)
-            }
+            Call::Reclaim(attempt)
+            | Call::Abdicate(attempt)
+            | Call::Settle(attempt, _)
+            | Call::Disarm(attempt) => Some(*attempt),
             Call::View | Call::Fence { .. } => reply.armed,
+            Call::Ask { attempt, member } => {
+                return self.tidy(stage, *attempt, *member, &reply);
+            }
         };
         if asked != Some(attempt) {
             return;
@@ -194,6 +220,15 @@ impl Coordinator {
             row.stand = Stand::Settling { winner, session, proof };
         }
         match (&reply.call, &reply.refused) {
+            // Another handoff, which the journal does not know, is in the way.
+            (Call::Arm { .. }, Some(Refusal::HandoffInProgress(other)))
+                if *other != attempt && !stage.has(Bug::NeverDisarms) =>
+            {
+                if let Some(decides) = reply.anchor {
+                    let member = reply.volume;
+                    self.call(stage, decides, Call::Ask { attempt: *other, member });
+                }
+            }
             (Call::Arm { .. }, None) => row.armed[reply.volume] = true,
             (Call::Arm { .. }, Some(Refusal::NotOwner { .. } | Refusal::StalePlan { .. })) => {
                 // It was settled, or never armed, and it cannot be armed any more.
@@ -217,11 +252,23 @@ impl Coordinator {
             _ => {}
         }
         if let Stand::Settling { winner, .. } = row.stand
-            && row.settled.iter().all(|settled| *settled)
+            && (row.settled.iter().all(|settled| *settled)
+                || (row.is_lost() && row.settled[anchor]))
         {
             note!(stage, "round {} is settled for the {winner:?}", row.round);
             journal.finished = Some((row.round, winner));
             journal.row = None;
+        }
+    }
+
+    /// What the anchor says of a try that a member is still in.
+    fn tidy(&self, stage: &mut Stage, attempt: Try, member: usize, reply: &Reply) {
+        if let Some((_, session, proof)) = reply.decided {
+            let shown = proof.map(|proof| (session, proof));
+            self.call(stage, member, Call::Settle(attempt, shown));
+        } else if reply.armed != Some(attempt) && member != reply.volume {
+            note!(stage, "nobody can win {} at volume {member} any more", attempt.id.0);
+            self.call(stage, member, Call::Disarm(attempt));
         }
     }
 }

@@ -25,7 +25,7 @@ const STANDINGS: [(Standing, &str); 8] = [
     (Standing::Parked, "parked"),
 ];
 
-const ASKED_OF_RECORD: [&str; 15] = [
+const ASKED_OF_RECORD: [&str; 16] = [
     "claim",
     "rejoin",
     "fence",
@@ -41,6 +41,7 @@ const ASKED_OF_RECORD: [&str; 15] = [
     "open for the destination",
     "unfreeze",
     "settle",
+    "disarm",
 ];
 
 const TOLD_BACKEND: [&str; 15] = [
@@ -113,6 +114,10 @@ const RARE: &[(&str, &str)] = &[
     ("reclaimed", "open for the destination"),
     ("reclaimed", "unfreeze"),
     ("frozen", "arm"),
+    ("sealed", "disarm"),
+    ("active", "disarm"),
+    ("reclaimed", "disarm"),
+    ("frozen", "disarm"),
     ("standby", "stopped"),
     ("standby", "activate answered"),
     ("standby", "abdicate answered"),
@@ -225,6 +230,7 @@ fn asked(input: &access::Input<'_>) -> Option<usize> {
         Input::Open { .. } => 12,
         Input::Unfreeze { .. } => 13,
         Input::Settle { .. } => 14,
+        Input::Disarm { .. } => 15,
     })
 }
 

@@ -50,11 +50,15 @@ pub enum Point {
     FenceArrived,
     /// A member is fenced.
     Fenced,
+    /// DISARM has arrived at a member.
+    DisarmArrived,
+    /// A member is disarmed.
+    Disarmed,
 }
 
 impl Point {
     /// All of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 25] = [
         Self::ArmArrived,
         Self::Armed,
         Self::StandbyStarted,
@@ -78,6 +82,8 @@ impl Point {
         Self::Frozen,
         Self::FenceArrived,
         Self::Fenced,
+        Self::DisarmArrived,
+        Self::Disarmed,
     ];
 }
 
@@ -96,6 +102,8 @@ pub enum Fault {
     CoordinatorKilled,
     /// A second coordinator takes over while the first still runs.
     SecondCoordinator,
+    /// The journal is lost when the handoff has been settled at the anchor alone.
+    JournalLost,
     /// A server is stopped for a while.
     ServerFrozen,
     /// The source's backend is stopped for a while.
@@ -158,13 +166,14 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 35] = [
         Self::ServerKilled,
         Self::PowerLost,
         Self::SourceKilled,
         Self::DestinationKilled,
         Self::CoordinatorKilled,
         Self::SecondCoordinator,
+        Self::JournalLost,
         Self::ServerFrozen,
         Self::SourceFrozen,
         Self::DestinationFrozen,

@@ -82,6 +82,13 @@ pub(crate) enum Call {
     Reclaim(Try),
     Abdicate(Try),
     Settle(Try, Option<(SessionId, Proof)>),
+    /// Whether the volume knows this try, and how it was decided: for a member that is
+    /// still in it.
+    Ask {
+        attempt: Try,
+        member: usize,
+    },
+    Disarm(Try),
     /// An operator gives the volume to this owner name, by force.
     Fence {
         nominee: String,
@@ -97,8 +104,10 @@ pub(crate) struct Reply {
     pub(crate) refused: Option<Refusal>,
     /// How the try that was asked for was decided, and what shows it.
     pub(crate) decided: Option<(Side, SessionId, Option<Proof>)>,
-    /// Phase armed, for this try.
+    /// In a handoff, of this try.
     pub(crate) armed: Option<Try>,
+    /// Where that is decided.
+    pub(crate) anchor: Option<usize>,
 }
 
 /// Something that happens to one process.

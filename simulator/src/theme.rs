@@ -24,20 +24,23 @@ pub(crate) enum Theme {
     /// A standby whose machine runs already hangs before it has heard anything, and
     /// its host goes on in another handoff.
     Hung,
+    /// Handoffs that are given up leave volumes armed, and others follow.
+    Forgotten,
 }
 
 impl Theme {
-    /// Of eighteen worlds; every seeded bug is to be found a few dozen times in ten
+    /// Of twenty worlds; every seeded bug is to be found a few dozen times in ten
     /// thousand handoffs.
     pub(crate) fn draw(rng: &mut fastrand::Rng) -> Self {
-        match rng.u8(..18) {
+        match rng.u8(..20) {
             0..=4 => Self::Mixed,
             5..=7 => Self::Late,
             8..=9 => Self::Connections,
             10..=12 => Self::DyingSource,
             13..=14 => Self::NewSource,
             15 => Self::Servers,
-            _ => Self::Hung,
+            16..=17 => Self::Hung,
+            _ => Self::Forgotten,
         }
     }
 
@@ -46,6 +49,11 @@ impl Theme {
         match self {
             Self::Mixed | Self::Servers | Self::Hung => {}
             Self::Late | Self::NewSource => setting.overlaps = false,
+            Self::Forgotten => {
+                setting.overlaps = false;
+                setting.volumes = rng.usize(2..=3);
+                setting.servers = rng.usize(1..=setting.volumes);
+            }
             Self::Connections => {
                 setting.overlaps = true;
                 setting.queues = 2;
@@ -67,7 +75,7 @@ impl Theme {
     /// How many handoffs a world has, at least and at most.
     pub(crate) fn handoffs(self) -> [u64; 2] {
         // What is late for one comes in another.
-        if matches!(self, Self::Late | Self::Hung) { [4, 8] } else { [2, 5] }
+        if matches!(self, Self::Late | Self::Hung | Self::Forgotten) { [4, 8] } else { [2, 5] }
     }
 
     /// How many faults a handoff has, at least and at most.
@@ -119,6 +127,17 @@ impl Theme {
                     Fault::CoordinatorFrozen,
                 ],
                 &[Point::ArmArrived, Point::Armed],
+            )),
+            Self::Forgotten => Some((
+                &[
+                    Fault::JournalLost,
+                    Fault::JournalLost,
+                    Fault::Cancelled,
+                    Fault::Cancelled,
+                    Fault::MessagesDoubled,
+                    Fault::ServerKilled,
+                ],
+                &[Point::ArmArrived, Point::Armed, Point::DisarmArrived, Point::Disarmed],
             )),
             Self::Hung => {
                 Some((&[Fault::DestinationDiedAndHung], &[Point::ImageSent, Point::RingsStarted]))

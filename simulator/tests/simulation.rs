@@ -132,3 +132,13 @@ fn i9_a_fence_that_comes_late_is_found() {
 fn i6_a_standby_that_takes_any_try_is_found() {
     found(Bug::StandbyTakesAnyTry, &["I6"], &["I6"]);
 }
+
+#[test]
+fn i9_a_volume_that_stays_armed_for_a_forgotten_handoff_is_found() {
+    found(Bug::NeverDisarms, &["I9"], &["I9"]);
+}
+
+#[test]
+fn i4_a_sealed_volume_that_is_disarmed_is_found() {
+    found(Bug::DisarmSealed, &["I1", "I3", "I4", "I5", "I6", "I7", "I9"], &["I4"]);
+}

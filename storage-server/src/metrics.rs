@@ -105,10 +105,11 @@ pub enum AccessStep {
     Open,
     Unfreeze,
     Settle,
+    Disarm,
 }
 
 impl AccessStep {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Claim,
         Self::Rejoin,
         Self::Release,
@@ -122,6 +123,7 @@ impl AccessStep {
         Self::Open,
         Self::Unfreeze,
         Self::Settle,
+        Self::Disarm,
     ];
 
     /// As people and programs read it.
@@ -141,6 +143,7 @@ impl AccessStep {
             Self::Open => "open",
             Self::Unfreeze => "unfreeze",
             Self::Settle => "settle",
+            Self::Disarm => "disarm",
         }
     }
 }

@@ -280,6 +280,58 @@ fn a_member_that_nobody_opened_is_settled_with_the_proof() {
     assert_eq!(at_other.queue.write(0, &[2; 512]), Status::Ok);
 }
 
+/// Its source goes on without a break, and whatever comes of the handoff afterwards finds none; a volume that is
+/// sealed, and the one that decides, are not disarmed.
+#[test]
+fn a_disarmed_volume_goes_on_and_takes_nothing_of_its_handoff() {
+    for mode in MODES {
+        let fixture = Fixture::start();
+        let (anchor, other) = (member(&fixture, "boot"), member(&fixture, "data"));
+        let (_at_anchor, mut source) = (anchor.source(), other.source());
+        let mut destination = other.destination();
+        let late = other.arming(1, &plan(&[&anchor, &other], mode, TRY));
+        arm(&[&anchor, &other], mode);
+        let refused = |member: &Member, term: u64| {
+            let (status, problem) = member.post("disarm", &which(term));
+            (status, problem["type"].as_str().expect("a problem").to_owned())
+        };
+        assert_eq!(refused(&anchor, 1), (409, "baton:cannot-disarm".to_owned()));
+        assert_eq!(refused(&other, 0), (409, "baton:stale-term".to_owned()));
+        // One that waits for what the source sent is overtaken.
+        let seal = source.control.send_ask(Ask::Seal(vec![count(0, 9, 1)]));
+        wait_for("the seal is noted", || other.record()["handoff"]["seal_seen"] == true);
+        let epoch = source.queue.epoch;
+        let (status, record) = other.post("disarm", &which(1));
+        assert_eq!((status, record["phase"].as_str()), (200, Some("owned")), "{record}");
+        assert_eq!((&record["handoff"], &record["decided"]), (&().into(), &().into()), "{record}");
+        assert_eq!(source.control.told(seal).outcome, Outcome::NoSuchHandoff);
+        assert_eq!(source.queue.write(0, &[1; 512]), Status::Ok);
+        assert_eq!((source.queue.epoch, record["epoch"].as_u64()), (epoch, Some(epoch.0)));
+
+        assert_eq!(refused(&other, 1), (404, "baton:no-such-handoff".to_owned()));
+        let (status, problem) = other.post("arm", &late);
+        assert_eq!((status, problem["type"].as_str()), (409, Some("baton:stale-plan")));
+        assert_eq!(source.seal().outcome, Outcome::NoSuchHandoff);
+        assert_eq!(destination.control.ask(Ask::Activate).outcome, Outcome::NoSuchHandoff);
+        assert_eq!(source.queue.write(0, &[2; 512]), Status::Ok);
+        let entries = other.get("audit").1["entries"].take();
+        let last = entries.as_array().and_then(|entries| entries.last()).expect("an entry").clone();
+        assert_eq!(
+            (&last["what"], &last["who"]),
+            (&"disarm".into(), &"coordinator (term 1)".into())
+        );
+
+        let next = Try { id: HandoffId(0x1235), attempt: 1 };
+        let plan = plan(&[&anchor, &other], mode, next);
+        assert_eq!(other.post("arm", &other.arming(1, &plan)).0, 200);
+        let counts = source.drained();
+        assert_eq!(source.control.ask_of(next, Ask::Seal(counts)).outcome, Outcome::Granted);
+        let (status, problem) = other.post("disarm", &which_try(1, next));
+        assert_eq!((status, problem["type"].as_str()), (409, Some("baton:cannot-disarm")));
+        assert_eq!(other.phase(), "sealed");
+    }
+}
+
 /// What is behind OPEN on its connection waits for it and runs under its epoch.
 #[test]
 fn open_is_a_barrier_and_gives_the_connection_a_place() {

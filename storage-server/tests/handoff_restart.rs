@@ -314,3 +314,22 @@ fn row_27_an_unfreeze_that_arrives_an_incarnation_late_opens_nothing() {
     assert_eq!(late.ask(Ask::Unfreeze { boot_id }).outcome, Outcome::NotNominated);
     assert_eq!(volume.phase(), "active");
 }
+
+/// It is on disk before it is told: a server that comes again knows of no handoff, and does not freeze.
+#[test]
+fn a_disarmed_volume_is_nobodys_handoff_after_a_kill() {
+    for mode in MODES {
+        let mut server = Mortal::start();
+        let (mut anchor, mut volume) = (server.create("a"), server.create("d"));
+        let (_at_anchor, mut source) = (anchor.source(), volume.source());
+        arm(&[&anchor, &volume], mode);
+        assert_eq!(source.queue.write(0, &[1; 4096]), Status::Ok);
+        assert_eq!(volume.post("disarm", &which(1)).0, 200);
+        server.kill(&mut [&mut anchor, &mut volume]);
+        assert_eq!(volume.phase(), "owned", "{mode}");
+        let mut hello = greeting(&volume.name, SOURCE, S);
+        (hello.epoch, hello.resume_from) = (1, source.queue.seq + 1);
+        let mut again = Client::greet(volume.data, &hello).expect("its session").0;
+        assert_eq!(again.write(0, &[2; 4096]), Status::Ok);
+    }
+}

@@ -8,7 +8,8 @@
 //!
 //! 1. What is not decided is taken back first if the dead host is the destination; what
 //!    is decided is settled first. Both need the anchor, and have a time. A handoff that
-//!    the journal does not know is read from the records ([`super::orphan`]).
+//!    the journal does not know is read from the records ([`super::orphan`]); a volume that
+//!    is in one that its anchor does not know any more is disarmed, or settled.
 //! 2. The anchor is fenced before the other volumes: what it decided until then holds,
 //!    and afterwards nothing is decided any more. While it is not fenced, volumes that
 //!    are in a handoff are left alone: they may be the other host's.
@@ -107,12 +108,15 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
     let order = Order { owner: &owner, nominee: nominee.as_deref(), reason: &reason };
     let mut taken: Vec<String> = Vec::new();
     let mut left_over: Option<String>;
+    let mut ended = Vec::new();
     let mut round = 0;
     let mut results = loop {
         round += 1;
         end_handoff(core, vm, &dead_host).await;
         left_over = orphan::end(core, &volumes(core, &view).await?, order.owner).await;
-        let (results, changed) = fence_all(core, volumes(core, &view).await?, &order).await;
+        let mut found = volumes(core, &view).await?;
+        ended.extend(orphan::end_forgotten(core, &mut found).await);
+        let (results, changed) = fence_all(core, found, &order).await;
         taken.extend(results.iter().filter(|r| r.taken).map(|r| r.volume.clone()));
         if !changed || round == ROUNDS_MAX {
             break results;
@@ -122,6 +126,12 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
     // By an earlier round, whose answer this one found.
     for result in &mut results {
         result.taken |= result.fenced && taken.contains(&result.volume);
+        if let Some(ended) = ended.iter().find(|ended| ended.volume == result.volume) {
+            result.detail = format!(
+                "{}; handoff {}, which the volume that decides it does not know any more, is ended here",
+                result.detail, ended.handoff
+            );
+        }
     }
     core.metrics.fences.fetch_add(1, Ordering::Relaxed);
     if results.iter().all(|result| result.taken) {
@@ -312,7 +322,7 @@ async fn fence_one(
                 result.fenced = true;
                 result.belongs_to = current.map(str::to_owned);
                 result.detail = format!(
-                    "belongs to `{owner}`, and is still armed for handoff {id}, which the volume that decides it does not know any more, so that nobody can win it: once the VM is stopped, fence it from the host of `{owner}` to end that, too"
+                    "belongs to `{owner}`, and is still armed for handoff {id}, which the volume that decides it does not know any more, so that nobody can win it. It could not be disarmed: once the VM is stopped, fence it from the host of `{owner}` to end that, too"
                 );
                 return (result, false);
             }

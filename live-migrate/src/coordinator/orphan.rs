@@ -1,15 +1,24 @@
 //! A handoff that stands in the access records and not in the journal: it was armed by
 //! a coordinator whose journal is lost. The records say which it is, and which volume
 //! decides it; the decision stays with that one, whoever asks for it.
+//!
+//! That one may have forgotten it: it was fenced alone, by hand, or was armed for another
+//! handoff before the other volumes had learnt how this one ended. Then nothing decides it
+//! any more: a volume that is armed for it is disarmed (`docs/decisions/0007-*`), and one
+//! that the winner has opened is settled.
+
+use std::sync::Arc;
 
 use baton_protocol::handoff::Try;
 use futures_util::future::join_all;
 
+use super::agents::VmView;
 use super::core::Core;
+use super::fault::Fault;
 use super::fence::SETTLE_LIMIT;
 use super::plan::Grant;
 use super::storages::{HandoffView, Reclaimed, RecordView, StorageError};
-use super::vms::Volume;
+use super::vms::{Volume, volumes};
 
 /// Puts the volume that decides in front, as the records say; before all others one that
 /// cannot be read and may be it.
@@ -52,6 +61,83 @@ pub(super) async fn end(core: &Core, volumes: &[Volume<'_>], dead: &str) -> Opti
         Err(_) => "a storage server is slow".to_owned(),
     };
     Some(format!("handoff {} is not over at every volume: {error}", of.id))
+}
+
+/// Before the VM's next handoff is planned: what the one before has left at the volumes,
+/// if the journal does not know it. Whether anything was done.
+pub(super) async fn tidy(core: &Arc<Core>, view: &VmView) -> Result<bool, Fault> {
+    let mut found = volumes(core, view).await?;
+    let stands = |found: &[Volume<'_>]| {
+        let records = found.iter().filter_map(|volume| volume.record.as_ref().ok());
+        records.filter(|record| record.handoff.is_some()).count()
+    };
+    let before = stands(&found);
+    if before == 0 {
+        return Ok(false);
+    }
+    // Nobody is dead: what is decided is settled, and nothing else decided.
+    if let Some(left) = end(core, &found, "").await {
+        tracing::warn!(vm = view.name(), left, "an earlier handoff is not over");
+    }
+    found = volumes(core, view).await?;
+    end_forgotten(core, &mut found).await;
+    Ok(stands(&found) < before)
+}
+
+/// A volume, and the handoff that was ended there.
+pub(super) struct Ended {
+    pub(super) volume: String,
+    pub(super) handoff: String,
+}
+
+/// Ends handoffs that nothing decides any more (see [`forgotten`]), under an owner that runs
+/// on: it has the volume that decides, too. A volume that is armed is disarmed, one that the
+/// winner has opened is settled; the records are as they are then. What is sealed or frozen
+/// is left alone: the destination may have won before it was forgotten.
+pub(super) async fn end_forgotten(core: &Core, volumes: &mut [Volume<'_>]) -> Vec<Ended> {
+    let forgotten = forgotten(volumes).await;
+    let owners: Vec<(String, Option<String>)> = volumes
+        .iter()
+        .filter_map(|volume| volume.record.as_ref().ok())
+        .map(|record| (record.volume.clone(), record.owner.as_ref().map(|o| o.name.clone())))
+        .collect();
+    let mut ended = Vec::new();
+    for volume in volumes {
+        let Ok(record) = &volume.record else { continue };
+        let Some(of) = handoff(record) else { continue };
+        let Ok(id) = of.id.parse() else { continue };
+        let owner = record.owner.as_ref().map(|owner| &owner.name);
+        let has_both = owners.iter().any(|(id, name)| *id == of.anchor && name.as_ref() == owner);
+        let known = core.handoff(id).is_some_and(|handle| !handle.row().state.is_over());
+        if !forgotten.contains(&(of.id.clone(), of.attempt)) || !has_both || known {
+            continue;
+        }
+        let attempt = Try { id, attempt: of.attempt };
+        let (server, name) = (volume.server, &volume.name);
+        let answer = match record.phase.as_str() {
+            "armed" => server.disarm(attempt, name, core.term).await,
+            "active" | "reclaimed" => server.settle(attempt, None, name, core.term).await.map(drop),
+            _ => continue,
+        };
+        let phase = &record.phase;
+        match answer {
+            Ok(()) => {
+                tracing::warn!(
+                    volume = name,
+                    handoff = of.id,
+                    phase,
+                    "ended; the volume that decides does not know it any more"
+                );
+                ended.push(Ended { volume: name.clone(), handoff: of.id.clone() });
+            }
+            Err(error) => {
+                let error = told(core, &error);
+                tracing::warn!(volume = name, handoff = of.id, phase, error, "not ended");
+            }
+        }
+        volume.record = server.access(name, None).await.map(|(_, record)| record);
+    }
+    ended
 }
 
 /// The handoffs that volumes are armed for and that the volume which decides them does not know any more. The anchor

@@ -14,9 +14,10 @@ use super::agents::{Agent, DiskView, VmView};
 use super::core::{Core, unix_us};
 use super::fault::{Fault, owner_sentence};
 use super::keeper::Handle;
+use super::orphan;
 use super::plan::{self, Member, Progress, Row, Seen, Standing, State, Trigger};
 use super::sides::{self, Found};
-use super::storages::place_of;
+use super::storages::{VolumeView, place_of};
 use crate::identity::is_name;
 
 const LABELS_MAX: usize = 32;
@@ -189,11 +190,17 @@ async fn plan(
     agent(core, &request.to)?;
     let Found { view, named, serving } = sides::find(core, vm, request.from.as_deref()).await?;
     let disks = chosen(&view, request.volumes.as_deref())?;
-    let mut members = Vec::with_capacity(disks.len());
+    let mut found = members(core, vm, &disks, serving.as_deref()).await?;
+    // The journal knows of no handoff of this VM that is under way.
+    if found.iter().any(|(_, volume)| !["owned", "free"].contains(&volume.phase.as_str()))
+        && orphan::tidy(core, &view).await?
+    {
+        found = members(core, vm, &disks, serving.as_deref()).await?;
+    }
+    let mut members = Vec::with_capacity(found.len());
     let mut owner = None;
-    for disk in disks {
-        let (member, owned_by) = member(core, vm, &disk, serving.as_deref()).await?;
-        match owned_by {
+    for (member, volume) in found {
+        match volume.owner {
             Some(name) if owner.as_ref().is_none_or(|owner| *owner == name) => owner = Some(name),
             Some(name) => {
                 return Err(not_owner(
@@ -330,12 +337,25 @@ fn chosen(view: &VmView, wanted: Option<&[String]>) -> Result<Vec<DiskView>, Fau
     }
 }
 
+async fn members(
+    core: &Core,
+    vm: &str,
+    disks: &[DiskView],
+    serving: Option<&str>,
+) -> Result<Vec<(Member, VolumeView)>, Fault> {
+    let mut members = Vec::with_capacity(disks.len());
+    for disk in disks {
+        members.push(member(core, vm, disk, serving).await?);
+    }
+    Ok(members)
+}
+
 async fn member(
     core: &Core,
     vm: &str,
     disk: &DiskView,
     serving: Option<&str>,
-) -> Result<(Member, Option<String>), Fault> {
+) -> Result<(Member, VolumeView), Fault> {
     let not_movable = |why: String| {
         Fault::new(
             StatusCode::CONFLICT,
@@ -372,7 +392,7 @@ async fn member(
         epoch: found.epoch,
         next_epoch: found.next_epoch,
     };
-    Ok((member, found.owner))
+    Ok((member, found))
 }
 
 /// The agent of a host.

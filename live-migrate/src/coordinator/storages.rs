@@ -410,6 +410,14 @@ impl StorageServer {
         Ok(self.post(volume, "settle", &body).await?["next_epoch"].as_u64())
     }
 
+    /// DISARM, at another member than the anchor, which has forgotten the handoff.
+    ///
+    /// # Errors
+    /// [`StorageError`].
+    pub async fn disarm(&self, of: Try, volume: &str, term: u64) -> Result<(), StorageError> {
+        self.post(volume, "disarm", &attempt(of, term)).await.map(drop)
+    }
+
     /// FENCE: answered when nothing of the old owner can reach the volume any more.
     ///
     /// # Errors

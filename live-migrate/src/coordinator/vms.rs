@@ -134,7 +134,8 @@ pub async fn access(core: &Arc<Core>, vm: &str) -> Result<Value, Fault> {
         .map(|volume| match &volume.record {
             Ok(record) => json!({"volume": volume.name, "storage": volume.server.name,
                 "phase": record.phase, "epoch": record.epoch,
-                "owner": record.owner.as_ref().map(|owner| &owner.name), "barred": record.barred}),
+                "owner": record.owner.as_ref().map(|owner| &owner.name), "barred": record.barred,
+                "handoff": under_way(record)}),
             Err(error) => json!({"volume": volume.name, "storage": volume.server.name,
                 "error": error.to_string()}),
         })
@@ -147,10 +148,15 @@ pub async fn access(core: &Arc<Core>, vm: &str) -> Result<Value, Fault> {
         "phase": record.phase,
         "barred": record.barred,
         "decided_by": decided.map(|decided| json!({"handoff": decided.id, "attempt": decided.attempt, "winner": decided.winner.name()})),
-        "handoff": record.handoff.as_ref().map(|handoff| json!({"id": handoff.id, "attempt": handoff.attempt})),
+        "handoff": under_way(record),
         "anchor": {"volume": anchor.name, "storage": anchor.server.name},
         "members": members,
     }))
+}
+
+fn under_way(record: &RecordView) -> Option<Value> {
+    let handoff = record.handoff.as_ref()?;
+    Some(json!({"id": handoff.id, "attempt": handoff.attempt}))
 }
 
 /// The anchor's audit trail and record, and the last handoff.
@@ -169,5 +175,9 @@ pub async fn why(core: &Arc<Core>, vm: &str) -> Result<Value, Fault> {
     });
     let audit = join_all(audits).await;
     let handoff = core.latest(vm).map(|handle| super::view::handoff(&handle.row()));
-    Ok(json!({"access": access, "audit": audit, "handoff": handoff}))
+    // Handoffs that nothing can decide any more, though a volume is in them.
+    let forgotten = super::orphan::forgotten(&volumes).await;
+    let forgotten: Vec<Value> =
+        forgotten.into_iter().map(|(id, attempt)| json!({"id": id, "attempt": attempt})).collect();
+    Ok(json!({"access": access, "audit": audit, "handoff": handoff, "forgotten": forgotten}))
 }

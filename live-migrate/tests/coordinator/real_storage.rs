@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 
-use baton_live_migrate::client::Method;
-use baton_protocol::handoff::{Answer, Ask, HandoffRequest, Outcome, Try};
+use baton_live_migrate::client::{Client, Method};
+use baton_protocol::handoff::{Answer, Ask, HandoffRequest, Open, Outcome, Proof, Try};
 use baton_protocol::{
     AccessMode, Epoch, Features, Hello, Opcode, QueueId, ReplyHeader, RequestHeader, Seq,
     SessionId, Status,
@@ -79,6 +79,15 @@ impl Control {
     }
 }
 
+impl Control {
+    /// OPEN, which must be granted.
+    async fn open_with(&mut self, id: &str, proof: Proof) {
+        self.seq += 1;
+        let attempt = Try { id: id.parse().expect("an id"), attempt: 1 };
+        self.exchange(Opcode::Open, Seq(self.seq), &Open { attempt, proof }.encode()).await;
+    }
+}
+
 struct Real {
     server: Server,
     _dir: TempDir,
@@ -98,10 +107,17 @@ async fn storage(volume: &str) -> Real {
 
 /// Calls a server's API, as an operator does.
 async fn post(admin: SocketAddr, path: &str, body: &Value) {
+    admin_client(admin).call(Method::POST, path, Some(body)).await.expect("done");
+}
+
+async fn get(admin: SocketAddr, path: &str) -> Value {
+    admin_client(admin).call(Method::GET, path, None).await.expect("an answer")
+}
+
+fn admin_client(admin: SocketAddr) -> Client {
     let who = "baton://host/storage".parse().expect("an identity");
     let admin = format!("http://{admin}").parse().expect("an endpoint");
-    let client = baton_live_migrate::client::Client::new(who, admin, None, super::support::LIMIT);
-    client.call(Method::POST, path, Some(body)).await.expect("done");
+    Client::new(who, admin, None, super::support::LIMIT)
 }
 
 /// `web` on host-a with a volume on each of two servers, whose backend is `source`.
@@ -293,7 +309,8 @@ async fn row_36_a_fence_settles_a_handoff_that_the_journal_does_not_know() {
 }
 
 /// Its anchor was fenced by hand and claimed again, so it knows of no handoff, while the other volume is armed for one.
-/// A dead destination has no way to that, and the source runs on; the source's own fence ends it. One call each.
+/// A dead destination has no way to that: its fence ends it under the source, which runs on. What the source has sealed
+/// is kept for its next process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn row_36_a_fence_ends_a_handoff_that_its_anchor_does_not_know_any_more() {
     for sealed in [false, true] {
@@ -318,23 +335,132 @@ async fn row_36_a_fence_ends_a_handoff_that_its_anchor_does_not_know_any_more() 
         assert_eq!(done["volumes"][0]["belongs_to"], "host-a/web", "{done:#}");
         // What was sealed is not its session's any more, and is kept for the next one.
         assert_eq!(member["taken"], sealed, "{done:#}");
+        belongs_to(&coordinator, "host-a").await;
+        assert_ne!(late.ask(&id, Ask::Activate).await.outcome, Outcome::Granted);
         if !sealed {
             assert_eq!(member["belongs_to"], "host-a/web", "{done:#}");
             let detail = member["detail"].as_str().expect("a sentence");
-            assert!(detail.contains(&id) && detail.contains("nobody can win it"), "{detail}");
-            let access = coordinator.get("/v1/vms/web/access").await;
-            assert_eq!(access["members"][1]["epoch"], source[1].epoch.0, "it goes on: {access:#}");
-            // A late destination cannot, nor can it seal in the source's name and go on.
-            assert_ne!(late.ask(&id, Ask::Activate).await.outcome, Outcome::Granted);
-            cluster.a.with("web", |machine| {
-                machine.run = "gone";
-                machine.handoff = None;
-                machine.backend = None;
-            });
-            fence(&coordinator, "host-a", "host-a").await;
+            assert!(detail.contains(&id) && detail.contains("is ended here"), "{detail}");
+            goes_on(&coordinator, &source).await;
+            // Nothing is in the way of the next one, which goes through.
+            cluster.b.silent.store(false, Ordering::SeqCst);
+            moves(&cluster, &servers, &coordinator, &mut source).await;
         }
-        belongs_to(&coordinator, "host-a").await;
+        stop(servers).await;
+    }
+}
+
+/// The data volume's epoch is the one that its session has.
+async fn goes_on(coordinator: &Coordinator, source: &[Control]) {
+    let access = coordinator.get("/v1/vms/web/access").await;
+    assert_eq!(access["members"][1]["epoch"], source[1].epoch.0, "it goes on: {access:#}");
+}
+
+/// A handoff from host-a to host-b, by the sessions that the source has had all the time.
+async fn moves(
+    cluster: &Cluster,
+    servers: &[Real],
+    coordinator: &Coordinator,
+    source: &mut [Control],
+) {
+    let next = id();
+    stands(cluster, "ready", &next);
+    assert_eq!(coordinator.prepare(&next).await.expect("READY")["state"], "READY");
+    goes_on(coordinator, source).await;
+    for control in source {
+        assert_eq!(control.ask(&next, Ask::Seal(Vec::new())).await.outcome, Outcome::Granted);
+    }
+    let mut anchor =
+        Control::open(servers[0].server.data, "root", "host-b/web", AccessMode::Standby).await;
+    assert_eq!(anchor.ask(&next, Ask::Activate).await.outcome, Outcome::Granted);
+    stands(cluster, "serving", &next);
+    assert_eq!(coordinator.post(&next, "finish").await.expect("decided")["outcome"], "destination");
+    coordinator.over(&next).await;
+    belongs_to(coordinator, "host-b").await;
+}
+
+/// What a coordinator without the journal may do, and one of before did: it takes the handoff back and settles it at
+/// the anchor alone, and has the anchor forget it by another one.
+async fn forget(servers: &[Real], id: &str) {
+    let admin = servers[0].server.admin;
+    let record = get(admin, "/v1/volumes/root/access").await["record"].clone();
+    let term = record["coordinator_term"].as_u64().expect("a term");
+    let which = |id: &str| json!({"term": term, "id": id, "attempt": 1});
+    post(admin, "/v1/volumes/root/reclaim", &which(id)).await;
+    post(admin, "/v1/volumes/root/settle", &which(id)).await;
+    let other = super::support::id();
+    let plan = json!({"id": other, "attempt": 1, "vm": "web", "from": "host-a/web", "to": "host-b/web",
+        "anchor": record["volume"], "members": {"count": 1, "hash": "0000000000000001"}, "mode": "fast", "key": "07".repeat(32)});
+    let arm = json!({"term": term, "next_epoch": record["next_epoch"], "plan": plan});
+    post(admin, "/v1/volumes/root/arm", &arm).await;
+    post(admin, "/v1/volumes/root/reclaim", &which(&other)).await;
+    post(admin, "/v1/volumes/root/settle", &which(&other)).await;
+}
+
+/// The source was never fenced nor stopped: its sessions are the same from the first handoff to the last.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn row_36_the_next_handoff_ends_what_its_anchor_has_forgotten() {
+    for opened in [false, true] {
+        let (cluster, servers, mut source) = cluster().await;
+        let id = id();
+        let coordinator = prepared_by_another(&cluster, &id).await;
+        let mut late =
+            Control::open(servers[0].server.data, "root", "host-b/web", AccessMode::Standby).await;
+        if opened {
+            let answer = source[0].ask(&id, Ask::Reclaim).await;
+            source[1].open_with(&id, answer.proof.expect("it has won")).await;
+        }
+        forget(&servers, &id).await;
+        let why = coordinator.get("/v1/vms/web/why").await;
+        assert_eq!(why["forgotten"], json!([{"id": id, "attempt": 1}]), "{why:#}");
+        let data = &why["access"]["members"][1];
+        let phase = if opened { "reclaimed" } else { "armed" };
+        assert_eq!((&data["phase"], &data["handoff"]), (&json!(phase), &why["forgotten"][0]));
+
+        moves(&cluster, &servers, &coordinator, &mut source).await;
         assert_ne!(late.ask(&id, Ask::Activate).await.outcome, Outcome::Granted);
+        let why = coordinator.get("/v1/vms/web/why").await;
+        assert_eq!(why["forgotten"], json!([]), "{why:#}");
+        let entries = why["audit"][1]["entries"].as_array().expect("an audit trail");
+        let disarmed = entries.iter().any(|entry| entry["what"] == "disarm");
+        assert_eq!(disarmed, !opened, "{why:#}");
+        stop(servers).await;
+    }
+}
+
+/// Settled at the anchor alone, which still knows how it ended: the other volume learns it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn row_36_the_next_handoff_settles_what_its_anchor_has_decided() {
+    let (cluster, servers, mut source) = cluster().await;
+    let id = id();
+    let coordinator = prepared_by_another(&cluster, &id).await;
+    let record = get(servers[0].server.admin, "/v1/volumes/root/access").await["record"].clone();
+    let which = json!({"term": record["coordinator_term"], "id": id, "attempt": 1});
+    for what in ["reclaim", "settle"] {
+        post(servers[0].server.admin, &format!("/v1/volumes/root/{what}"), &which).await;
+    }
+    moves(&cluster, &servers, &coordinator, &mut source).await;
+    stop(servers).await;
+}
+
+/// Nobody may end what can still be won: not a handoff that the anchor knows, nor a volume that its source has sealed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn row_36_the_next_handoff_leaves_alone_what_can_be_won() {
+    for forgotten in [false, true] {
+        let (cluster, servers, mut source) = cluster().await;
+        let id = id();
+        let coordinator = prepared_by_another(&cluster, &id).await;
+        if forgotten {
+            assert_eq!(source[1].ask(&id, Ask::Seal(Vec::new())).await.outcome, Outcome::Granted);
+            forget(&servers, &id).await;
+        }
+        let before = get(servers[1].server.admin, "/v1/volumes/data/access").await;
+        assert_eq!(before["record"]["phase"], if forgotten { "sealed" } else { "armed" });
+        let row = coordinator.prepare(&super::support::id()).await.expect("an answer");
+        assert_eq!(row["because"]["type"], "baton:handoff-in-progress", "{row:#}");
+        assert!(row["because"]["detail"].as_str().expect("a sentence").contains(&id), "{row:#}");
+        let after = get(servers[1].server.admin, "/v1/volumes/data/access").await;
+        assert_eq!(after["record"]["version"], before["record"]["version"], "{after:#}");
         stop(servers).await;
     }
 }

@@ -313,6 +313,7 @@ async fn change(
             let unknown = json!({"outcome": "unknown", "record": view(&record)});
             return Ok(Json(grant(&record, attempt).unwrap_or(unknown)));
         }
+        "disarm" => storage.step(&name, Input::Disarm { attempt: this(), term }),
         "abdicate" => storage.step(&name, Input::Abdicate { attempt: this(), by }),
         "settle" => {
             let proof = body.get("proof").map(|proof| {

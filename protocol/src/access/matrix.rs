@@ -150,6 +150,9 @@ impl Cast {
             ("settle: destination 4, for 3", {
                 settle(Some((D2, Self::proof(Side::Destination, 2, D1))))
             }),
+            ("disarm", Input::Disarm { attempt, term: TERM }),
+            ("disarm another try", Input::Disarm { attempt: stale, term: TERM }),
+            ("disarm by an older term", Input::Disarm { attempt, term: TERM - 1 }),
         ]
     }
 }
@@ -171,6 +174,7 @@ fn states(cast: &Cast) -> Vec<(&'static str, AccessRecord)> {
     let reclaim = Input::Reclaim { attempt, by: By::Backend { name: SOURCE, session: S1 } };
     let abdicate = Input::Abdicate { attempt, by: By::Backend { name: DESTINATION, session: D1 } };
     let settle = Input::Settle { attempt, term: TERM, proof: None };
+    let disarm = Input::Disarm { attempt, term: TERM };
     let open = |side, grant, session| Input::Open {
         attempt,
         session,
@@ -211,6 +215,8 @@ fn states(cast: &Cast) -> Vec<(&'static str, AccessRecord)> {
         ("member sealed", member_sealed.clone()),
         ("member active", after(&member_sealed, &[open(Side::Destination, 2, D1)])),
         ("member reclaimed", after(&member_sealed, &[open(Side::Source, 1, S1)])),
+        ("member armed, seal seen", after(&member, &[seal])),
+        ("member disarmed", after(&member, &[disarm])),
         ("member frozen", member.after_restart()),
     ]
 }
@@ -308,6 +314,39 @@ fn no_cell_of_the_matrix_breaks_a_rule() {
     }
 }
 
+/// Whatever was under way for it, and whoever shows what: an ARM of its plan, a seal,
+/// a decision that an anchor made before it forgot.
+#[test]
+fn nothing_of_a_disarmed_handoff_comes_back() {
+    let cast = Cast::new(Mode::Fast);
+    let disarm = Input::Disarm { attempt: cast.plan.attempt, term: TERM };
+    let mut disarmed = 0;
+    for (name, state) in states(&cast) {
+        let Ok(step) = state.step(disarm) else { continue };
+        let record = step.record;
+        disarmed += 1;
+        let member = state.volume != ANCHOR && state.phase == Phase::Armed;
+        assert!(member, "{name}: the destination may have won");
+        assert_eq!((step.store, step.reopen), (Store::First, false), "{name}: interrupted");
+        assert_eq!(record.admits(), state.admits(), "{name}: the source goes on");
+        assert_eq!(record.next_epoch, state.next_epoch, "{name}: a number is given out again");
+        // As planned before the handoff was armed.
+        for (input_name, input) in cast.inputs(Epoch(3)) {
+            let other = match input {
+                Input::Claim { .. }
+                | Input::Rejoin { .. }
+                | Input::Release { .. }
+                | Input::Fence { .. } => continue,
+                Input::Arm { next_epoch, .. } => next_epoch >= record.next_epoch,
+                _ => false,
+            };
+            assert!(!other, "{input_name} is late");
+            assert!(record.step(input).is_err(), "{name}, disarmed + {input_name}");
+        }
+    }
+    assert_eq!(disarmed, 2, "armed, and with its seal on the way");
+}
+
 const LEGEND: &str = "\
 The anchor in fast mode. The source was granted epoch 1; 2 is the destination's number, 3 the
 source's way back, 4 the next that nobody had. Bold: the next phase; noted: the phase stays and
@@ -320,6 +359,7 @@ refusal. `first`: durable before anybody is told; `later`: told first; neither: 
 /// What the table in the document shows: an input, and the states it is shown
 /// in.
 fn documented() -> String {
+    const DISARM: &str = "disarm";
     let cast = Cast::new(Mode::Fast);
     let shown = [
         ("claim a/2", "claim, next process of the source"),
@@ -340,19 +380,23 @@ fn documented() -> String {
         ("open destination 3", "open, destination's proof"),
         ("open source 1", "open, source's proof"),
         ("settle", "settle"),
+        (DISARM, "disarm; at another member than the anchor, which refuses it"),
     ];
     let columns = ["free", "owned", "armed", "sealed", "active", "reclaimed", "frozen"];
     let states = states(&cast);
-    let state = |column| &states.iter().find(|(name, _)| *name == column).expect("a state").1;
+    let named = |wanted: &str| states.iter().find(|(name, _)| *name == wanted);
+    let state = |column| &named(column).expect("a state").1;
     let mut table = LEGEND.to_owned();
     let _ = write!(table, "| input | {} |\n|---|", columns.join(" | "));
     table.push_str(&"---|".repeat(columns.len()));
     table.push('\n');
     for (input_name, title) in shown {
         let cells = columns.map(|column| {
-            let inputs = cast.inputs(state(column).next_epoch);
+            let member = named(&format!("member {column}")).filter(|_| input_name == DISARM);
+            let state = member.map_or_else(|| state(column), |(_, state)| state);
+            let inputs = cast.inputs(state.next_epoch);
             let input = inputs.iter().find(|(name, _)| *name == input_name);
-            cell(state(column), input.expect("an input").1)
+            cell(state, input.expect("an input").1)
         });
         let _ = writeln!(table, "| {title} | {} |", cells.join(" | "));
     }

@@ -10,7 +10,7 @@
 //!    ^                  |   ^
 //!    | release, fence   |   | settle
 //!    +------------------+   +-----------------------------------------+
-//!                       | arm                                         |
+//!                       | arm (back: disarm, where the anchor forgot)  |
 //!                       v         seal              activate          |
 //!                     ARMED(e) ----------> SEALED ----------> ACTIVE(e_to)
 //!                       |  ^                  |

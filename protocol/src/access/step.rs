@@ -3,7 +3,7 @@
 //! | module | noun |
 //! |---|---|
 //! | `ownership` | claim, rejoin, release, fence |
-//! | `plan` | arm, settle |
+//! | `plan` | arm, settle, disarm |
 //! | `seal` | seal, sealed, unfreeze |
 //! | `decision` | activate, reclaim, abdicate, open |
 
@@ -45,6 +45,7 @@ impl AccessRecord {
                 self.unfreeze(attempt, session, boot_id == boot_id_now)
             }
             Input::Settle { attempt, term, proof } => self.settle(attempt, term, proof),
+            Input::Disarm { attempt, term } => self.disarm(attempt, term),
         }
     }
 

@@ -148,6 +148,15 @@ pub enum Input<'a> {
         /// The winner's session and the anchor's decision.
         proof: Option<(SessionId, Proof)>,
     },
+    /// The anchor does not know the handoff any more, so that it can never be
+    /// decided: the owner goes on as if it had not been armed here. Not at the
+    /// anchor itself, and only while the source has not sealed.
+    Disarm {
+        /// Which.
+        attempt: Try,
+        /// The coordinator's term.
+        term: u64,
+    },
 }
 
 /// Why the record stays as it is.
@@ -264,6 +273,9 @@ pub enum Refusal {
     /// incarnation of the server.
     #[error("the volume cannot be unfrozen: a seal was seen, or the server has restarted again")]
     CannotUnfreeze,
+    /// The handoff may have been decided, or is decided here.
+    #[error("the volume cannot be disarmed: {0}")]
+    CannotDisarm(&'static str),
 }
 
 /// How durable a change must be, and when.

@@ -135,7 +135,8 @@ impl From<&Refusal> for Outcome {
             | Refusal::TooLate
             | Refusal::Undecided
             | Refusal::BadProof
-            | Refusal::CannotUnfreeze => Self::Refused,
+            | Refusal::CannotUnfreeze
+            | Refusal::CannotDisarm(_) => Self::Refused,
         }
     }
 }

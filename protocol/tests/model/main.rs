@@ -277,6 +277,7 @@ fn walks_with_one_accident_end_with_one_side_running() {
             Scope { server_crashes: 1, attempts: 2, ..wide(name, mode) },
             Scope { late_arms: 2, attempts: 3, fresh_ids: true, ..wide(name, mode) },
             Scope { server_crashes: 1, coordinator: false, ..wide(name, mode) },
+            Scope { forgets: true, attempts: 3, fresh_ids: true, ..wide(name, mode) },
             Scope { backend_crashes: [0, 1], coordinator: false, ..wide(name, mode) },
             Scope { backend_crashes: [1, 0], coordinator: false, ..wide(name, mode) },
         ];
@@ -289,7 +290,7 @@ fn walks_with_one_accident_end_with_one_side_running() {
 
 #[test]
 fn walks_with_any_accidents_harm_nothing() {
-    let mut effort = Effort::of(10_000_000);
+    let mut effort = Effort::of(10_500_000);
     for (name, mode) in [("base wild", Mode::Base), ("fast wild", Mode::Fast)] {
         let scopes = [
             wild(name, mode),
@@ -297,6 +298,14 @@ fn walks_with_any_accidents_harm_nothing() {
             Scope { late_arms: 2, fresh_ids: true, attempts: 3, ..wild(name, mode) },
             Scope { late_arms: 2, fence: true, ..wild(name, mode) },
             Scope { fence: true, ..wild(name, mode) },
+            Scope {
+                forgets: true,
+                disarms: true,
+                late_arms: 2,
+                fresh_ids: true,
+                attempts: 3,
+                ..wild(name, mode)
+            },
         ];
         for (at, scope) in scopes.iter().enumerate() {
             let found = wander(scope, 70 + at as u64, 10_000 * self::effort(), false, &mut effort);
@@ -320,6 +329,7 @@ fn searches_find_nothing() {
         Scope { server_crashes: 0, coordinator: true, ..base("a coordinator") },
         Scope { rogue: true, server_crashes: 0, ..base("a rogue standby") },
         Scope { fence: true, server_crashes: 0, ..base("a fence") },
+        Scope { coordinator: true, disarms: true, ..fast("disarmed at any time") },
     ];
     for scope in scopes {
         let found = explore(&scope, true, 60_000 * self::effort(), &mut effort);

@@ -63,11 +63,19 @@ pub(crate) enum Mutant {
     StandbyLetIn,
     /// A destination reads ahead while it stands by, and shows its guest that.
     DestinationCaches,
+    /// A volume that its source has sealed is disarmed, too.
+    DisarmSealed,
+    /// The same after a restart, when nobody knows whether it was sealed.
+    DisarmFrozen,
+    /// A volume that is disarmed takes back the numbers that ARM has reserved.
+    DisarmGivesNumbersBack,
+    /// A volume stays armed for a handoff that its anchor has forgotten.
+    NeverDisarms,
 }
 
 /// With the mode in which each is possible, and whether it does harm by leaving
 /// nobody running.
-pub(crate) const ALL: [(Mutant, Mode, bool); 26] = [
+pub(crate) const ALL: [(Mutant, Mode, bool); 30] = [
     (Mutant::VolatileEpoch, Mode::Base, false),
     (Mutant::NoDrain, Mode::Base, false),
     (Mutant::NoArbiter, Mode::Base, false),
@@ -94,6 +102,10 @@ pub(crate) const ALL: [(Mutant, Mode, bool); 26] = [
     (Mutant::ForgetsWrites, Mode::Base, false),
     (Mutant::StandbyLetIn, Mode::Base, false),
     (Mutant::DestinationCaches, Mode::Fast, false),
+    (Mutant::DisarmSealed, Mode::Base, false),
+    (Mutant::DisarmFrozen, Mode::Fast, false),
+    (Mutant::DisarmGivesNumbersBack, Mode::Base, false),
+    (Mutant::NeverDisarms, Mode::Base, true),
 ];
 
 impl Mutant {
@@ -108,6 +120,13 @@ impl Mutant {
             Self::StandbyLetIn => Scope { writes: [0, 0], ..scope },
             // A handoff, another, and the first one's ARM again.
             Self::ArmWhenever => Scope { late_arms: 1, fresh_ids: true, rogue: false, ..scope },
+            Self::DisarmSealed | Self::DisarmFrozen => {
+                Scope { disarms: true, rogue: false, attempts: 1, ..scope }
+            }
+            Self::DisarmGivesNumbersBack => {
+                Scope { disarms: true, late_arms: 1, rogue: false, ..scope }
+            }
+            Self::NeverDisarms => Scope { forgets: true, attempts: 2, fresh_ids: true, ..scope },
             Self::OpenOldGrant => Scope { backend_crashes: [0, 1], coordinator: false, ..scope },
             Self::UnfreezeNoBootId => Scope {
                 members: 1,
@@ -129,6 +148,10 @@ impl Mutant {
             _ => Scope { rogue: false, attempts: 1, ..scope },
         }
     }
+}
+
+fn disarm_as_armed(record: &AccessRecord, input: Input<'_>) -> Result<Step, Refusal> {
+    AccessRecord { phase: Phase::Armed, ..record.clone() }.step(input)
 }
 
 impl Scope {
@@ -208,6 +231,19 @@ impl Scope {
                 let name = record.handoff.as_ref().map_or("", |handoff| &handoff.plan.to);
                 let by = By::Backend { name, session: baton_protocol::SessionId(1) };
                 record.step(Input::Abdicate { attempt, by })
+            }
+            (Mutant::DisarmSealed, Input::Disarm { .. }) if record.phase == Phase::Sealed => {
+                disarm_as_armed(record, input)
+            }
+            (Mutant::DisarmFrozen, Input::Disarm { .. }) if record.phase == Phase::Frozen => {
+                disarm_as_armed(record, input)
+            }
+            (Mutant::DisarmGivesNumbersBack, Input::Disarm { .. }) => {
+                let mut step = record.step(input)?;
+                if let Some(handoff) = &record.handoff {
+                    step.record.next_epoch = handoff.e_to;
+                }
+                Ok(step)
             }
             _ => record.step(input),
         }

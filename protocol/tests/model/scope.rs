@@ -51,6 +51,12 @@ pub(crate) struct Scope {
     pub orders: bool,
     /// The members may be fenced for somebody else.
     pub fence: bool,
+    /// A coordinator whose journal is lost arms the anchor for another try although
+    /// a member is still in the one before, which the anchor then forgets.
+    pub forgets: bool,
+    /// Members are disarmed whenever anybody likes, not only where the anchor has
+    /// forgotten their handoff.
+    pub disarms: bool,
     /// The destination's host shows decisions that it made up.
     pub rogue: bool,
     /// The handoff is armed and both sides know when the run begins.
@@ -89,6 +95,8 @@ impl Scope {
             coordinator: false,
             orders: false,
             fence: false,
+            forgets: false,
+            disarms: false,
             rogue: false,
             armed: true,
             slow_io: false,

@@ -10,10 +10,17 @@ const STEPS_MAX: usize = 600;
 /// Whether an orchestrator that gives the migration up, and one that goes
 /// through with it, both end with the VM running on exactly one side.
 pub(crate) fn ends_well(scope: &Scope, world: &World) -> bool {
-    if world.broken.is_some() || world.is_fenced() {
+    if world.broken.is_some() || world.is_fenced() || needs_a_fence(scope, world) {
         return true;
     }
     gives_up(scope, world) && goes_through(scope, world)
+}
+
+/// A member has stopped for a handoff that the anchor has forgotten. Nobody can say
+/// how it was decided, nor whether its source had sealed it.
+fn needs_a_fence(scope: &Scope, world: &World) -> bool {
+    let stopped = |member: usize| world.servers[member].record.admits().owner.is_none();
+    (0..scope.members).any(|member| world.is_forgotten(member) && stopped(member))
 }
 
 fn gives_up(scope: &Scope, world: &World) -> bool {
@@ -97,5 +104,6 @@ fn is_calm(action: &Action) -> bool {
             | Action::Ack(_)
             | Action::RestartBackend { .. }
             | Action::Stuck { .. }
+            | Action::Disarm { .. }
     )
 }

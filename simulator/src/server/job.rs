@@ -1,7 +1,7 @@
 //! Changes of a volume's access record, one after the other: judged, stored,
 //! drained, put in force, told.
 
-use baton_protocol::access::{By, Input, Phase, Refusal, Seen, Step, Store};
+use baton_protocol::access::{AccessRecord, By, Input, Phase, Refusal, Seen, Step, Store};
 use baton_protocol::handoff::role::Asked;
 use baton_protocol::handoff::{Ask, HandoffRequest, Open, Outcome, Side, Try};
 use baton_protocol::{Epoch, QueueId, Seq, SessionId};
@@ -9,6 +9,7 @@ use baton_protocol::{Epoch, QueueId, Seq, SessionId};
 use super::{Server, Volume, WaitingSeal, answer, host_of, owner_name};
 use crate::agenda::MS;
 use crate::bug::Bug;
+use crate::coordinator::place;
 use crate::fault::Point;
 use crate::stage::{Call, DecidedBy, Event, Greeting, Refused, Reply, Stage, ToClient, note};
 
@@ -55,6 +56,7 @@ fn reached_by(input: &Input<'_>) -> Option<Point> {
         Input::Open { .. } => Some(Point::Opened),
         Input::Settle { .. } => Some(Point::Settled),
         Input::Fence { .. } => Some(Point::Fenced),
+        Input::Disarm { .. } => Some(Point::Disarmed),
         _ => None,
     }
 }
@@ -75,7 +77,8 @@ impl Volume {
             Call::Abdicate(_) => stage.reached(Point::AbdicateArrived),
             Call::Settle(..) => stage.reached(Point::SettleArrived),
             Call::Fence { .. } => stage.reached(Point::FenceArrived),
-            Call::View => {}
+            Call::Disarm(_) => stage.reached(Point::DisarmArrived),
+            Call::View | Call::Ask { .. } => {}
         }
         self.jobs.push_back(Job::Call { coordinator, term, call });
         self.work(stage, server);
@@ -180,8 +183,13 @@ impl Volume {
     ) -> (Result<Option<Step>, Refusal>, Option<Point>) {
         let has = |bug| stage.bug == Some(bug);
         let (late_fence, late_arm) = (has(Bug::LateFence), has(Bug::LateArm));
+        let disarm_sealed = has(Bug::DisarmSealed);
         let mut step = |input: Input<'_>| {
             stage.coverage.asked(self.record.phase, &input);
+            if disarm_sealed && matches!(input, Input::Disarm { .. }) {
+                let as_armed = AccessRecord { phase: Phase::Armed, ..self.record.clone() };
+                return (as_armed.step(input).map(Some), reached_by(&input));
+            }
             (self.record.step(input).map(Some), reached_by(&input))
         };
         match job {
@@ -221,7 +229,8 @@ impl Volume {
             Job::Call { term, call, .. } => {
                 let (term, by) = (*term, By::Coordinator { term: *term });
                 match call {
-                    Call::View => (Ok(None), None),
+                    Call::View | Call::Ask { .. } => (Ok(None), None),
+                    Call::Disarm(attempt) => step(Input::Disarm { attempt: *attempt, term }),
                     Call::Fence { nominee, seen: (owner, next_epoch) } => {
                         let seen = Seen { owner: owner.as_deref(), next_epoch: *next_epoch };
                         let seen = (!late_fence).then_some(seen);
@@ -335,9 +344,11 @@ impl Volume {
             Job::Call { coordinator, call, .. } => {
                 let attempt = match call {
                     Call::Arm { plan, .. } => Some(plan.attempt),
-                    Call::Reclaim(attempt) | Call::Abdicate(attempt) | Call::Settle(attempt, _) => {
-                        Some(*attempt)
-                    }
+                    Call::Reclaim(attempt)
+                    | Call::Abdicate(attempt)
+                    | Call::Settle(attempt, _)
+                    | Call::Ask { attempt, .. }
+                    | Call::Disarm(attempt) => Some(*attempt),
                     Call::View | Call::Fence { .. } => None,
                 };
                 let attempt = attempt.or(self.record.handoff.as_ref().map(|h| h.plan.attempt));
@@ -351,6 +362,7 @@ impl Volume {
                     refused: refusal.cloned(),
                     decided,
                     armed: self.record.handoff.as_ref().map(|handoff| handoff.plan.attempt),
+                    anchor: self.record.handoff.as_ref().map(|handoff| place(handoff.plan.anchor)),
                 };
                 stage.reply(*coordinator, reply);
             }

@@ -68,6 +68,10 @@ impl World {
                 }
                 was_up
             }
+            Fault::JournalLost => {
+                let row = self.journal.row.as_mut();
+                row.is_some_and(|row| !std::mem::replace(&mut row.is_to_be_lost, true))
+            }
             Fault::ServerFrozen => {
                 self.servers[server].frozen_until = thaws;
                 self.servers[server].up

@@ -17,6 +17,7 @@
 use baton_protocol::access::Phase;
 
 use super::{Host, Migration, World};
+use crate::coordinator::place;
 use crate::ending::Ending;
 use crate::fault::Fault;
 use crate::server::owner_name;
@@ -53,9 +54,13 @@ impl World {
     /// does not end and is not explained here breaks I9.
     pub(super) fn fence_what_is_stuck(&mut self) -> bool {
         let [from, to] = self.hosts;
+        let owner = self.stage.watch.owner();
+        if self.does_a_volume_stand_still() && self.is_well(owner) {
+            self.fence(owner, Some(Ending::FenceForgotten));
+            return true;
+        }
         let Some(row) = &self.journal.row else { return false };
         let anchor = &self.volumes[row.anchor()].record;
-        let owner = self.stage.watch.owner();
         // A coordinator can take back anything else, for a dead source too; and it
         // has asked a living destination that was there to abdicate.
         if anchor.phase != Phase::Frozen {
@@ -75,6 +80,19 @@ impl World {
             self.fence(nominee, Some(ending));
         }
         can
+    }
+
+    /// In a handoff that the volume which decides it does not know any more.
+    fn does_a_volume_stand_still(&self) -> bool {
+        self.volumes.iter().any(|volume| {
+            let record = &volume.record;
+            let Some(handoff) = &record.handoff else { return false };
+            let attempt = handoff.plan.attempt;
+            let decides = &self.volumes[place(handoff.plan.anchor)].record;
+            let knows = decides.handoff.as_ref().is_some_and(|h| h.plan.attempt == attempt)
+                || decides.decided.as_ref().is_some_and(|d| d.attempt == attempt);
+            !knows && record.admits().owner.is_none()
+        })
     }
 
     /// No living backend of the destination was there before the anchor froze.

@@ -389,6 +389,25 @@ pub(super) async fn settle(
     Ok(Json((&record).into()))
 }
 
+/// Ends a handoff that the volume which decides it does not know any more, so that it
+/// can never be decided: the owner goes on, under its epoch. Refused at that volume
+/// itself, and once the source may have sealed this one.
+#[utoipa::path(post, path = "/v1/volumes/{name}/disarm", params(("name" = String, Path)), request_body = Which,
+    responses((status = 200, body = RecordView), (status = 400, body = Problem),
+    (status = 404, body = Problem), (status = 409, body = Problem)))]
+pub(super) async fn disarm(
+    State(api): State<Arc<Api>>,
+    Path(name): Path<String>,
+    request: Body<Which>,
+) -> Result<Json<RecordView>, Problem> {
+    let Which { term, id, attempt } = body(request)?;
+    let volume = find(&api, &name)?;
+    let attempt = Try { id: id.0, attempt };
+    let record = volume.change(Request::Disarm { attempt, term }).await?;
+    tracing::warn!(volume = name, handoff = %id.0, term, "disarmed: the volume that decides has forgotten it");
+    Ok(Json((&record).into()))
+}
+
 /// Shows the last changes of the access record.
 #[utoipa::path(get, path = "/v1/volumes/{name}/audit", params(("name" = String, Path)),
     responses((status = 200, body = AuditTrail), (status = 404, body = Problem)))]
@@ -434,6 +453,7 @@ impl From<Refusal> for Problem {
             Refusal::NotAnchor { .. } => ("baton:not-anchor", "Another volume decides"),
             Refusal::TooLate => ("baton:too-late", "The handoff is decided"),
             Refusal::BadProof => ("baton:bad-proof", "The anchor has not decided so"),
+            Refusal::CannotDisarm(_) => ("baton:cannot-disarm", "The handoff may be decided"),
             Refusal::StaleEpoch { .. }
             | Refusal::NotNominated
             | Refusal::NotSealed

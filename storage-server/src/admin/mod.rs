@@ -68,6 +68,7 @@ impl Api {
         handoffs::abdicate,
         handoffs::proof,
         handoffs::settle,
+        handoffs::disarm,
         handoffs::audit,
         pool,
         health,
@@ -80,7 +81,7 @@ struct Document;
 type Method = fn() -> MethodRouter<Arc<Api>>;
 
 /// Path, methods, handlers.
-const ROUTES: [(&str, &[&str], Method); 15] = [
+const ROUTES: [(&str, &[&str], Method); 16] = [
     ("/v1/volumes", &["get", "post"], || get(volumes::list).post(volumes::create)),
     ("/v1/volumes/{name}", &["get", "delete"], || get(volumes::show).delete(volumes::delete)),
     ("/v1/volumes/{name}/resize", &["post"], || post(volumes::resize)),
@@ -91,6 +92,7 @@ const ROUTES: [(&str, &[&str], Method); 15] = [
     ("/v1/volumes/{name}/abdicate", &["post"], || post(handoffs::abdicate)),
     ("/v1/volumes/{name}/proof", &["get"], || get(handoffs::proof)),
     ("/v1/volumes/{name}/settle", &["post"], || post(handoffs::settle)),
+    ("/v1/volumes/{name}/disarm", &["post"], || post(handoffs::disarm)),
     ("/v1/volumes/{name}/audit", &["get"], || get(handoffs::audit)),
     ("/v1/pool", &["get"], || get(pool)),
     ("/healthz", &["get"], || get(health)),

@@ -63,6 +63,8 @@ pub enum Request {
     Unfreeze { attempt: Try, session: SessionId, boot_id: u64 },
     /// See [`Input::Settle`].
     Settle { attempt: Try, term: u64, proof: Option<(SessionId, Proof)> },
+    /// See [`Input::Disarm`].
+    Disarm { attempt: Try, term: u64 },
 }
 
 /// What the record needs to know of the server.
@@ -131,6 +133,7 @@ impl Request {
             Self::Settle { attempt, term, proof } => {
                 Input::Settle { attempt: *attempt, term: *term, proof: *proof }
             }
+            Self::Disarm { attempt, term } => Input::Disarm { attempt: *attempt, term: *term },
         }
     }
 
@@ -150,6 +153,7 @@ impl Request {
             Self::Open { .. } => AccessStep::Open,
             Self::Unfreeze { .. } => AccessStep::Unfreeze,
             Self::Settle { .. } => AccessStep::Settle,
+            Self::Disarm { .. } => AccessStep::Disarm,
         }
     }
 
@@ -168,7 +172,8 @@ impl Request {
             Self::Fence { term: None, .. } => "operator".to_owned(),
             Self::Fence { term: Some(term), .. }
             | Self::Arm { term, .. }
-            | Self::Settle { term, .. } => coordinator(*term),
+            | Self::Settle { term, .. }
+            | Self::Disarm { term, .. } => coordinator(*term),
             Self::Reclaim { by, .. } | Self::Abdicate { by, .. } => by.who(),
         }
     }

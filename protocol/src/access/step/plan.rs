@@ -95,6 +95,33 @@ impl AccessRecord {
         Ok(self.to(next, Store::First, reopen))
     }
 
+    /// The handoff ends here without a decision. The destination activates only
+    /// when it has seen every member sealed, and what was sealed is never armed
+    /// again: so while this is armed it has not won, and once it is disarmed it
+    /// cannot. A late ARM is a stale plan, a late proof is of no handoff.
+    pub(super) fn disarm(&self, attempt: Try, term: u64) -> Result<Step, Refusal> {
+        let mut next = self.clone();
+        next.take_term(term)?;
+        let handoff = self.handoff(attempt)?;
+        if handoff.plan.anchor == self.volume {
+            return Err(Refusal::CannotDisarm("its handoff is decided here; reclaim it"));
+        }
+        match self.phase {
+            Phase::Armed => {}
+            Phase::Active | Phase::Reclaimed => return Err(Refusal::TooLate),
+            Phase::Free | Phase::Owned | Phase::Sealed | Phase::Frozen => {
+                return Err(Refusal::CannotDisarm(
+                    "its source may have sealed it, and the destination may have won",
+                ));
+            }
+        }
+        // No outcome is kept: there was none.
+        next.handoff = None;
+        next.phase = Phase::Owned;
+        // The owner keeps its epoch, so nothing is interrupted.
+        Ok(self.to(next, Store::First, false))
+    }
+
     /// The source won, as an incarnation that is not the owner here. Which of
     /// the two is the later one the coordinator's proof does not say, so the
     /// owner stays and gives way to whoever shows a proof of its own.

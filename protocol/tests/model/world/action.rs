@@ -1,11 +1,14 @@
 //! What can happen next.
 
+use std::sync::Arc;
+
 use baton_protocol::Epoch;
 use baton_protocol::handoff::role::{Order, Standing};
-use baton_protocol::handoff::{Mode, Side};
+use baton_protocol::handoff::{Mode, Side, Try};
 
-use super::{Message, Request, Stage, World};
-use crate::scope::{D, FIRST_OF_D, OF_THIRD, S, Scope};
+use super::{Message, Request, Server, Stage, World};
+use crate::mutant::Mutant;
+use crate::scope::{ANCHOR, D, FIRST_OF_D, OF_THIRD, S, Scope};
 
 /// One thing that happens.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -76,6 +79,10 @@ pub(crate) enum Action {
     TakeProof,
     Settle {
         member: usize,
+    },
+    Disarm {
+        member: usize,
+        attempt: Try,
     },
     Fence {
         member: usize,
@@ -277,13 +284,14 @@ impl World {
                     out.push(Action::Settle { member });
                 }
             }
+            self.disarm_actions(scope, out);
             let decided = self.winners.get(&scope.plan(coordinator.attempt).attempt);
             // A source that stands still seals as soon as it is armed again; one
             // that waits lets it run first.
             if coordinator.attempt < scope.attempts
                 && (self.vms[S].running || !scope.waits)
                 && decided == Some(&Side::Source)
-                && self.servers.iter().all(|server| server.record.handoff.is_none())
+                && self.is_free_for_another(scope)
             {
                 out.push(Action::Arm);
             }
@@ -298,5 +306,30 @@ impl World {
                 }
             }
         }
+    }
+
+    fn disarm_actions(&self, scope: &Scope, out: &mut Vec<Action>) {
+        for (member, server) in self.servers.iter().enumerate() {
+            let Some(handoff) = &server.record.handoff else { continue };
+            let attempt = handoff.plan.attempt;
+            let forgotten = scope.forgets && self.is_forgotten(member);
+            if scope.disarms || (forgotten && !scope.is(Mutant::NeverDisarms)) {
+                out.push(Action::Disarm { member, attempt });
+            }
+        }
+    }
+
+    fn is_free_for_another(&self, scope: &Scope) -> bool {
+        let free = |server: &Arc<Server>| server.record.handoff.is_none();
+        free(&self.servers[ANCHOR]) && (scope.forgets || self.servers.iter().all(free))
+    }
+
+    /// The member is in a handoff that the anchor does not know any more.
+    pub(crate) fn is_forgotten(&self, member: usize) -> bool {
+        let Some(handoff) = &self.servers[member].record.handoff else { return false };
+        let (attempt, anchor) = (handoff.plan.attempt, &self.servers[ANCHOR].record);
+        let knows = anchor.handoff.as_ref().is_some_and(|h| h.plan.attempt == attempt)
+            || anchor.decided.as_ref().is_some_and(|d| d.attempt == attempt);
+        member != ANCHOR && !knows
     }
 }

@@ -166,6 +166,10 @@ impl World {
                 let proof = self.coordinator.proof;
                 self.judge(scope, member, Input::Settle { attempt, term: TERM, proof })?.ok()?;
             }
+            Action::Disarm { member, attempt } => {
+                let disarm = Input::Disarm { attempt, term: TERM };
+                self.judge(scope, member, disarm)?.ok()?;
+            }
             Action::Fence { member } => {
                 let fence = Input::Fence { term: Some(TERM), nominee: Some(THIRD), seen: None };
                 self.judge(scope, member, fence)?.ok()?;
