@@ -34,6 +34,8 @@ pub struct OpenOptions {
     /// [`crate::HandoffPort`], if there is one. A loss of the epoch is then no end
     /// by itself, and a claim during a handoff becomes a standby.
     pub handoff: bool,
+    /// [`crate::VolumeQueue::submit_map`] will be used.
+    pub map: bool,
     /// How long to try before opening fails.
     pub connect_timeout: Duration,
     /// How long an open volume waits for what; the defaults are right outside
@@ -54,6 +56,7 @@ impl OpenOptions {
             read_only: false,
             standby: false,
             handoff: false,
+            map: false,
             connect_timeout: Duration::from_secs(5),
             timing: Timing::default(),
         }

@@ -2,16 +2,18 @@
 //! in, bytes out.
 //!
 //! ```text
-//!  Greeting -> Extended -> [Structured] -> Go -> Done
+//!  Greeting -> Extended -> [Structured] -> [Context] -> Go -> Done
 //!                                          |
 //!                a server that knows no GO: ExportName
 //! ```
 
+use super::allocation;
 use super::wire::{
     self, Dialect, ExportFlags, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, INIT_MAGIC, Info,
-    OLDSTYLE_MAGIC, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_STRUCTURED_REPLY,
-    OPTION_MAGIC, OPTION_REPLY_BYTES, OptionReply, REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY,
-    REP_ERR_SHUTDOWN, REP_ERR_TLS_REQD, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO,
+    OLDSTYLE_MAGIC, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_SET_META_CONTEXT,
+    OPT_STRUCTURED_REPLY, OPTION_MAGIC, OPTION_REPLY_BYTES, OptionReply, REP_ACK, REP_ERR_INVALID,
+    REP_ERR_POLICY, REP_ERR_SHUTDOWN, REP_ERR_TLS_REQD, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO,
+    REP_META_CONTEXT,
 };
 
 /// Longest answer to an option that is read, bytes: an info or a sentence.
@@ -37,6 +39,8 @@ pub(crate) struct Export {
     pub(crate) preferred_block: u32,
     /// Longest payload, a multiple of `min_block`, bytes.
     pub(crate) payload_max: u32,
+    /// The number of `base:allocation`, where it was asked for and is there.
+    pub(crate) allocation: Option<u32>,
 }
 
 /// Why there is no export.
@@ -73,6 +77,7 @@ enum At {
     Greeting,
     Extended,
     Structured,
+    Context,
     Go,
     ExportName,
     Done,
@@ -90,6 +95,9 @@ pub(super) enum Progress {
 #[derive(Debug)]
 pub(crate) struct Handshake {
     export: String,
+    /// Holes are of interest.
+    map: bool,
+    allocation: Option<u32>,
     at: At,
     no_zeroes: bool,
     dialect: Dialect,
@@ -102,10 +110,12 @@ pub(crate) struct Handshake {
 }
 
 impl Handshake {
-    /// For a new connection.
-    pub(crate) fn new(export: &str) -> Self {
+    /// For a new connection; with `map`, the export is asked to tell of its holes.
+    pub(crate) fn new(export: &str, map: bool) -> Self {
         Self {
             export: export.to_owned(),
+            map,
+            allocation: None,
             at: At::Greeting,
             no_zeroes: false,
             dialect: Dialect::Simple,
@@ -158,7 +168,7 @@ impl Handshake {
                 self.at = At::Done;
                 Ok(Some(len))
             }
-            At::Extended | At::Structured | At::Go => {
+            At::Extended | At::Structured | At::Context | At::Go => {
                 let Some(head) = rest.first_chunk::<OPTION_REPLY_BYTES>() else { return Ok(None) };
                 let reply =
                     OptionReply::decode(head).ok_or(Refusal::Broken("no answer to an option"))?;
@@ -208,6 +218,7 @@ impl Handshake {
         let option = match at {
             At::Extended => wire::option(OPT_EXTENDED_HEADERS, &[]),
             At::Structured => wire::option(OPT_STRUCTURED_REPLY, &[]),
+            At::Context => allocation::select(&self.export),
             At::Go => wire::go(&self.export),
             At::ExportName => wire::option(OPT_EXPORT_NAME, self.export.as_bytes()),
             At::Greeting | At::Done => return,
@@ -219,6 +230,7 @@ impl Handshake {
         let asked = match self.at {
             At::Extended => OPT_EXTENDED_HEADERS,
             At::Structured => OPT_STRUCTURED_REPLY,
+            At::Context => OPT_SET_META_CONTEXT,
             _ => OPT_GO,
         };
         if reply.option != asked {
@@ -230,14 +242,20 @@ impl Handshake {
             (_, REP_ERR_SHUTDOWN) => return Err(Refusal::ShuttingDown),
             (At::Extended, REP_ACK) => {
                 self.dialect = Dialect::Extended;
-                self.ask(At::Go);
+                self.ask(if self.map { At::Context } else { At::Go });
             }
             (At::Extended, _) if reply.is_error() => self.ask(At::Structured),
             (At::Structured, REP_ACK) => {
                 self.dialect = Dialect::Structured;
-                self.ask(At::Go);
+                self.ask(if self.map { At::Context } else { At::Go });
             }
             (At::Structured, _) if reply.is_error() => self.ask(At::Go),
+            (At::Context, REP_META_CONTEXT) => {
+                // An answer of another name is a context that nobody asked for.
+                self.allocation = allocation::selected(body).or(self.allocation);
+            }
+            // Holes are of use, not needed; a wrong name of the export GO will tell.
+            (At::Context, kind) if kind == REP_ACK || reply.is_error() => self.ask(At::Go),
             (At::Go, REP_INFO) => match Info::decode(body) {
                 Some(Info::Export { size_bytes, flags }) => self.size = Some((size_bytes, flags)),
                 Some(Info::BlockSize { min, preferred, max }) => {
@@ -284,6 +302,7 @@ impl Handshake {
             min_block,
             preferred_block: preferred.max(min_block),
             payload_max,
+            allocation: self.allocation,
         })
     }
 }
@@ -332,7 +351,7 @@ mod tests {
 
     #[test]
     fn a_modern_server_gives_extended_headers_and_block_sizes() {
-        let mut h = Handshake::new("disk");
+        let mut h = Handshake::new("disk", false);
         assert_eq!(h.ingest(&greeting(3)), Ok((18, Progress::More)));
         assert_eq!(h.unsent(), [&[0, 0, 0, 3][..], &wire::option(11, &[])].concat());
         h.sent(20);
@@ -355,7 +374,7 @@ mod tests {
     #[test]
     fn an_old_server_is_asked_by_name_and_gets_simple_replies() {
         for (flags, zeroes) in [(3, 0), (1, 124)] {
-            let mut h = Handshake::new("disk");
+            let mut h = Handshake::new("disk", false);
             let mut answer = (1u64 << 20).to_be_bytes().to_vec();
             answer.extend(1u16.to_be_bytes());
             answer.extend(vec![0; zeroes]);
@@ -407,7 +426,7 @@ mod tests {
                 Refusal::Broken("an answer longer than any"),
             ),
         ] {
-            let mut h = Handshake::new("disk");
+            let mut h = Handshake::new("disk", false);
             assert_eq!(feed(&mut h, &pieces), Err(want));
         }
     }
@@ -420,7 +439,7 @@ mod tests {
                 greeting(3), reply(11, REP_ERR_UNSUP, b"?"), reply(8, REP_ACK, &[]),
                 block_info(512, 4096, 1 << 20), export_info(77 << 9, 1), reply(7, REP_ACK, &[]),
             ].concat();
-            let mut h = Handshake::new("disk");
+            let mut h = Handshake::new("disk", false);
             let (mut at, mut done) = (0, None);
             for cut in cuts.into_iter().cycle() {
                 let end = (at + cut).min(whole.len());
@@ -435,7 +454,7 @@ mod tests {
 
         #[test]
         fn any_bytes_are_taken_or_refused(bytes: Vec<u8>, tail: Vec<u8>) {
-            let mut h = Handshake::new("disk");
+            let mut h = Handshake::new("disk", false);
             let first = [greeting(3), bytes].concat();
             if h.ingest(&first).is_ok() {
                 let _ = h.ingest(&tail);

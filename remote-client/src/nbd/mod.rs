@@ -12,6 +12,7 @@
 //! | [`uri`] | how a person names an export |
 //! | [`wire`] | the bytes |
 //! | [`errno`] | what an error means to the guest |
+//! | [`allocation`] | what an export tells of its holes |
 //! | [`handshake`] | from the greeting to an export |
 //! | [`table`] | requests and what was cut from them |
 //! | [`session`], [`receive`] | one conversation over any number of connections, sans-IO |
@@ -21,6 +22,7 @@
 //! NBD has no fence: a server does not know who may write. Nothing here can keep
 //! two hosts apart.
 
+mod allocation;
 mod errno;
 mod handshake;
 mod link;

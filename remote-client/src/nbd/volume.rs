@@ -26,8 +26,8 @@ use crate::open::{OpenError, OpenOptions, random_nonzero};
 use crate::socket::Endpoint;
 use crate::uri::{NbdServer, NbdUri};
 use crate::volume::{
-    Completion, EventListener, Geometry, Op, QueueError, Tag, Volume, VolumeEvent, VolumeQueue,
-    VolumeState,
+    Completion, EventListener, Extent, Geometry, Op, QueueError, Tag, Volume, VolumeEvent,
+    VolumeQueue, VolumeState,
 };
 
 /// Pause between attempts while a volume is opened.
@@ -57,6 +57,7 @@ struct Shared {
     endpoint: Arc<Endpoint>,
     geometry: Geometry,
     multi_conn: bool,
+    map: bool,
     size_bytes: AtomicU64,
     resolving: AtomicBool,
     hub: Mutex<Hub>,
@@ -216,6 +217,7 @@ impl NbdVolume {
             endpoint: Arc::clone(link.endpoint()),
             geometry,
             multi_conn: export.flags.multi_conn(),
+            map: options.map,
             size_bytes: AtomicU64::new(size_bytes),
             resolving: AtomicBool::new(false),
             hub: Mutex::new(Hub {
@@ -247,7 +249,7 @@ fn attempt(uri: &NbdUri, options: &OpenOptions, until: Instant) -> Result<(Link,
     };
     let server = endpoint.to_string();
     let now = Instant::now();
-    let session = Session::new(&uri.export, options.timing, random_nonzero(), now);
+    let session = Session::new(&uri.export, options.map, options.timing, random_nonzero(), now);
     let link = Link::new(session, Arc::new(endpoint));
     let mut link = link.map_err(|error| Attempt::Final(OpenError::System(error)))?;
     loop {
@@ -322,6 +324,7 @@ impl Volume for NbdVolume {
                 let geometry = shared.geometry;
                 let mut session = Session::new(
                     &shared.uri.export,
+                    shared.map,
                     shared.timing,
                     random_nonzero(),
                     Instant::now(),
@@ -422,6 +425,10 @@ impl NbdQueue {
 impl VolumeQueue for NbdQueue {
     unsafe fn submit(&mut self, tag: Tag, op: Op, data: &[libc::iovec]) {
         self.link().session().submit(tag, op, data);
+    }
+
+    unsafe fn submit_map(&mut self, tag: Tag, offset: u64, len: u64, into: &mut [Extent]) -> bool {
+        self.link().session().submit_map(tag, offset, len, into)
     }
 
     fn send(&mut self, completions: &mut Vec<Completion>) {

@@ -81,6 +81,11 @@ impl NbdServer {
         }
     }
 
+    /// From the next start on, in front of all others.
+    pub(crate) fn add_argument(&mut self, arg: &str) {
+        self.args.insert(0, arg.to_owned());
+    }
+
     /// kill -9.
     pub(crate) fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {
