@@ -298,7 +298,7 @@ pub(crate) enum VolumeCommand {
 const IMPORT: &str = "Copy a disk from any volume to any other, and verify the copy. \
 `import` and `export` are one command with two names.\n\n\
 A volume is baton://HOST:PORT/NAME, baton+unix:///NAME?socket=PATH, nbd://HOST/EXPORT, \
-nbd+unix:///EXPORT?socket=PATH, rbd://POOL/IMAGE or file:///PATH. A file that does not exist is made; \
+nbd+unix:///EXPORT?socket=PATH (nbds://, nbds+unix:// through TLS), rbd://POOL/IMAGE or file:///PATH. A file that does not exist is made; \
 anything else exists already, is at least as large as the source, and is written over. Holes stay holes.\n\n\
 The same command goes on where an earlier one was ended, by its state file. A Baton volume is owned by the \
 copy until it is whole, so that no VM starts on half a disk. The source is only read; nobody should write \

@@ -253,10 +253,28 @@ pub enum OpenError {
         server: String,
     },
     /// It serves nobody in clear text.
-    #[error("the NBD server at {server} requires TLS, which this build does not speak")]
+    #[error(
+        "the NBD server at {server} requires TLS; write nbds:// or nbds+unix:// in the volume's URI"
+    )]
     NbdTlsRequired {
         /// Address.
         server: String,
+    },
+    /// It serves everybody in clear text, and the URI forbids that.
+    #[error(
+        "the NBD server at {server} does not offer TLS, and nbds:// is never served without; start it with TLS, or write nbd:// if the network is trusted"
+    )]
+    NbdNoTls {
+        /// Address.
+        server: String,
+    },
+    /// One of the two ends does not trust the other.
+    #[error("no TLS with the NBD server at {server}: {reason}")]
+    NbdTls {
+        /// Address.
+        server: String,
+        /// What is wrong, and with what.
+        reason: String,
     },
     /// No such export.
     #[error(

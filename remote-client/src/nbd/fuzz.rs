@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::session::{Opened, Session};
+use super::session::{Opened, Session, Wishes};
 use crate::baton::Timing;
 use crate::volume::{Extent, Op, Tag};
 
@@ -12,7 +12,8 @@ pub fn session(cut: usize, handshake: &[u8], answer: &[u8]) {
     let now = Instant::now();
     let mut buffer = vec![0u8; 8192];
     let data = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }];
-    let mut session = Session::new("disk", true, Timing::default(), 1, now);
+    let mut session =
+        Session::new(Wishes { export: "disk", map: true, tls: false }, Timing::default(), 1, now);
     session.set_opened(Opened { size_bytes: 1 << 20, block_bytes: 512, read_only: false });
     session.submit(Tag(1), Op::Read { offset: 4096 }, &data);
     session.submit(Tag(2), Op::Write { offset: 4096 }, &data);

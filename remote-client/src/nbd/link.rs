@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 use super::session::{DropReason, Session, State};
+use super::tls::{Channel, TlsError, TlsSettings};
 use crate::file::IOV_MAX;
 use crate::socket::{Endpoint, Timer, connect_outcome, recvmsg, sendmsg};
 use crate::volume::Completion;
@@ -27,12 +28,15 @@ struct Socket {
     fd: OwnedFd,
     /// The epoll instance also waits for room to send.
     wants_out: bool,
+    /// From the server's agreement on.
+    tls: Option<Box<Channel>>,
 }
 
 /// See the module's documentation.
 pub(crate) struct Link {
     session: Session,
     endpoint: Arc<Endpoint>,
+    tls: Option<Arc<TlsSettings>>,
     attempt: usize,
     socket: Option<Socket>,
     epoll: Epoll,
@@ -52,13 +56,18 @@ impl std::fmt::Debug for Link {
 }
 
 impl Link {
-    pub(crate) fn new(session: Session, endpoint: Arc<Endpoint>) -> io::Result<Self> {
+    pub(crate) fn new(
+        session: Session,
+        endpoint: Arc<Endpoint>,
+        tls: Option<Arc<TlsSettings>>,
+    ) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let timer = Timer::new()?;
         epoll.add(timer.as_fd(), SOCKET)?;
         Ok(Self {
             session,
             endpoint,
+            tls,
             attempt: 0,
             socket: None,
             epoll,
@@ -74,6 +83,10 @@ impl Link {
 
     pub(crate) fn endpoint(&self) -> &Arc<Endpoint> {
         &self.endpoint
+    }
+
+    pub(crate) fn tls(&self) -> Option<&Arc<TlsSettings>> {
+        self.tls.as_ref()
     }
 
     /// Connected, and nothing is under way.
@@ -152,7 +165,7 @@ impl Link {
                 Ok(fd)
             });
             match opened {
-                Ok(fd) => self.socket = Some(Socket { fd, wants_out: true }),
+                Ok(fd) => self.socket = Some(Socket { fd, wants_out: true, tls: None }),
                 Err(error) => self.session.dropped(now, DropReason::Connect(error.into())),
             }
         }
@@ -177,7 +190,10 @@ impl Link {
         let failed = self.send_queued();
         self.receive(now);
         // Answers made room, or are questions of the handshake.
-        if failed.is_none() && self.session.is_open() && self.session.has_unsent() {
+        if failed.is_none()
+            && self.session.is_open()
+            && (self.session.has_unsent() || self.has_sealed())
+        {
             let failed = self.send_queued();
             self.fail(now, failed);
         }
@@ -196,6 +212,9 @@ impl Link {
     /// Sends what it can; returns why the connection is of no use any more.
     fn send_queued(&mut self) -> Option<Errno> {
         let socket = self.socket.as_mut()?;
+        if socket.tls.is_some() {
+            return self.send_sealed();
+        }
         let mut blocked = false;
         loop {
             self.iov.clear();
@@ -219,6 +238,12 @@ impl Link {
                 Err(error) => return Some(error),
             }
         }
+        self.want_room(blocked)
+    }
+
+    /// Waits for room to send, or does not any more.
+    fn want_room(&mut self, blocked: bool) -> Option<Errno> {
+        let socket = self.socket.as_mut()?;
         if blocked {
             self.session.blocked();
         }
@@ -232,7 +257,110 @@ impl Link {
         None
     }
 
+    fn has_sealed(&self) -> bool {
+        let tls = self.socket.as_ref().and_then(|socket| socket.tls.as_ref());
+        tls.is_some_and(|tls| tls.has_sealed())
+    }
+
+    /// As [`Link::send_queued`], through TLS.
+    fn send_sealed(&mut self) -> Option<Errno> {
+        let blocked = loop {
+            let Socket { fd, tls, .. } = self.socket.as_mut()?;
+            let tls = tls.as_mut()?;
+            match tls.flush(fd) {
+                Ok(true) => {}
+                Ok(false) => break true,
+                Err(error) => return Some(error),
+            }
+            if !tls.is_open() {
+                break false;
+            }
+            self.iov.clear();
+            let bytes = self.session.gather(&mut self.iov, IOV_MAX);
+            if bytes == 0 {
+                break false;
+            }
+            match tls.seal(&self.iov, bytes) {
+                Ok(n) => self.session.sent(n),
+                Err(error) => {
+                    tracing::debug!(%error, "TLS takes no more");
+                    return Some(Errno::EPROTO);
+                }
+            }
+        };
+        self.want_room(blocked)
+    }
+
+    /// As [`Link::receive`], through TLS.
+    fn receive_sealed(&mut self, now: Instant) {
+        loop {
+            let Some(Socket { fd, tls: Some(tls), .. }) = &mut self.socket else { return };
+            let got = match tls.receive(fd) {
+                Ok(0) | Err(Errno::ECONNRESET) if !self.session.is_ready() => {
+                    let reason = DropReason::Tls(tls.hung_up());
+                    return self.session.dropped(now, reason);
+                }
+                Ok(0) => return self.session.dropped(now, DropReason::Closed),
+                Ok(n) => n,
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => return,
+                Err(error) => return self.session.dropped(now, DropReason::Broken(error.into())),
+            };
+            if let Err(error) = self.unseal(now) {
+                // The server is told why, if it can be.
+                if let Some(Socket { fd, tls: Some(tls), .. }) = &mut self.socket {
+                    let _ = tls.flush(fd);
+                }
+                return self.session.dropped(now, DropReason::Tls(error));
+            }
+            if got < Channel::RECEIVE_BYTES || !self.session.is_open() {
+                return;
+            }
+        }
+    }
+
+    /// Gives the session what can be read of what arrived.
+    fn unseal(&mut self, now: Instant) -> Result<(), TlsError> {
+        while let (true, Some(Socket { tls: Some(tls), .. })) =
+            (self.session.is_open(), &mut self.socket)
+        {
+            if !tls.is_open() {
+                tls.shake()?;
+                if !tls.is_open() {
+                    return Ok(());
+                }
+                self.session.secured();
+            }
+            match tls.open(&mut self.buffer)? {
+                None => return Ok(()),
+                Some(0) if !self.session.is_ready() => return Err(tls.hung_up()),
+                Some(0) => {
+                    self.session.dropped(now, DropReason::Closed);
+                    return Ok(());
+                }
+                Some(n) => self.session.ingest(now, &self.buffer[..n]),
+            }
+        }
+        Ok(())
+    }
+
+    /// The server has agreed to TLS.
+    fn begin_tls(&mut self, now: Instant) {
+        let (Some(settings), Some(socket)) = (&self.tls, &mut self.socket) else { return };
+        let begun = settings.start().and_then(|mut channel| {
+            channel.shake()?;
+            Ok(channel)
+        });
+        match begun {
+            Ok(channel) => socket.tls = Some(Box::new(channel)),
+            Err(error) => self.session.dropped(now, DropReason::Tls(error)),
+        }
+    }
+
     fn receive(&mut self, now: Instant) {
+        if self.socket.as_ref().is_some_and(|socket| socket.tls.is_some()) {
+            return self.receive_sealed(now);
+        }
         while let (true, Some(socket)) = (self.session.is_open(), &self.socket) {
             self.iov.clear();
             let (direct, whole) = self.session.payload_target(&mut self.iov, IOV_MAX - 1);
@@ -255,6 +383,9 @@ impl Link {
                         return self.session.dropped(now, reason);
                     }
                     self.session.ingest(now, &self.buffer[..n - to_guest]);
+                    if self.session.take_secure() {
+                        return self.begin_tls(now);
+                    }
                     // A short read emptied the socket; what comes later wakes us.
                     if n < direct + room {
                         return;
@@ -271,9 +402,16 @@ impl Link {
 impl Drop for Link {
     fn drop(&mut self) {
         // A courtesy: some servers complain of a client that just goes.
-        if let (Some((mut bytes, len)), Some(socket)) = (self.session.goodbye(), &self.socket) {
+        if let (Some((mut bytes, len)), Some(socket)) = (self.session.goodbye(), &mut self.socket) {
             let iov_base = bytes.as_mut_ptr().cast();
-            let _ = sendmsg(&socket.fd, &mut [libc::iovec { iov_base, iov_len: len }]);
+            let mut iov = [libc::iovec { iov_base, iov_len: len }];
+            let Some(tls) = &mut socket.tls else {
+                let _ = sendmsg(&socket.fd, &mut iov);
+                return;
+            };
+            let _ = tls.seal(&iov, len);
+            tls.close();
+            let _ = tls.flush(&socket.fd);
         }
     }
 }

@@ -17,6 +17,7 @@
 //! | [`table`] | requests and what was cut from them |
 //! | [`session`], [`receive`] | one conversation over any number of connections, sans-IO |
 //! | [`link`] | what gives a session a socket and a clock |
+//! | [`tls`] | what is between link and socket when the URI says so |
 //! | [`volume`] | the export as a volume, and its queues |
 //!
 //! NBD has no fence: a server does not know who may write. Nothing here can keep
@@ -29,6 +30,7 @@ mod link;
 mod receive;
 mod session;
 mod table;
+mod tls;
 pub(crate) mod uri;
 pub(crate) mod volume;
 mod wire;

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use super::handshake::{Export, Handshake, Progress, Refusal};
 use super::receive::Receive;
 use super::table::{Ask, Cut, Table};
+use super::tls::TlsError;
 use super::wire::{Command, Dialect, HeadError, REQUEST_BYTES_MAX, Request, request_bytes};
 use crate::baton::Timing;
 use crate::baton::session::backoff::Backoff;
@@ -48,6 +49,8 @@ pub(crate) enum DropReason {
     Broken(#[source] io::Error),
     #[error("the server does not serve us: {0}")]
     Refused(#[from] Refusal),
+    #[error("no TLS with the server: {0}")]
+    Tls(#[source] TlsError),
     #[error("the server is shutting down")]
     GoingAway,
     #[error("the server broke the protocol: {0}")]
@@ -105,12 +108,24 @@ pub(crate) struct Opened {
     pub(crate) read_only: bool,
 }
 
+/// What is asked of a server, at each connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wishes<'a> {
+    pub(crate) export: &'a str,
+    /// To be told of holes.
+    pub(crate) map: bool,
+    pub(crate) tls: bool,
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(super) state: State,
     export_name: String,
     map: bool,
+    tls: bool,
+    /// TLS is to begin.
+    secure: bool,
     opened: Option<Opened>,
     timing: Timing,
     backoff: Backoff,
@@ -129,12 +144,15 @@ pub(crate) struct Session {
 
 impl Session {
     /// Connects as soon as it is polled.
-    /// With `map` the export is asked to tell of its holes.
-    pub(crate) fn new(export: &str, map: bool, timing: Timing, seed: u64, now: Instant) -> Self {
+    /// As [`Handshake::new`] has it.
+    pub(crate) fn new(wishes: Wishes<'_>, timing: Timing, seed: u64, now: Instant) -> Self {
+        let Wishes { export, map, tls } = wishes;
         Self {
             state: State::Backoff { until: now },
             export_name: export.to_owned(),
             map,
+            tls,
+            secure: false,
             opened: None,
             timing,
             backoff: Backoff::new(timing.backoff_min, timing.backoff_max, seed),
@@ -272,8 +290,20 @@ impl Session {
 
     pub(crate) fn connected(&mut self, now: Instant) {
         self.state = State::Handshake { since: now };
-        self.handshake = Some(Handshake::new(&self.export_name, self.map));
-        self.blocked = false;
+        self.handshake = Some(Handshake::new(&self.export_name, self.map, self.tls));
+        (self.blocked, self.secure) = (false, false);
+    }
+
+    /// Whether TLS is to begin now; said once.
+    pub(crate) fn take_secure(&mut self) -> bool {
+        std::mem::take(&mut self.secure)
+    }
+
+    /// TLS is there.
+    pub(crate) fn secured(&mut self) {
+        if let Some(handshake) = &mut self.handshake {
+            handshake.secured();
+        }
     }
 
     /// The connection, or the attempt, ended.
@@ -345,6 +375,10 @@ impl Session {
         let Some(handshake) = &mut self.handshake else { return bytes.len() };
         match handshake.ingest(bytes) {
             Ok((used, Progress::More)) => used,
+            Ok((used, Progress::Secure)) => {
+                self.secure = true;
+                used
+            }
             Ok((used, Progress::Done(export))) => {
                 self.found(now, export);
                 used

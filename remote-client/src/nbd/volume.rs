@@ -20,7 +20,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::handshake::{Export, Refusal};
 use super::link::Link;
-use super::session::{DropReason, Notice, Opened, Session};
+use super::session::{DropReason, Notice, Opened, Session, Wishes};
+use super::tls::TlsSettings;
 use crate::baton::Timing;
 use crate::open::{OpenError, OpenOptions, random_nonzero};
 use crate::socket::Endpoint;
@@ -58,6 +59,7 @@ struct Shared {
     geometry: Geometry,
     multi_conn: bool,
     map: bool,
+    tls: Option<Arc<TlsSettings>>,
     size_bytes: AtomicU64,
     resolving: AtomicBool,
     hub: Mutex<Hub>,
@@ -218,6 +220,7 @@ impl NbdVolume {
             geometry,
             multi_conn: export.flags.multi_conn(),
             map: options.map,
+            tls: link.tls().cloned(),
             size_bytes: AtomicU64::new(size_bytes),
             resolving: AtomicBool::new(false),
             hub: Mutex::new(Hub {
@@ -249,8 +252,16 @@ fn attempt(uri: &NbdUri, options: &OpenOptions, until: Instant) -> Result<(Link,
     };
     let server = endpoint.to_string();
     let now = Instant::now();
-    let session = Session::new(&uri.export, options.map, options.timing, random_nonzero(), now);
-    let link = Link::new(session, Arc::new(endpoint));
+    let tls = uri.tls.as_ref().map(|tls| {
+        let host = match &uri.server {
+            NbdServer::Tcp(server) => Some(server.host.as_str()),
+            NbdServer::Unix(_) => None,
+        };
+        Arc::new(TlsSettings::new(tls, host))
+    });
+    let wishes = Wishes { export: &uri.export, map: options.map, tls: tls.is_some() };
+    let session = Session::new(wishes, options.timing, random_nonzero(), now);
+    let link = Link::new(session, Arc::new(endpoint), tls);
     let mut link = link.map_err(|error| Attempt::Final(OpenError::System(error)))?;
     loop {
         link.poll(&mut Vec::new());
@@ -284,9 +295,13 @@ fn failed(server: String, uri: &NbdUri, reason: DropReason) -> Attempt {
             Refusal::NotNbd => OpenError::NotNbd { server },
             Refusal::OldStyle => OpenError::NbdOldStyle { server },
             Refusal::TlsRequired => OpenError::NbdTlsRequired { server },
+            Refusal::NoTls(_) => OpenError::NbdNoTls { server },
             Refusal::NoExport(_) => OpenError::NbdNoExport { server, export },
             refusal => OpenError::NbdRefused { server, export, source: Box::new(refusal) },
         }),
+        DropReason::Tls(source) => {
+            Attempt::Final(OpenError::NbdTls { server, reason: source.to_string() })
+        }
         reason => Attempt::Again(OpenError::NoAnswer { server, source: Box::new(reason) }),
     }
 }
@@ -322,19 +337,19 @@ impl Volume for NbdVolume {
             Some(link) => link,
             None => {
                 let geometry = shared.geometry;
-                let mut session = Session::new(
-                    &shared.uri.export,
-                    shared.map,
-                    shared.timing,
-                    random_nonzero(),
-                    Instant::now(),
-                );
+                let wishes = Wishes {
+                    export: &shared.uri.export,
+                    map: shared.map,
+                    tls: shared.tls.is_some(),
+                };
+                let now = Instant::now();
+                let mut session = Session::new(wishes, shared.timing, random_nonzero(), now);
                 session.set_opened(Opened {
                     size_bytes,
                     block_bytes: geometry.block_bytes,
                     read_only: geometry.read_only,
                 });
-                Link::new(session, Arc::clone(&shared.endpoint))?
+                Link::new(session, Arc::clone(&shared.endpoint), shared.tls.clone())?
             }
         };
         link.session().set_depth(depth);

@@ -26,6 +26,7 @@ pub(super) const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
 pub(super) const FLAG_NO_ZEROES: u16 = 1 << 1;
 
 pub(super) const OPT_EXPORT_NAME: u32 = 1;
+pub(super) const OPT_STARTTLS: u32 = 5;
 pub(super) const OPT_GO: u32 = 7;
 pub(super) const OPT_STRUCTURED_REPLY: u32 = 8;
 pub(super) const OPT_SET_META_CONTEXT: u32 = 10;

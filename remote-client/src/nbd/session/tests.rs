@@ -60,7 +60,8 @@ impl Peer {
 
     fn with(structured: bool, map: bool) -> Self {
         let now = Instant::now();
-        let mut session = Session::new("disk", map, Timing::default(), 7, now);
+        let mut session =
+            Session::new(Wishes { export: "disk", map, tls: false }, Timing::default(), 7, now);
         session.set_opened(Opened { size_bytes: 1 << 20, block_bytes: 512, read_only: false });
         session.set_depth(8);
         let mut peer = Self { session, now, map, memory: vec![0xee; 8 * BLOCK] };
