@@ -448,3 +448,18 @@ fn a_machine_is_told_how_far_it_is() {
     assert!(lines.iter().any(|l| l["phase"] == "verifying"));
     assert_eq!(lines.last().expect("a line")["event"], "done");
 }
+
+/// What is said to be a hole is neither read nor written, at neither end: a tebibyte would take an hour.
+#[test]
+fn a_tebibyte_of_nothing_is_soon_copied() {
+    if skip_without("a_tebibyte_of_nothing_is_soon_copied", "nbdkit") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    let server = NbdServer::nbdkit(dir.path(), &["memory", "1T"]);
+    let to = dir.path().join("to");
+    let done = copies(&server.uri(""), &uri(&to), &[]);
+    assert_eq!((&done["zero_bytes"], &done["data_bytes"]), (&(1u64 << 40).into(), &0.into()));
+    assert_eq!(std::fs::metadata(&to).expect("file").len(), 1 << 40);
+    assert!(allocated(&to) < 1 << 20);
+}

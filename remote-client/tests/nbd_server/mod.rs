@@ -124,6 +124,14 @@ impl NbdServer {
         self.args.insert(0, arg.to_owned());
     }
 
+    /// Starts it again if it has ended.
+    pub(crate) fn revive(&mut self) {
+        let ended = |process: &mut Child| process.try_wait().is_ok_and(|status| status.is_some());
+        if self.process.as_mut().is_some_and(ended) {
+            self.restart();
+        }
+    }
+
     /// kill -9.
     pub(crate) fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {
