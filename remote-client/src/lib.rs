@@ -5,6 +5,7 @@ pub mod baton;
 mod cursor;
 pub mod file;
 pub mod handoff;
+mod link;
 #[cfg(fuzzing)]
 pub mod nbd;
 #[cfg(not(fuzzing))]

@@ -227,7 +227,7 @@ impl Write for Pipe {
 }
 
 /// TLS on one connection.
-pub(super) struct Channel {
+pub(crate) struct Channel {
     settings: TlsSettings,
     stream: SslStream<Pipe>,
     is_open: bool,

@@ -220,7 +220,7 @@ impl NbdVolume {
             geometry,
             multi_conn: export.flags.multi_conn(),
             map: options.map,
-            tls: link.tls().cloned(),
+            tls: link.settings().cloned(),
             size_bytes: AtomicU64::new(size_bytes),
             resolving: AtomicBool::new(false),
             hub: Mutex::new(Hub {
@@ -261,8 +261,9 @@ fn attempt(uri: &NbdUri, options: &OpenOptions, until: Instant) -> Result<(Link,
     });
     let wishes = Wishes { export: &uri.export, map: options.map, tls: tls.is_some() };
     let session = Session::new(wishes, options.timing, random_nonzero(), now);
-    let link = Link::new(session, Arc::new(endpoint), tls);
-    let mut link = link.map_err(|error| Attempt::Final(OpenError::System(error)))?;
+    let link = Link::new(session, Arc::new(endpoint), true);
+    let link = link.map_err(|error| Attempt::Final(OpenError::System(error)))?;
+    let mut link = link.with(tls);
     loop {
         link.poll(&mut Vec::new());
         while let Some(notice) = link.session().pop_notice() {
@@ -349,7 +350,7 @@ impl Volume for NbdVolume {
                     block_bytes: geometry.block_bytes,
                     read_only: geometry.read_only,
                 });
-                Link::new(session, Arc::clone(&shared.endpoint), shared.tls.clone())?
+                Link::new(session, Arc::clone(&shared.endpoint), true)?.with(shared.tls.clone())
             }
         };
         link.session().set_depth(depth);
