@@ -12,6 +12,8 @@
 #   --check          change nothing; list what is missing and exit 1 if anything is
 #   (no purpose)     everything
 #
+# Always: libssl-dev and pkg-config, without which nothing is built.
+#
 # Safe to repeat, and fast when everything is there. Packages are installed by apt as root; without root the
 # exact command is printed and the exit code is 2. The guest's files go to $CARGO_TARGET_DIR/guest
 # (default: target/guest), with their checksums beside them.
@@ -39,7 +41,7 @@ for arg in "$@"; do
     --libvirt) want_libvirt=1 ;;
     --ceph) want_ceph=1 ;;
     -h | --help)
-        sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
     *)
@@ -74,6 +76,9 @@ new_enough() {
 }
 
 missing=()
+# Whatever is wanted is built first, and TLS for NBD is OpenSSL's.
+have pkg-config || missing+=(pkg-config)
+have pkg-config && pkg-config --exists openssl || [[ -e /usr/include/openssl/ssl.h ]] || missing+=(libssl-dev)
 ((want_guest)) && { ! have qemu-system-x86_64 || ! new_enough qemu-system-x86; } && missing+=(qemu-system-x86)
 ((want_bench)) && { ! have qemu-storage-daemon || ! have qemu-nbd; } && missing+=(qemu-utils)
 ((want_bench)) && ! have nbdkit && missing+=(nbdkit)

@@ -8,6 +8,7 @@ use baton_live_migrate::identity::is_name;
 use baton_protocol::ByteSize;
 use baton_protocol::handoff::HandoffId;
 use baton_protocol::message::{OWNER_BYTES_MAX, VOLUME_NAME_BYTES_MAX};
+use baton_remote_client::VolumeUri;
 use clap::{Args, Parser, Subcommand};
 
 use crate::client::Server;
@@ -23,7 +24,7 @@ use crate::client::Server;
                   3 the server cannot be reached, 4 what answered is not Baton's or failed. \
                   `handoff cancel` and `handoff finish`: 0 the source owns the volumes, 10 the \
                   destination does, 20 nobody can say yet: start or resume neither side. `vm migrate`: \
-                  0 it runs at the destination, 1 at the source, 20 nobody can say yet."
+                  0 it runs at the destination, 1 at the source, 20 nobody can say yet. `volume import` and `export`: 130 interrupted, and can go on."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -32,7 +33,7 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum What {
-    /// Create, list, show, resize, delete and fence volumes
+    /// Create, list, show, resize, delete, copy and fence volumes
     #[command(subcommand)]
     Volume(VolumeCommand),
     /// List VMs and move them to other hosts
@@ -269,6 +270,12 @@ pub(crate) enum VolumeCommand {
         #[command(flatten)]
         common: Common,
     },
+    /// Copy a disk from elsewhere to a volume, and verify the copy
+    #[command(long_about = IMPORT)]
+    Import(Copy),
+    /// Copy a volume to elsewhere, and verify the copy
+    #[command(long_about = IMPORT)]
+    Export(Copy),
     /// Take a volume away from its owner by force; its guest's I/O stops for good
     #[command(long_about = "Take a volume away from its owner by force.\n\n\
         When this returns, no request of the old owner is being carried out and none will be. \
@@ -286,6 +293,35 @@ pub(crate) enum VolumeCommand {
         #[command(flatten)]
         common: Common,
     },
+}
+
+const IMPORT: &str = "Copy a disk from any volume to any other, and verify the copy. \
+`import` and `export` are one command with two names.\n\n\
+A volume is baton://HOST:PORT/NAME, baton+unix:///NAME?socket=PATH, nbd://HOST/EXPORT, \
+nbd+unix:///EXPORT?socket=PATH (nbds://, nbds+unix:// through TLS), rbd://POOL/IMAGE or file:///PATH. A file that does not exist is made; \
+anything else exists already, is at least as large as the source, and is written over. Holes stay holes.\n\n\
+The same command goes on where an earlier one was ended, by its state file. A Baton volume is owned by the \
+copy until it is whole, so that no VM starts on half a disk. The source is only read; nobody should write \
+to it meanwhile.";
+
+#[derive(Debug, Args)]
+pub(crate) struct Copy {
+    /// What is copied
+    #[arg(value_name = "SOURCE_URI")]
+    pub(crate) source: VolumeUri,
+    /// Where to; written over
+    #[arg(value_name = "DESTINATION_URI")]
+    pub(crate) destination: VolumeUri,
+    /// What is done so far, for a copy that is ended early; removed when it is whole [default: beside a file that is
+    /// copied to, else in this folder, named after the two URIs]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) state: Option<PathBuf>,
+    /// Do not read the destination again when the copy is done
+    #[arg(long)]
+    pub(crate) no_verify: bool,
+    /// Print progress and outcome as JSON, an object a line
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

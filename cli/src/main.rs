@@ -6,6 +6,7 @@
 //! | [`args`] | what is said on the command line |
 //! | [`client`] | the admin API, and the ways it can fail |
 //! | [`coordinator`] | the coordinator's API, and the ways it can fail |
+//! | [`copy`] | what `baton volume import` and `export` do |
 //! | [`handoff`] | what `baton vm` and `baton handoff` do |
 //! | [`phases`] | a migration's phases, from what was noted |
 //! | [`report`] | the page of `--report` |
@@ -14,6 +15,7 @@
 mod args;
 mod client;
 mod coordinator;
+mod copy;
 mod handoff;
 mod phases;
 mod report;
@@ -24,12 +26,14 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use baton_remote_client::OpenError;
 use clap::Parser;
 use serde_json::{Value, json};
 
 use crate::args::{Cli, Common, VolumeCommand, What};
 use crate::client::{CallError, Client};
 use crate::coordinator::CoordinatorError;
+use crate::copy::CopyError;
 
 /// The server refused, or the operator did.
 const EXIT_REFUSED: u8 = 1;
@@ -37,6 +41,8 @@ const EXIT_REFUSED: u8 = 1;
 const EXIT_USAGE: u8 = 2;
 const EXIT_UNREACHABLE: u8 = 3;
 const EXIT_FAILED: u8 = 4;
+/// What a shell makes of an interrupt.
+const EXIT_INTERRUPTED: u8 = 130;
 
 #[derive(Debug, thiserror::Error)]
 enum Failure {
@@ -46,6 +52,8 @@ enum Failure {
     Coordinator(#[from] CoordinatorError),
     #[error("cannot write the report to {}: {source}; nothing was asked for: name a file that can be written", file.display())]
     Report { file: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Copy(#[from] CopyError),
     #[error("nothing was deleted")]
     Declined,
     #[error("this deletes data and there is no terminal to ask on; add --yes if you mean it")]
@@ -66,6 +74,7 @@ impl Failure {
                 EXIT_FAILED
             }
             Self::Coordinator(error) => coordinator_exit_code(error),
+            Self::Copy(error) => copy_exit_code(error),
         }
     }
 }
@@ -84,6 +93,43 @@ fn coordinator_exit_code(error: &CoordinatorError) -> u8 {
         CoordinatorError::Call(_) | CoordinatorError::Foreign(_) | CoordinatorError::Host(_) => {
             EXIT_FAILED
         }
+    }
+}
+
+fn copy_exit_code(error: &CopyError) -> u8 {
+    match error {
+        CopyError::Open { source, .. } => open_exit_code(source),
+        CopyError::State(error) if error.is_refusal() => EXIT_REFUSED,
+        CopyError::TooSmall { .. }
+        | CopyError::ReadOnly
+        | CopyError::Changed { .. }
+        | CopyError::Fenced(_) => EXIT_REFUSED,
+        CopyError::Same | CopyError::Make { .. } => EXIT_USAGE,
+        CopyError::Interrupted { .. } => EXIT_INTERRUPTED,
+        CopyError::State(_)
+        | CopyError::Queue { .. }
+        | CopyError::Io { .. }
+        | CopyError::Lost(_)
+        | CopyError::Differs { .. }
+        | CopyError::System(_)
+        | CopyError::Output(_) => EXIT_FAILED,
+    }
+}
+
+fn open_exit_code(error: &OpenError) -> u8 {
+    match error {
+        OpenError::Uri(_) | OpenError::NoServer | OpenError::Resolve { .. } => EXIT_USAGE,
+        OpenError::Unreachable { .. }
+        | OpenError::Timeout { .. }
+        | OpenError::NoAnswer { .. }
+        | OpenError::NbdUnreachable { .. }
+        | OpenError::NbdTimeout { .. } => EXIT_UNREACHABLE,
+        OpenError::NotBaton { .. }
+        | OpenError::Version { .. }
+        | OpenError::NotNbd { .. }
+        | OpenError::NbdOldStyle { .. }
+        | OpenError::System(_) => EXIT_FAILED,
+        _ => EXIT_REFUSED,
     }
 }
 
@@ -114,6 +160,10 @@ fn run(command: VolumeCommand) -> Result<(), Failure> {
                 format!("created {}, {}\n", volume.name, view::size(&answer["size_bytes"]))
             })
         }
+        VolumeCommand::Import(copy) | VolumeCommand::Export(copy) => match copy::run(&copy) {
+            Err(CopyError::Output(error)) => Err(Failure::Output(error)),
+            other => other.map_err(Failure::from),
+        },
         VolumeCommand::List { common } => {
             let answer = client(&common).list()?;
             print(&common, &answer, view::list)

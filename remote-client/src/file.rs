@@ -20,7 +20,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::open::OpenError;
 use crate::volume::{
-    Completion, EventListener, Geometry, IoError, Op, QueueError, Tag, Volume, VolumeQueue,
+    Completion, EventListener, Extent, Geometry, IoError, Op, QueueError, Tag, Volume, VolumeQueue,
     VolumeState,
 };
 
@@ -196,6 +196,17 @@ impl VolumeQueue for FileQueue {
         self.done.push(Completion { tag, result });
     }
 
+    unsafe fn submit_map(&mut self, tag: Tag, offset: u64, len: u64, into: &mut [Extent]) -> bool {
+        let result = self.check(offset, len).and_then(|()| {
+            if len == 0 || into.is_empty() {
+                return Err(IoError::OutOfRange);
+            }
+            map(&self.file, offset, offset + len, into).map_err(|e| io_error(&e))
+        });
+        self.done.push(Completion { tag, result });
+        true
+    }
+
     fn poll(&mut self, completions: &mut Vec<Completion>) {
         completions.append(&mut self.done);
     }
@@ -360,6 +371,49 @@ impl FileQueue {
         }
         Ok(())
     }
+}
+
+/// Tells of `from..to`, which is not empty. A file system that knows nothing of
+/// holes says that all is data.
+fn map(file: &File, from: u64, to: u64, into: &mut [Extent]) -> io::Result<()> {
+    let (mut at, mut told) = (from, 0);
+    while at < to && told < into.len() {
+        // Behind the last byte of data: ENXIO.
+        let data = seek(file, at, libc::SEEK_DATA)?.map_or(to, |data| data.clamp(at, to));
+        if data > at {
+            // Not a whole sector at the front may be data: those bytes go with it.
+            let hole = (data - at) / SECTOR_BYTES * SECTOR_BYTES;
+            if hole > 0 {
+                into[told] = Extent { len: hole, zeros: 1 };
+                (at, told) = (at + hole, told + 1);
+                continue;
+            }
+        }
+        let end = seek(file, data, libc::SEEK_HOLE)?.unwrap_or(to);
+        let end = end.checked_next_multiple_of(SECTOR_BYTES).unwrap_or(to).clamp(at, to);
+        if end == at {
+            // The file was shortened or filled meanwhile; reading will tell.
+            into[told] = Extent { len: to - at, zeros: 0 };
+            (at, told) = (to, told + 1);
+            continue;
+        }
+        into[told] = Extent { len: end - at, zeros: 0 };
+        (at, told) = (end, told + 1);
+    }
+    into[told..].fill(Extent::default());
+    Ok(())
+}
+
+/// `None`: there is nothing more behind `from`.
+fn seek(file: &File, from: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    let from = libc::off64_t::try_from(from).map_err(io::Error::other)?;
+    // SAFETY: plain integers and a valid descriptor, whose position nobody uses.
+    let at = unsafe { libc::lseek64(file.as_raw_fd(), from, whence) };
+    if let Ok(at) = u64::try_from(at) {
+        return Ok(Some(at));
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::ENXIO) { Ok(None) } else { Err(error) }
 }
 
 /// Takes `n` bytes off the front; returns how many iovecs are used up.

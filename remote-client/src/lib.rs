@@ -5,6 +5,7 @@ pub mod baton;
 mod cursor;
 pub mod file;
 pub mod handoff;
+mod link;
 #[cfg(fuzzing)]
 pub mod nbd;
 #[cfg(not(fuzzing))]
@@ -20,6 +21,6 @@ pub use handoff::{HandoffEvent, HandoffListener, HandoffPort, Opening};
 pub use open::{OpenError, OpenOptions, open};
 pub use uri::{UriError, VolumeUri};
 pub use volume::{
-    Completion, EventListener, Geometry, IoError, Op, QueueError, Tag, Volume, VolumeEvent,
+    Completion, EventListener, Extent, Geometry, IoError, Op, QueueError, Tag, Volume, VolumeEvent,
     VolumeQueue, VolumeState,
 };

@@ -34,6 +34,8 @@ pub struct OpenOptions {
     /// [`crate::HandoffPort`], if there is one. A loss of the epoch is then no end
     /// by itself, and a claim during a handoff becomes a standby.
     pub handoff: bool,
+    /// [`crate::VolumeQueue::submit_map`] will be used.
+    pub map: bool,
     /// How long to try before opening fails.
     pub connect_timeout: Duration,
     /// How long an open volume waits for what; the defaults are right outside
@@ -54,6 +56,7 @@ impl OpenOptions {
             read_only: false,
             standby: false,
             handoff: false,
+            map: false,
             connect_timeout: Duration::from_secs(5),
             timing: Timing::default(),
         }
@@ -250,10 +253,28 @@ pub enum OpenError {
         server: String,
     },
     /// It serves nobody in clear text.
-    #[error("the NBD server at {server} requires TLS, which this build does not speak")]
+    #[error(
+        "the NBD server at {server} requires TLS; write nbds:// or nbds+unix:// in the volume's URI"
+    )]
     NbdTlsRequired {
         /// Address.
         server: String,
+    },
+    /// It serves everybody in clear text, and the URI forbids that.
+    #[error(
+        "the NBD server at {server} does not offer TLS, and nbds:// is never served without; start it with TLS, or write nbd:// if the network is trusted"
+    )]
+    NbdNoTls {
+        /// Address.
+        server: String,
+    },
+    /// One of the two ends does not trust the other.
+    #[error("no TLS with the NBD server at {server}: {reason}")]
+    NbdTls {
+        /// Address.
+        server: String,
+        /// What is wrong, and with what.
+        reason: String,
     },
     /// No such export.
     #[error(

@@ -7,6 +7,7 @@
 //! | `baton+unix:///VOLUME?socket=PATH` | Baton over a Unix socket |
 //! | `nbd://HOST[:PORT]/EXPORT` | NBD over TCP: [`NbdUri`] |
 //! | `nbd+unix:///EXPORT?socket=PATH` | NBD over a Unix socket |
+//! | `nbds://...`, `nbds+unix://...` | the same through TLS |
 //! | `file:///PATH` | a local file or block device |
 //! | `rbd://POOL/IMAGE`, `rbd://POOL/IMAGE@SNAPSHOT` | Ceph RBD |
 
@@ -19,7 +20,7 @@ use std::str::FromStr;
 use baton_protocol::message::VOLUME_NAME_BYTES_MAX;
 
 use crate::nbd::uri as nbd;
-pub use crate::nbd::uri::{NbdServer, NbdUri};
+pub use crate::nbd::uri::{NbdServer, NbdUri, TlsAs, TlsUri};
 pub use rbd::RbdUri;
 
 /// Where a storage server listens.
@@ -79,7 +80,7 @@ pub enum UriError {
     NoScheme(String),
     /// A scheme that this build has no driver for.
     #[error(
-        "no driver for `{0}://` volumes; use baton://, baton+unix://, nbd://, nbd+unix://, rbd:// or file://"
+        "no driver for `{0}://` volumes; use baton://, baton+unix://, nbd://, nbd+unix://, nbds://, nbds+unix://, rbd:// or file://"
     )]
     Scheme(String),
     /// A server without a host or a port.
@@ -96,6 +97,12 @@ pub enum UriError {
     /// Longer than the protocol allows.
     #[error("an export's name may have 4096 bytes; this one has {0}")]
     Export(usize),
+    /// A Unix socket has no name that a certificate could be for.
+    #[error("`{0}` does not say whom the server's certificate is for; add &tls-hostname=NAME")]
+    NoHostname(String),
+    /// What a TLS parameter cannot be.
+    #[error("`{0}` is not a setting of TLS; {1}")]
+    Tls(String, &'static str),
     /// `baton+unix` without `?socket=`.
     #[error("`{0}` does not name the server's socket; add ?socket=/PATH")]
     NoSocket(String),
@@ -119,8 +126,10 @@ impl FromStr for VolumeUri {
         match scheme {
             "baton" => baton(rest),
             "baton+unix" => baton_unix(text, rest),
-            "nbd" => nbd::tcp(rest).map(VolumeUri::Nbd),
-            "nbd+unix" => nbd::unix(text, rest).map(VolumeUri::Nbd),
+            "nbd" => nbd::tcp(rest, "nbd").map(VolumeUri::Nbd),
+            "nbds" => nbd::tcp(rest, "nbds").map(VolumeUri::Nbd),
+            "nbd+unix" => nbd::unix(text, rest, "nbd+unix").map(VolumeUri::Nbd),
+            "nbds+unix" => nbd::unix(text, rest, "nbds+unix").map(VolumeUri::Nbd),
             "file" => file(rest),
             "rbd" => rbd::parse(rest),
             _ => Err(UriError::Scheme(scheme.to_owned())),

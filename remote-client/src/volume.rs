@@ -69,6 +69,18 @@ pub enum Op {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Tag(pub u32);
 
+/// What is known of a part of a volume: see [`VolumeQueue::submit_map`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Extent {
+    /// Bytes, from where the extent before it ends; zero behind the last one.
+    pub len: u64,
+    /// Zero: it may hold data. Else: it reads as zeros.
+    pub zeros: u64,
+}
+
+const _: () = assert!(size_of::<Extent>() == 16);
+
 /// Final outcome of a failed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum IoError {
@@ -182,6 +194,20 @@ pub trait VolumeQueue: Send {
     /// guest that changes it at will: the driver reads and writes it only
     /// through raw pointers or the kernel.
     unsafe fn submit(&mut self, tag: Tag, op: Op, data: &[libc::iovec]);
+
+    /// Asks what is known to read as zeros in `len` bytes from `offset`: multiples
+    /// of the block, on the volume. `into` begins with at least one extent when the
+    /// request has succeeded. They may cover less than was asked for, or more.
+    ///
+    /// False: the storage cannot tell, and nothing was submitted. NBD tells when
+    /// [`crate::OpenOptions::map`] asked for it.
+    ///
+    /// # Safety
+    /// As [`VolumeQueue::submit`], for the memory of `into`.
+    unsafe fn submit_map(&mut self, tag: Tag, offset: u64, len: u64, into: &mut [Extent]) -> bool {
+        let _ = (tag, offset, len, into);
+        false
+    }
 
     /// Sends what was submitted, and no more: for a caller that knows of
     /// nothing that could have arrived. Saves the system call that would find

@@ -1,6 +1,7 @@
 //! A request costs no allocation once every slot was used.
 
 mod common;
+mod nbd_server;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use baton_remote_client::{Op, Tag};
 use common::{Buffer, Server, TinyServer, opened, wait};
+use nbd_server::{NbdServer, skip_without};
 
 thread_local! {
     static COUNT: Cell<u64> = const { Cell::new(0) };
@@ -33,9 +35,23 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn a_request_in_steady_state_allocates_nothing() {
-    const DEPTH: u32 = 32;
     let server = TinyServer::tcp(Server::new(32 << 20));
-    let volume = opened(&server.uri);
+    allocates_nothing(&server.uri);
+}
+
+#[test]
+fn nor_does_one_of_nbd() {
+    if skip_without("nor_does_one_of_nbd", "nbdkit") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    let server = NbdServer::nbdkit(dir.path(), &["memory", "32M"]);
+    allocates_nothing(&server.uri(""));
+}
+
+fn allocates_nothing(uri: &str) {
+    const DEPTH: u32 = 32;
+    let volume = opened(uri);
     let mut queue = volume.open_queue(0, DEPTH as usize).expect("queue");
     let mut buffers: Vec<_> = (0..DEPTH).map(|i| Buffer(vec![7; 512 << (i % 9)])).collect();
     let mut done = Vec::with_capacity(DEPTH as usize);

@@ -1,285 +1,120 @@
-//! What gives a [`Session`] a socket, a clock and one descriptor to wait on.
-//!
-//! The descriptor is an epoll instance that holds the socket of the moment, a
-//! timer and a notification, so it stays the same over reconnects. It is never
-//! asked which of the three it was: `poll` tries what may be due, which in
-//! steady state is one `sendmsg` and one `recv` per batch and nothing else.
-//! Decides nothing; the session does.
+//! Baton's session on a [`link`](crate::link).
 
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::convert::Infallible;
 use std::time::Instant;
 
-use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-
 use super::session::{DropReason, Session, State};
-use crate::file::IOV_MAX;
-use crate::socket::{Endpoint, Timer, Wake, connect_outcome, recvmsg, sendmsg};
+use crate::link::{Conversation, End};
 use crate::volume::Completion;
 
-/// One receive takes a batch of small answers: 62 READs of 4 KiB. Only what was
-/// used of it is resident.
-const BATCH_BYTES: usize = 256 << 10;
+pub(crate) type Link = crate::link::Link<Session>;
 
-/// While a large payload is on its way little is read into the buffer, so that
-/// most of the payload goes straight to guest memory: a header, and answers
-/// that came between.
-const TAIL_BYTES: usize = 4 << 10;
+impl Conversation for Session {
+    type Seal = Infallible;
+    type State = State;
 
-const SOCKET: EpollEvent = EpollEvent::new(EpollFlags::EPOLLIN, 0);
-const SOCKET_OUT: EpollEvent = EpollEvent::new(EpollFlags::EPOLLIN.union(EpollFlags::EPOLLOUT), 0);
-
-struct Socket {
-    fd: OwnedFd,
-    /// The epoll instance also waits for room to send.
-    wants_out: bool,
-}
-
-/// See the module's documentation.
-pub(crate) struct Link {
-    session: Session,
-    endpoint: Arc<Endpoint>,
-    attempt: usize,
-    socket: Option<Socket>,
-    epoll: Epoll,
-    timer: Timer,
-    wake: Arc<Wake>,
-    iov: Vec<libc::iovec>,
-    buffer: Box<[u8]>,
-}
-
-// SAFETY: `iov` is scratch that is filled and used within one call; the pointers
-// left in it are never followed.
-unsafe impl Send for Link {}
-
-impl std::fmt::Debug for Link {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Link").field("session", &self.session).finish_non_exhaustive()
+    #[inline]
+    fn state(&self) -> State {
+        self.state()
     }
-}
-
-impl Link {
-    /// A link for `session`; `batch` is false for one that carries no I/O.
-    pub(crate) fn new(session: Session, endpoint: Arc<Endpoint>, batch: bool) -> io::Result<Self> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let (timer, wake) = (Timer::new()?, Arc::new(Wake::new()?));
-        epoll.add(timer.as_fd(), SOCKET)?;
-        epoll.add(wake.as_fd(), SOCKET)?;
-        let bytes = if batch { BATCH_BYTES } else { TAIL_BYTES };
-        Ok(Self {
-            session,
-            endpoint,
-            attempt: 0,
-            socket: None,
-            epoll,
-            timer,
-            wake,
-            iov: Vec::with_capacity(IOV_MAX),
-            buffer: vec![0; bytes].into_boxed_slice(),
-        })
+    #[inline]
+    fn is_connecting(&self) -> bool {
+        matches!(self.state(), State::Connecting { .. })
+    }
+    #[inline]
+    fn is_ready(&self) -> bool {
+        self.is_ready()
+    }
+    #[inline]
+    fn is_open(&self) -> bool {
+        self.is_open()
+    }
+    #[inline]
+    fn has_socket(&self) -> bool {
+        self.has_socket()
+    }
+    #[inline]
+    fn is_over(&self) -> bool {
+        matches!(self.state(), State::Fenced | State::Lost)
+    }
+    #[inline]
+    fn in_flight(&self) -> usize {
+        self.in_flight()
+    }
+    #[inline]
+    fn take_completions(&mut self, completions: &mut Vec<Completion>) {
+        self.take_completions(completions);
     }
 
-    pub(crate) fn session(&mut self) -> &mut Session {
-        &mut self.session
+    #[inline]
+    fn wants_connect(&self, now: Instant) -> bool {
+        self.wants_connect(now)
+    }
+    fn connecting(&mut self, now: Instant) {
+        self.connecting(now);
+    }
+    fn connected(&mut self, now: Instant) {
+        self.connected(now);
+    }
+    fn ended(&mut self, now: Instant, end: End) {
+        self.dropped(
+            now,
+            match end {
+                End::Connect(error) => DropReason::Connect(error),
+                End::Closed => DropReason::Closed,
+                End::Broken(error) => DropReason::Broken(error),
+            },
+        );
     }
 
-    pub(crate) fn endpoint(&self) -> &Arc<Endpoint> {
-        &self.endpoint
+    #[inline]
+    fn deadline(&self) -> Option<Instant> {
+        self.deadline()
+    }
+    fn on_timer(&mut self, now: Instant) {
+        self.on_timer(now);
     }
 
-    pub(crate) fn wake(&self) -> &Arc<Wake> {
-        &self.wake
+    #[inline]
+    fn has_unsent(&self) -> bool {
+        self.has_unsent()
+    }
+    #[inline]
+    fn gather(&mut self, now: Instant, iov: &mut Vec<libc::iovec>, max: usize) -> usize {
+        self.gather(now, iov, max)
+    }
+    #[inline]
+    fn sent(&mut self, now: Instant, n: usize) {
+        self.sent(now, n);
+    }
+    #[inline]
+    fn blocked(&mut self) {
+        self.blocked();
     }
 
-    pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.epoll.0.as_fd()
+    #[inline]
+    fn payload_target(&self, iov: &mut Vec<libc::iovec>, max: usize) -> (usize, bool) {
+        self.payload_target(iov, max)
+    }
+    #[inline]
+    fn payload_received(&mut self, now: Instant, n: usize) {
+        self.payload_received(now, n);
+    }
+    #[inline]
+    fn prefers_direct(&self) -> bool {
+        self.prefers_direct()
+    }
+    #[inline]
+    fn ingest(&mut self, now: Instant, bytes: &[u8]) {
+        self.ingest(now, bytes);
+    }
+    /// A near server's WELCOME may be there already, and how long it took is told.
+    #[inline]
+    fn times_answers(&self) -> bool {
+        matches!(self.state(), State::Hello { .. })
     }
 
-    pub(crate) fn in_flight(&self) -> usize {
-        self.session.in_flight()
-    }
-
-    /// Sends, for a caller that knows of nothing that could have arrived.
-    pub(crate) fn send(&mut self, completions: &mut Vec<Completion>) {
-        let now = Instant::now();
-        if self.session.is_ready() {
-            if let Some(error) = self.send_queued(now) {
-                // The server's last words may explain it.
-                self.receive(now);
-                self.fail(now, Some(error));
-                return self.poll(completions);
-            }
-            self.arm(now);
-        }
-        // Not connected: that is under way, and its end wakes the caller.
-        self.session.take_completions(completions);
-    }
-
-    /// Does what is due: timer, connection, sending, receiving.
-    pub(crate) fn poll(&mut self, completions: &mut Vec<Completion>) {
-        let now = Instant::now();
-        if self.timer.is_due(now) {
-            self.session.on_timer(now);
-        }
-        // A connection that breaks is replaced at once when the session says
-        // so; the session's pauses end this loop.
-        loop {
-            self.match_socket(now);
-            self.finish_connect(now);
-            if !self.session.is_open() {
-                if !self.session.wants_connect(now) {
-                    break;
-                }
-                continue;
-            }
-            let before = self.session.state();
-            self.exchange(now);
-            if self.session.state() == before {
-                break;
-            }
-        }
-        self.arm(now);
-        self.session.take_completions(completions);
-    }
-
-    /// Makes the socket be there exactly when the session wants one.
-    fn match_socket(&mut self, now: Instant) {
-        if !self.session.has_socket() {
-            // Closing takes it out of the epoll instance.
-            self.socket = None;
-        }
-        if self.session.wants_connect(now) {
-            self.session.connecting(now);
-            self.attempt = self.attempt.wrapping_add(1);
-            let opened = self.endpoint.connect(self.attempt - 1).and_then(|fd| {
-                self.epoll.add(&fd, SOCKET_OUT)?;
-                Ok(fd)
-            });
-            match opened {
-                Ok(fd) => self.socket = Some(Socket { fd, wants_out: true }),
-                Err(error) => self.session.dropped(now, DropReason::Connect(error.into())),
-            }
-        }
-    }
-
-    fn finish_connect(&mut self, now: Instant) {
-        let (State::Connecting { .. }, Some(socket)) = (self.session.state(), &self.socket) else {
-            return;
-        };
-        let Some(outcome) = connect_outcome(&socket.fd) else { return };
-        match outcome {
-            Ok(()) => self.session.connected(now),
-            Err(error) => {
-                self.session.dropped(now, DropReason::Connect(error.into()));
-                self.socket = None;
-            }
-        }
-    }
-
-    /// Sends what is queued and takes in what arrived.
-    fn exchange(&mut self, now: Instant) {
-        let failed = self.send_queued(now);
-        // A near server's WELCOME may be there already, and how long it took is of interest.
-        let is_hello = matches!(self.session.state(), State::Hello { .. });
-        self.receive(if is_hello { Instant::now() } else { now });
-        // Answers made room in the window.
-        if failed.is_none() && self.session.is_open() && self.session.has_unsent() {
-            let failed = self.send_queued(now);
-            self.fail(now, failed);
-        }
-        self.fail(now, failed);
-    }
-
-    /// What could still be received was; now the failed send counts.
-    fn fail(&mut self, now: Instant, failed: Option<Errno>) {
-        if let Some(error) = failed
-            && self.session.is_open()
-        {
-            self.session.dropped(now, DropReason::Broken(error.into()));
-        }
-    }
-
-    /// Sends what it can; returns why the connection is of no use any more.
-    fn send_queued(&mut self, now: Instant) -> Option<Errno> {
-        let socket = self.socket.as_mut()?;
-        let mut blocked = false;
-        loop {
-            self.iov.clear();
-            let bytes = self.session.gather(now, &mut self.iov, IOV_MAX);
-            if bytes == 0 {
-                break;
-            }
-            match sendmsg(&socket.fd, &mut self.iov) {
-                Ok(n) => {
-                    self.session.sent(now, n);
-                    if n < bytes {
-                        blocked = true;
-                        break;
-                    }
-                }
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => {
-                    blocked = true;
-                    break;
-                }
-                Err(error) => return Some(error),
-            }
-        }
-        if blocked {
-            self.session.blocked();
-        }
-        if blocked != socket.wants_out {
-            let mut event = if blocked { SOCKET_OUT } else { SOCKET };
-            if let Err(error) = self.epoll.modify(&socket.fd, &mut event) {
-                return Some(error);
-            }
-            socket.wants_out = blocked;
-        }
-        None
-    }
-
-    fn receive(&mut self, now: Instant) {
-        while let (true, Some(socket)) = (self.session.is_open(), &self.socket) {
-            self.iov.clear();
-            let (direct, whole) = self.session.payload_target(&mut self.iov, IOV_MAX - 1);
-            let room = match (whole, self.session.prefers_direct()) {
-                (false, _) => 0,
-                (true, true) => TAIL_BYTES,
-                (true, false) => self.buffer.len(),
-            };
-            if room > 0 {
-                let iov_base = self.buffer.as_mut_ptr().cast();
-                self.iov.push(libc::iovec { iov_base, iov_len: room });
-            }
-            match recvmsg(&socket.fd, &mut self.iov) {
-                Ok(0) => return self.session.dropped(now, DropReason::Closed),
-                Ok(n) => {
-                    let to_guest = n.min(direct);
-                    if to_guest > 0 {
-                        self.session.payload_received(now, to_guest);
-                    }
-                    self.session.ingest(now, &self.buffer[..n - to_guest]);
-                    // A short read emptied the socket; what comes later wakes us.
-                    if n < direct + room {
-                        return;
-                    }
-                }
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return,
-                Err(error) => return self.session.dropped(now, DropReason::Broken(error.into())),
-            }
-        }
-    }
-
-    fn arm(&mut self, now: Instant) {
-        match self.session.deadline() {
-            Some(deadline) => self.timer.arm(now, deadline),
-            None if matches!(self.session.state(), State::Fenced | State::Lost) => {
-                self.timer.disarm();
-            }
-            None => {}
-        }
+    fn unsealed(&mut self, _: Instant, why: Infallible) {
+        match why {}
     }
 }

@@ -2,16 +2,18 @@
 //! in, bytes out.
 //!
 //! ```text
-//!  Greeting -> Extended -> [Structured] -> Go -> Done
+//!  Greeting -> [Tls] -> Extended -> [Structured] -> [Context] -> Go -> Done
 //!                                          |
 //!                a server that knows no GO: ExportName
 //! ```
 
+use super::allocation;
 use super::wire::{
     self, Dialect, ExportFlags, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, INIT_MAGIC, Info,
-    OLDSTYLE_MAGIC, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_STRUCTURED_REPLY,
-    OPTION_MAGIC, OPTION_REPLY_BYTES, OptionReply, REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY,
-    REP_ERR_SHUTDOWN, REP_ERR_TLS_REQD, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO,
+    OLDSTYLE_MAGIC, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_SET_META_CONTEXT,
+    OPT_STARTTLS, OPT_STRUCTURED_REPLY, OPTION_MAGIC, OPTION_REPLY_BYTES, OptionReply, REP_ACK,
+    REP_ERR_INVALID, REP_ERR_POLICY, REP_ERR_SHUTDOWN, REP_ERR_TLS_REQD, REP_ERR_UNKNOWN,
+    REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT,
 };
 
 /// Longest answer to an option that is read, bytes: an info or a sentence.
@@ -37,6 +39,8 @@ pub(crate) struct Export {
     pub(crate) preferred_block: u32,
     /// Longest payload, a multiple of `min_block`, bytes.
     pub(crate) payload_max: u32,
+    /// The number of `base:allocation`, where it was asked for and is there.
+    pub(crate) allocation: Option<u32>,
 }
 
 /// Why there is no export.
@@ -48,6 +52,8 @@ pub(crate) enum Refusal {
     OldStyle,
     #[error("it requires TLS")]
     TlsRequired,
+    #[error("it does not offer TLS{}", said(.0))]
+    NoTls(String),
     #[error("it has no such export{}", said(.0))]
     NoExport(String),
     #[error("it does not let this client in{}", said(.0))]
@@ -71,8 +77,12 @@ fn said(text: &str) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum At {
     Greeting,
+    StartTls,
+    /// TLS is being set up; the server says nothing until it is.
+    Securing,
     Extended,
     Structured,
+    Context,
     Go,
     ExportName,
     Done,
@@ -83,6 +93,8 @@ enum At {
 pub(super) enum Progress {
     /// More bytes.
     More,
+    /// TLS begins here.
+    Secure,
     Done(Export),
 }
 
@@ -90,6 +102,10 @@ pub(super) enum Progress {
 #[derive(Debug)]
 pub(crate) struct Handshake {
     export: String,
+    /// Holes are of interest.
+    map: bool,
+    tls: bool,
+    allocation: Option<u32>,
     at: At,
     no_zeroes: bool,
     dialect: Dialect,
@@ -102,10 +118,14 @@ pub(crate) struct Handshake {
 }
 
 impl Handshake {
-    /// For a new connection.
-    pub(crate) fn new(export: &str) -> Self {
+    /// For a new connection; with `map`, the export is asked to tell of its holes;
+    /// with `tls`, nothing is said in clear text but the wish for TLS.
+    pub(crate) fn new(export: &str, map: bool, tls: bool) -> Self {
         Self {
             export: export.to_owned(),
+            map,
+            tls,
+            allocation: None,
             at: At::Greeting,
             no_zeroes: false,
             dialect: Dialect::Simple,
@@ -113,6 +133,13 @@ impl Handshake {
             outbox: Vec::new(),
             size: None,
             blocks: None,
+        }
+    }
+
+    /// TLS is there: the conversation begins anew inside.
+    pub(crate) fn secured(&mut self) {
+        if self.at == At::Securing {
+            self.ask(At::Extended);
         }
     }
 
@@ -133,6 +160,14 @@ impl Handshake {
         let mut used = 0;
         while let Some(n) = self.step(used)? {
             used += n;
+            if self.at == At::Securing {
+                // What was sent behind the answer is nobody's: it may be an attacker's.
+                if used < self.inbox.len() {
+                    return Err(Refusal::Broken("clear text where TLS begins"));
+                }
+                self.inbox.clear();
+                return Ok((bytes.len(), Progress::Secure));
+            }
             if self.at == At::Done {
                 let export = self.concluded()?;
                 self.inbox.clear();
@@ -158,7 +193,7 @@ impl Handshake {
                 self.at = At::Done;
                 Ok(Some(len))
             }
-            At::Extended | At::Structured | At::Go => {
+            At::StartTls | At::Extended | At::Structured | At::Context | At::Go => {
                 let Some(head) = rest.first_chunk::<OPTION_REPLY_BYTES>() else { return Ok(None) };
                 let reply =
                     OptionReply::decode(head).ok_or(Refusal::Broken("no answer to an option"))?;
@@ -173,7 +208,7 @@ impl Handshake {
                 self.answered(reply, &body)?;
                 Ok(Some(len))
             }
-            At::Done => Ok(None),
+            At::Securing | At::Done => Ok(None),
         }
     }
 
@@ -199,26 +234,30 @@ impl Handshake {
         self.no_zeroes = flags & FLAG_NO_ZEROES != 0;
         let mine = u32::from(flags & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES));
         self.outbox.extend_from_slice(&mine.to_be_bytes());
-        self.ask(At::Extended);
+        self.ask(if self.tls { At::StartTls } else { At::Extended });
         Ok(Some(18))
     }
 
     fn ask(&mut self, at: At) {
         self.at = at;
         let option = match at {
+            At::StartTls => wire::option(OPT_STARTTLS, &[]),
             At::Extended => wire::option(OPT_EXTENDED_HEADERS, &[]),
             At::Structured => wire::option(OPT_STRUCTURED_REPLY, &[]),
+            At::Context => allocation::select(&self.export),
             At::Go => wire::go(&self.export),
             At::ExportName => wire::option(OPT_EXPORT_NAME, self.export.as_bytes()),
-            At::Greeting | At::Done => return,
+            At::Greeting | At::Securing | At::Done => return,
         };
         self.outbox.extend_from_slice(&option);
     }
 
     fn answered(&mut self, reply: OptionReply, body: &[u8]) -> Result<(), Refusal> {
         let asked = match self.at {
+            At::StartTls => OPT_STARTTLS,
             At::Extended => OPT_EXTENDED_HEADERS,
             At::Structured => OPT_STRUCTURED_REPLY,
+            At::Context => OPT_SET_META_CONTEXT,
             _ => OPT_GO,
         };
         if reply.option != asked {
@@ -227,17 +266,26 @@ impl Handshake {
         let text = || wire::printable(body);
         match (self.at, reply.kind) {
             (_, REP_ERR_TLS_REQD) => return Err(Refusal::TlsRequired),
+            (At::StartTls, REP_ACK) if body.is_empty() => self.at = At::Securing,
+            // Never on in clear text.
+            (At::StartTls, _) if reply.is_error() => return Err(Refusal::NoTls(text())),
             (_, REP_ERR_SHUTDOWN) => return Err(Refusal::ShuttingDown),
             (At::Extended, REP_ACK) => {
                 self.dialect = Dialect::Extended;
-                self.ask(At::Go);
+                self.ask(if self.map { At::Context } else { At::Go });
             }
             (At::Extended, _) if reply.is_error() => self.ask(At::Structured),
             (At::Structured, REP_ACK) => {
                 self.dialect = Dialect::Structured;
-                self.ask(At::Go);
+                self.ask(if self.map { At::Context } else { At::Go });
             }
             (At::Structured, _) if reply.is_error() => self.ask(At::Go),
+            (At::Context, REP_META_CONTEXT) => {
+                // An answer of another name is a context that nobody asked for.
+                self.allocation = allocation::selected(body).or(self.allocation);
+            }
+            // Holes are of use, not needed; a wrong name of the export GO will tell.
+            (At::Context, kind) if kind == REP_ACK || reply.is_error() => self.ask(At::Go),
             (At::Go, REP_INFO) => match Info::decode(body) {
                 Some(Info::Export { size_bytes, flags }) => self.size = Some((size_bytes, flags)),
                 Some(Info::BlockSize { min, preferred, max }) => {
@@ -284,6 +332,7 @@ impl Handshake {
             min_block,
             preferred_block: preferred.max(min_block),
             payload_max,
+            allocation: self.allocation,
         })
     }
 }
@@ -332,7 +381,7 @@ mod tests {
 
     #[test]
     fn a_modern_server_gives_extended_headers_and_block_sizes() {
-        let mut h = Handshake::new("disk");
+        let mut h = Handshake::new("disk", false, false);
         assert_eq!(h.ingest(&greeting(3)), Ok((18, Progress::More)));
         assert_eq!(h.unsent(), [&[0, 0, 0, 3][..], &wire::option(11, &[])].concat());
         h.sent(20);
@@ -355,7 +404,7 @@ mod tests {
     #[test]
     fn an_old_server_is_asked_by_name_and_gets_simple_replies() {
         for (flags, zeroes) in [(3, 0), (1, 124)] {
-            let mut h = Handshake::new("disk");
+            let mut h = Handshake::new("disk", false, false);
             let mut answer = (1u64 << 20).to_be_bytes().to_vec();
             answer.extend(1u16.to_be_bytes());
             answer.extend(vec![0; zeroes]);
@@ -371,6 +420,38 @@ mod tests {
             assert_eq!(export.dialect, Dialect::Simple);
             assert_eq!((export.size_bytes, export.payload_max), (1 << 20, 32 << 20));
             assert!(h.unsent().ends_with(&wire::option(1, b"disk")));
+        }
+    }
+
+    #[test]
+    fn nothing_is_said_in_clear_text_but_the_wish_for_tls() {
+        let mut h = Handshake::new("disk", true, true);
+        h.ingest(&greeting(3)).expect("a greeting");
+        assert_eq!(h.unsent(), [&[0, 0, 0, 3][..], &wire::option(5, &[])].concat());
+        h.sent(20);
+        assert_eq!(h.ingest(&reply(5, REP_ACK, &[])), Ok((20, Progress::Secure)));
+        assert_eq!(h.unsent(), [], "it waits for TLS");
+        h.secured();
+        assert_eq!(h.unsent(), wire::option(11, &[]));
+        h.secured();
+        assert_eq!(h.unsent().len(), 16, "once");
+
+        let no_tls = |text: &str| Err(Refusal::NoTls(text.to_owned()));
+        for (answer, want) in [
+            (reply(5, REP_ERR_UNSUP, b"what?"), no_tls("what?")),
+            (reply(5, REP_ERR_POLICY, b"no"), no_tls("no")),
+            (reply(5, REP_ERR_INVALID, b""), no_tls("")),
+            (reply(5, REP_INFO, b""), Err(Refusal::Broken("an answer of another kind"))),
+            (reply(11, REP_ACK, b""), Err(Refusal::Broken("an answer to another option"))),
+            // Somebody on the way answers for the server what it says inside.
+            (
+                [reply(5, REP_ACK, &[]), reply(11, REP_ACK, &[])].concat(),
+                Err(Refusal::Broken("clear text where TLS begins")),
+            ),
+        ] {
+            let mut h = Handshake::new("disk", false, true);
+            h.ingest(&greeting(3)).expect("a greeting");
+            assert_eq!(h.ingest(&answer), want);
         }
     }
 
@@ -407,7 +488,7 @@ mod tests {
                 Refusal::Broken("an answer longer than any"),
             ),
         ] {
-            let mut h = Handshake::new("disk");
+            let mut h = Handshake::new("disk", false, false);
             assert_eq!(feed(&mut h, &pieces), Err(want));
         }
     }
@@ -420,7 +501,7 @@ mod tests {
                 greeting(3), reply(11, REP_ERR_UNSUP, b"?"), reply(8, REP_ACK, &[]),
                 block_info(512, 4096, 1 << 20), export_info(77 << 9, 1), reply(7, REP_ACK, &[]),
             ].concat();
-            let mut h = Handshake::new("disk");
+            let mut h = Handshake::new("disk", false, false);
             let (mut at, mut done) = (0, None);
             for cut in cuts.into_iter().cycle() {
                 let end = (at + cut).min(whole.len());
@@ -435,7 +516,7 @@ mod tests {
 
         #[test]
         fn any_bytes_are_taken_or_refused(bytes: Vec<u8>, tail: Vec<u8>) {
-            let mut h = Handshake::new("disk");
+            let mut h = Handshake::new("disk", false, false);
             let first = [greeting(3), bytes].concat();
             if h.ingest(&first).is_ok() {
                 let _ = h.ingest(&tail);

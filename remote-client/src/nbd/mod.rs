@@ -12,21 +12,25 @@
 //! | [`uri`] | how a person names an export |
 //! | [`wire`] | the bytes |
 //! | [`errno`] | what an error means to the guest |
+//! | [`allocation`] | what an export tells of its holes |
 //! | [`handshake`] | from the greeting to an export |
 //! | [`table`] | requests and what was cut from them |
 //! | [`session`], [`receive`] | one conversation over any number of connections, sans-IO |
 //! | [`link`] | what gives a session a socket and a clock |
+//! | [`tls`] | what is between link and socket when the URI says so |
 //! | [`volume`] | the export as a volume, and its queues |
 //!
 //! NBD has no fence: a server does not know who may write. Nothing here can keep
 //! two hosts apart.
 
+mod allocation;
 mod errno;
 mod handshake;
 mod link;
 mod receive;
 mod session;
 mod table;
+mod tls;
 pub(crate) mod uri;
 pub(crate) mod volume;
 mod wire;

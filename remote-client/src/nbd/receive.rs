@@ -1,6 +1,7 @@
 //! The incoming half of a session: whatever bytes arrive, in whatever pieces.
 //! Everything a server says is checked against what was asked.
 
+use super::allocation::{Form, Partial, bytes_of};
 use super::errno::{Outcome, outcome};
 use super::session::{DropReason, Session, State, Violation};
 use super::wire::{
@@ -32,6 +33,13 @@ enum At {
         left: usize,
         done: bool,
     },
+    /// Descriptors; `left` bytes are missing.
+    Map {
+        number: u64,
+        form: Form,
+        left: usize,
+        done: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -39,8 +47,9 @@ pub(super) struct Receive {
     at: At,
     head: [u8; REPLY_BYTES_MAX],
     body: Box<[u8; BODY_BYTES_MAX]>,
-    /// Of a data chunk: its bytes behind the offset.
+    /// Of a chunk of data or descriptors: its bytes behind the head.
     data_bytes: usize,
+    partial: Partial,
 }
 
 impl Default for Receive {
@@ -50,6 +59,7 @@ impl Default for Receive {
             head: [0; REPLY_BYTES_MAX],
             body: Box::new([0; BODY_BYTES_MAX]),
             data_bytes: 0,
+            partial: Partial::default(),
         }
     }
 }
@@ -84,6 +94,7 @@ impl Session {
                 self.data_arrived(number, at, left, done, n)?;
                 Ok(n)
             }
+            At::Map { number, form, left, done } => self.take_map(number, form, left, done, bytes),
         }
     }
 
@@ -176,6 +187,9 @@ impl Session {
                 self.set_received(number, child.len);
                 self.receive.at = At::Data { number, at: child.at, left, done: true };
             }
+            ReplyHead::Simple { error: 0, .. } if child.command == Command::BlockStatus => {
+                return Err(Violation::Short.into());
+            }
             ReplyHead::Simple { error: 0, .. } => self.finish(number, Ok(())),
             ReplyHead::Simple { error, .. } => match outcome(child.command, error) {
                 Outcome::Answer(result) => self.finish(number, result),
@@ -206,6 +220,10 @@ impl Session {
                 8
             }
             ChunkKind::OffsetHole if is_read && len == 12 => 12,
+            ChunkKind::BlockStatus(form) if command == Command::BlockStatus && form.fits(len) => {
+                self.receive.data_bytes = len - form.head_bytes();
+                form.head_bytes()
+            }
             ChunkKind::Error | ChunkKind::ErrorOffset | ChunkKind::OtherError(_)
                 if (4..=BODY_BYTES_MAX).contains(&len) =>
             {
@@ -249,6 +267,18 @@ impl Session {
                 }
                 zero(self.table.buffers(&child), at, left);
             }
+            ChunkKind::BlockStatus(form) => {
+                let left = self.receive.data_bytes;
+                let context = form.context(&self.receive.body[..len], left);
+                let asked = self.export.and_then(|export| export.allocation);
+                // One chunk for the one context.
+                if context.is_none() || context != asked || child.received > 0 {
+                    return Err(Violation::NotAsked.into());
+                }
+                self.receive.partial.reset();
+                self.receive.at = At::Map { number, form, left, done };
+                return Ok(());
+            }
             _ => {
                 let (errno, text) = error_chunk(&self.receive.body[..len])
                     .ok_or(Violation::ChunkLength(len as u64))?;
@@ -270,6 +300,43 @@ impl Session {
         }
     }
 
+    /// Takes descriptors; what the asker has no room for is read and forgotten.
+    fn take_map(
+        &mut self,
+        number: u64,
+        form: Form,
+        left: usize,
+        done: bool,
+        bytes: &[u8],
+    ) -> Result<usize, DropReason> {
+        let (n, extent) = self.receive.partial.take(form, &bytes[..left.min(bytes.len())]);
+        let child = *self.table.unanswered(number).ok_or(Violation::NotAsked)?;
+        if let Some(extent) = extent {
+            if extent.len == 0 {
+                return Err(Violation::Range.into());
+            }
+            let (buffers, extent) = (self.table.buffers(&child), bytes_of(extent));
+            if child.received as usize + extent.len() <= room(buffers) {
+                copy_out(buffers, child.at, &extent);
+                let mut at = child.at;
+                at.advance(buffers, extent.len());
+                if let Some(child) = self.table.unanswered_mut(number) {
+                    child.at = at;
+                    child.received += u32::try_from(extent.len()).expect("16");
+                }
+            }
+        }
+        if n < left {
+            self.receive.at = At::Map { number, form, left: left - n, done };
+            return Ok(n);
+        }
+        self.receive.reset();
+        if done {
+            self.conclude(number)?;
+        }
+        Ok(n)
+    }
+
     /// The last chunk of an answer is there.
     fn conclude(&mut self, number: u64) -> Result<(), DropReason> {
         let child = self.table.unanswered(number).ok_or(Violation::NotAsked)?;
@@ -278,11 +345,24 @@ impl Session {
             None if child.command == Command::Read && child.received < child.len => {
                 return Err(Violation::Short.into());
             }
+            None if child.command == Command::BlockStatus => {
+                if child.received == 0 {
+                    return Err(Violation::Short.into());
+                }
+                // What an earlier connection told goes.
+                let buffers = self.table.buffers(child);
+                zero(buffers, child.at, room(buffers) - child.received as usize);
+                Ok(())
+            }
             None => Ok(()),
         };
         self.finish(number, result);
         Ok(())
     }
+}
+
+fn room(buffers: &[libc::iovec]) -> usize {
+    buffers.iter().map(|part| part.iov_len).sum()
 }
 
 /// Zeroes `len` bytes of the guest's memory.

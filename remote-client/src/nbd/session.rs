@@ -22,11 +22,12 @@ use std::time::{Duration, Instant};
 
 use super::handshake::{Export, Handshake, Progress, Refusal};
 use super::receive::Receive;
-use super::table::{Cut, Table};
+use super::table::{Ask, Cut, Table};
+use super::tls::TlsError;
 use super::wire::{Command, Dialect, HeadError, REQUEST_BYTES_MAX, Request, request_bytes};
 use crate::baton::Timing;
 use crate::baton::session::backoff::Backoff;
-use crate::volume::{Completion, IoError, Op, Tag};
+use crate::volume::{Completion, Extent, IoError, Op, Tag};
 
 const SECTOR_BYTES: u64 = 512;
 
@@ -48,6 +49,8 @@ pub(crate) enum DropReason {
     Broken(#[source] io::Error),
     #[error("the server does not serve us: {0}")]
     Refused(#[from] Refusal),
+    #[error("no TLS with the server: {0}")]
+    Tls(#[source] TlsError),
     #[error("the server is shutting down")]
     GoingAway,
     #[error("the server broke the protocol: {0}")]
@@ -105,11 +108,24 @@ pub(crate) struct Opened {
     pub(crate) read_only: bool,
 }
 
+/// What is asked of a server, at each connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wishes<'a> {
+    pub(crate) export: &'a str,
+    /// To be told of holes.
+    pub(crate) map: bool,
+    pub(crate) tls: bool,
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(super) state: State,
     export_name: String,
+    map: bool,
+    tls: bool,
+    /// TLS is to begin.
+    secure: bool,
     opened: Option<Opened>,
     timing: Timing,
     backoff: Backoff,
@@ -128,10 +144,15 @@ pub(crate) struct Session {
 
 impl Session {
     /// Connects as soon as it is polled.
-    pub(crate) fn new(export: &str, timing: Timing, seed: u64, now: Instant) -> Self {
+    /// As [`Handshake::new`] has it.
+    pub(crate) fn new(wishes: Wishes<'_>, timing: Timing, seed: u64, now: Instant) -> Self {
+        let Wishes { export, map, tls } = wishes;
         Self {
             state: State::Backoff { until: now },
             export_name: export.to_owned(),
+            map,
+            tls,
+            secure: false,
             opened: None,
             timing,
             backoff: Backoff::new(timing.backoff_min, timing.backoff_max, seed),
@@ -196,10 +217,36 @@ impl Session {
     pub(crate) fn submit(&mut self, tag: Tag, op: Op, data: &[libc::iovec]) {
         let bytes = data.iter().fold(0u64, |sum, v| sum.saturating_add(v.iov_len as u64));
         match self.judge(op, bytes) {
-            Ok(Some((op, bytes))) => self.table.submit(tag, op, data, bytes),
+            Ok(Some((op, bytes))) => self.table.submit(tag, Ask::Op(op), data, bytes),
             Ok(None) => self.completed.push(Completion { tag, result: Ok(()) }),
             Err(error) => self.completed.push(Completion { tag, result: Err(error) }),
         }
+    }
+
+    /// Takes a question for the holes, which are told in order to `into`; false: the
+    /// server does not know.
+    pub(crate) fn submit_map(
+        &mut self,
+        tag: Tag,
+        offset: u64,
+        len: u64,
+        into: &mut [Extent],
+    ) -> bool {
+        let known = self.export.is_none_or(|export| export.allocation.is_some());
+        if !self.map || !known {
+            return false;
+        }
+        let block = self.opened.map_or(SECTOR_BYTES, |opened| u64::from(opened.block_bytes));
+        let is_on = |n: u64| n.is_multiple_of(block);
+        let end = offset.checked_add(len);
+        let fits = end.is_some_and(|end| self.has_size(end)) && is_on(offset) && is_on(len);
+        if len == 0 || into.is_empty() || !fits {
+            self.completed.push(Completion { tag, result: Err(IoError::OutOfRange) });
+            return true;
+        }
+        let iov = [libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: size_of_val(into) }];
+        self.table.submit(tag, Ask::Map { offset, len }, &iov, 1);
+        true
     }
 
     /// What is to be asked for `op`; `None`: nothing.
@@ -243,8 +290,20 @@ impl Session {
 
     pub(crate) fn connected(&mut self, now: Instant) {
         self.state = State::Handshake { since: now };
-        self.handshake = Some(Handshake::new(&self.export_name));
-        self.blocked = false;
+        self.handshake = Some(Handshake::new(&self.export_name, self.map, self.tls));
+        (self.blocked, self.secure) = (false, false);
+    }
+
+    /// Whether TLS is to begin now; said once.
+    pub(crate) fn take_secure(&mut self) -> bool {
+        std::mem::take(&mut self.secure)
+    }
+
+    /// TLS is there.
+    pub(crate) fn secured(&mut self) {
+        if let Some(handshake) = &mut self.handshake {
+            handshake.secured();
+        }
     }
 
     /// The connection, or the attempt, ended.
@@ -316,6 +375,10 @@ impl Session {
         let Some(handshake) = &mut self.handshake else { return bytes.len() };
         match handshake.ingest(bytes) {
             Ok((used, Progress::More)) => used,
+            Ok((used, Progress::Secure)) => {
+                self.secure = true;
+                used
+            }
             Ok((used, Progress::Done(export))) => {
                 self.found(now, export);
                 used

@@ -73,14 +73,25 @@ impl Child {
     }
 }
 
+/// What is asked of an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ask {
+    Op(Op),
+    /// Which parts read as zeros.
+    Map {
+        offset: u64,
+        len: u64,
+    },
+}
+
 #[derive(Debug)]
 struct Guest {
     tag: Tag,
-    op: Op,
+    ask: Ask,
     /// Order of submission; `None` while the slot is free.
     serial: Option<u64>,
     iov: Vec<libc::iovec>,
-    /// Bytes of the whole request; 1 for a FLUSH.
+    /// Bytes of the whole request; 1 for a FLUSH and a map.
     bytes: u64,
     cut: u64,
     cursor: Cursor,
@@ -137,7 +148,7 @@ impl Table {
         let index = u32::try_from(self.guests.len()).expect("far fewer requests than 2^32");
         self.guests.push(Guest {
             tag: Tag(0),
-            op: Op::Flush,
+            ask: Ask::Op(Op::Flush),
             serial: None,
             iov: Vec::new(),
             bytes: 0,
@@ -168,7 +179,7 @@ impl Table {
     }
 
     /// Takes a guest request; `bytes` is its range.
-    pub(super) fn submit(&mut self, tag: Tag, op: Op, data: &[libc::iovec], bytes: u64) {
+    pub(super) fn submit(&mut self, tag: Tag, ask: Ask, data: &[libc::iovec], bytes: u64) {
         if self.free.is_empty() {
             // The caller broke its promise; more memory is better than a panic.
             self.add_slot();
@@ -176,7 +187,7 @@ impl Table {
         let index = self.free.pop().expect("a slot was added when there was none");
         self.serial += 1;
         let guest = &mut self.guests[index as usize];
-        (guest.tag, guest.op, guest.serial) = (tag, op, Some(self.serial));
+        (guest.tag, guest.ask, guest.serial) = (tag, ask, Some(self.serial));
         guest.iov.clear();
         guest.iov.extend_from_slice(data);
         guest.bytes = bytes;
@@ -215,7 +226,11 @@ impl Table {
         let fua = if !flags.flush() && flags.fua() { CMD_FLAG_FUA } else { 0 };
         let payload_max = u64::from(export.payload_max);
         let zeros_max = payload_max.min(ZEROS_BYTES as u64);
-        let (command, bits, begin, max, zeros) = match guest.op {
+        let op = match guest.ask {
+            Ask::Op(op) => op,
+            Ask::Map { offset, len } => return self.cut_map(index, export, offset, len),
+        };
+        let (command, bits, begin, max, zeros) = match op {
             Op::Read { offset } => (Command::Read, 0, offset, payload_max, false),
             Op::Write { offset } => (Command::Write, fua, offset, payload_max, false),
             Op::Flush if flags.flush() => (Command::Flush, 0, 0, 1, false),
@@ -240,18 +255,39 @@ impl Table {
             guest.cursor.advance(&guest.iov, len as usize);
         }
         guest.cut += part;
-        guest.open += 1;
         if guest.cut == guest.bytes {
             self.waiting.pop_front();
         }
         let child =
             Child { guest: index, command, offset, len, at, zeros, unanswered: true, ..FREE };
-        let request = Request { command, flags: bits, cookie: self.next, offset, len };
-        self.headers[slot(self.next)] = request.encode(export.dialect == Dialect::Extended);
+        self.add(child, bits, export.dialect);
+        Cut::Added
+    }
+
+    fn cut_map(&mut self, index: u32, export: &Export, offset: u64, len: u64) -> Cut {
+        self.waiting.pop_front();
+        let guest = &mut self.guests[index as usize];
+        if export.allocation.is_none() {
+            // The server of before could tell, this one cannot.
+            guest.result = Err(IoError::Unsupported);
+            return Cut::Done(self.complete(index));
+        }
+        guest.cut = guest.bytes;
+        let len = u32::try_from(len.min(RANGE_BYTES_MAX)).expect("at most 1 GiB");
+        let command = Command::BlockStatus;
+        let child = Child { guest: index, command, offset, len, unanswered: true, ..FREE };
+        self.add(child, 0, export.dialect);
+        Cut::Added
+    }
+
+    fn add(&mut self, child: Child, flags: u16, dialect: Dialect) {
+        let Child { command, offset, len, .. } = child;
+        let request = Request { command, flags, cookie: self.next, offset, len };
+        self.headers[slot(self.next)] = request.encode(dialect == Dialect::Extended);
         self.children[slot(self.next)] = child;
+        self.guests[child.guest as usize].open += 1;
         self.direct_reads += usize::from(child.is_direct_read());
         self.next += 1;
-        Cut::Added
     }
 
     /// The unanswered wire request `number`.
@@ -371,6 +407,7 @@ mod tests {
             min_block: 512,
             preferred_block: 4096,
             payload_max,
+            allocation: None,
         }
     }
 
@@ -381,7 +418,7 @@ mod tests {
     /// Command, flags, offset and length of each wire request for one operation.
     fn wire(op: Op, bytes: u64, export: &Export) -> Vec<(Command, u16, u64, u32)> {
         let mut table = Table::new(1);
-        table.submit(Tag(1), op, &[iov(0x10000, 1 << 20)], bytes);
+        table.submit(Tag(1), Ask::Op(op), &[iov(0x10000, 1 << 20)], bytes);
         let mut found = Vec::new();
         while table.cut(export) == Cut::Added {
             let number = table.next() - 1;
@@ -433,7 +470,7 @@ mod tests {
     #[test]
     fn what_is_not_needed_is_done_at_once() {
         let mut table = Table::new(1);
-        table.submit(Tag(4), Op::Flush, &[], 1);
+        table.submit(Tag(4), Ask::Op(Op::Flush), &[], 1);
         let done = Completion { tag: Tag(4), result: Ok(()) };
         assert_eq!(table.cut(&export(1, 4096)), Cut::Done(done));
         assert_eq!(table.in_flight(), 0);
@@ -445,7 +482,8 @@ mod tests {
         let mut table = Table::new(3);
         for tag in 0..3u32 {
             let data = [iov(0x10000, 512), iov(0x20000, 0), iov(0x30000, 15872)];
-            table.submit(Tag(tag), Op::Write { offset: u64::from(tag) << 20 }, &data, 16384);
+            let write = Ask::Op(Op::Write { offset: u64::from(tag) << 20 });
+            table.submit(Tag(tag), write, &data, 16384);
         }
         while table.cut(&wide) == Cut::Added {}
         assert_eq!(table.next(), 7);

@@ -20,14 +20,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::handshake::{Export, Refusal};
 use super::link::Link;
-use super::session::{DropReason, Notice, Opened, Session};
+use super::session::{DropReason, Notice, Opened, Session, Wishes};
+use super::tls::TlsSettings;
 use crate::baton::Timing;
 use crate::open::{OpenError, OpenOptions, random_nonzero};
 use crate::socket::Endpoint;
 use crate::uri::{NbdServer, NbdUri};
 use crate::volume::{
-    Completion, EventListener, Geometry, Op, QueueError, Tag, Volume, VolumeEvent, VolumeQueue,
-    VolumeState,
+    Completion, EventListener, Extent, Geometry, Op, QueueError, Tag, Volume, VolumeEvent,
+    VolumeQueue, VolumeState,
 };
 
 /// Pause between attempts while a volume is opened.
@@ -57,6 +58,8 @@ struct Shared {
     endpoint: Arc<Endpoint>,
     geometry: Geometry,
     multi_conn: bool,
+    map: bool,
+    tls: Option<Arc<TlsSettings>>,
     size_bytes: AtomicU64,
     resolving: AtomicBool,
     hub: Mutex<Hub>,
@@ -216,6 +219,8 @@ impl NbdVolume {
             endpoint: Arc::clone(link.endpoint()),
             geometry,
             multi_conn: export.flags.multi_conn(),
+            map: options.map,
+            tls: link.settings().cloned(),
             size_bytes: AtomicU64::new(size_bytes),
             resolving: AtomicBool::new(false),
             hub: Mutex::new(Hub {
@@ -247,9 +252,18 @@ fn attempt(uri: &NbdUri, options: &OpenOptions, until: Instant) -> Result<(Link,
     };
     let server = endpoint.to_string();
     let now = Instant::now();
-    let session = Session::new(&uri.export, options.timing, random_nonzero(), now);
-    let link = Link::new(session, Arc::new(endpoint));
-    let mut link = link.map_err(|error| Attempt::Final(OpenError::System(error)))?;
+    let tls = uri.tls.as_ref().map(|tls| {
+        let host = match &uri.server {
+            NbdServer::Tcp(server) => Some(server.host.as_str()),
+            NbdServer::Unix(_) => None,
+        };
+        Arc::new(TlsSettings::new(tls, host))
+    });
+    let wishes = Wishes { export: &uri.export, map: options.map, tls: tls.is_some() };
+    let session = Session::new(wishes, options.timing, random_nonzero(), now);
+    let link = Link::new(session, Arc::new(endpoint), true);
+    let link = link.map_err(|error| Attempt::Final(OpenError::System(error)))?;
+    let mut link = link.with(tls);
     loop {
         link.poll(&mut Vec::new());
         while let Some(notice) = link.session().pop_notice() {
@@ -282,9 +296,13 @@ fn failed(server: String, uri: &NbdUri, reason: DropReason) -> Attempt {
             Refusal::NotNbd => OpenError::NotNbd { server },
             Refusal::OldStyle => OpenError::NbdOldStyle { server },
             Refusal::TlsRequired => OpenError::NbdTlsRequired { server },
+            Refusal::NoTls(_) => OpenError::NbdNoTls { server },
             Refusal::NoExport(_) => OpenError::NbdNoExport { server, export },
             refusal => OpenError::NbdRefused { server, export, source: Box::new(refusal) },
         }),
+        DropReason::Tls(source) => {
+            Attempt::Final(OpenError::NbdTls { server, reason: source.to_string() })
+        }
         reason => Attempt::Again(OpenError::NoAnswer { server, source: Box::new(reason) }),
     }
 }
@@ -320,18 +338,19 @@ impl Volume for NbdVolume {
             Some(link) => link,
             None => {
                 let geometry = shared.geometry;
-                let mut session = Session::new(
-                    &shared.uri.export,
-                    shared.timing,
-                    random_nonzero(),
-                    Instant::now(),
-                );
+                let wishes = Wishes {
+                    export: &shared.uri.export,
+                    map: shared.map,
+                    tls: shared.tls.is_some(),
+                };
+                let now = Instant::now();
+                let mut session = Session::new(wishes, shared.timing, random_nonzero(), now);
                 session.set_opened(Opened {
                     size_bytes,
                     block_bytes: geometry.block_bytes,
                     read_only: geometry.read_only,
                 });
-                Link::new(session, Arc::clone(&shared.endpoint))?
+                Link::new(session, Arc::clone(&shared.endpoint), true)?.with(shared.tls.clone())
             }
         };
         link.session().set_depth(depth);
@@ -422,6 +441,10 @@ impl NbdQueue {
 impl VolumeQueue for NbdQueue {
     unsafe fn submit(&mut self, tag: Tag, op: Op, data: &[libc::iovec]) {
         self.link().session().submit(tag, op, data);
+    }
+
+    unsafe fn submit_map(&mut self, tag: Tag, offset: u64, len: u64, into: &mut [Extent]) -> bool {
+        self.link().session().submit_map(tag, offset, len, into)
     }
 
     fn send(&mut self, completions: &mut Vec<Completion>) {

@@ -10,6 +10,8 @@
 //!             magic flags type cookie offset length             32 bytes, extended chunk
 //! ```
 
+use super::allocation::Form;
+
 /// "NBDMAGIC", with which every server begins.
 pub(super) const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
 /// "IHAVEOPT": a newstyle server, and the head of every option.
@@ -24,12 +26,15 @@ pub(super) const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
 pub(super) const FLAG_NO_ZEROES: u16 = 1 << 1;
 
 pub(super) const OPT_EXPORT_NAME: u32 = 1;
+pub(super) const OPT_STARTTLS: u32 = 5;
 pub(super) const OPT_GO: u32 = 7;
 pub(super) const OPT_STRUCTURED_REPLY: u32 = 8;
+pub(super) const OPT_SET_META_CONTEXT: u32 = 10;
 pub(super) const OPT_EXTENDED_HEADERS: u32 = 11;
 
 pub(super) const REP_ACK: u32 = 1;
 pub(super) const REP_INFO: u32 = 3;
+pub(super) const REP_META_CONTEXT: u32 = 4;
 const REP_ERR: u32 = 1 << 31;
 pub(super) const REP_ERR_UNSUP: u32 = REP_ERR + 1;
 pub(super) const REP_ERR_POLICY: u32 = REP_ERR + 2;
@@ -82,6 +87,7 @@ pub(super) enum Command {
     Flush = 3,
     Trim = 4,
     WriteZeroes = 6,
+    BlockStatus = 7,
 }
 
 pub(super) const CMD_FLAG_FUA: u16 = 1 << 0;
@@ -163,6 +169,8 @@ pub(super) enum ChunkKind {
     OffsetData,
     /// Offset and size of a range of zeros.
     OffsetHole,
+    /// Answer to BLOCK_STATUS.
+    BlockStatus(Form),
     /// Error number and sentence.
     Error,
     /// The same with an offset.
@@ -204,11 +212,11 @@ fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_be_bytes([bytes[at], bytes[at + 1]])
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from(u16_at(bytes, at)) << 16 | u32::from(u16_at(bytes, at + 2))
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
+pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) << 32 | u64::from(u32_at(bytes, at + 4))
 }
 
@@ -233,6 +241,8 @@ impl ReplyHead {
             0 => ChunkKind::None,
             1 => ChunkKind::OffsetData,
             2 => ChunkKind::OffsetHole,
+            5 if dialect == Dialect::Structured => ChunkKind::BlockStatus(Form::Compact),
+            6 if dialect == Dialect::Extended => ChunkKind::BlockStatus(Form::Extended),
             0x8001 => ChunkKind::Error,
             0x8002 => ChunkKind::ErrorOffset,
             kind if kind & CHUNK_IS_ERROR != 0 => ChunkKind::OtherError(kind),
@@ -411,8 +421,12 @@ mod tests {
         chunk[6..8].copy_from_slice(&[0x80, 0x07]);
         let error = head(&chunk, Dialect::Structured).expect("an error of any kind");
         assert!(matches!(error, ReplyHead::Chunk { kind: ChunkKind::OtherError(0x8007), .. }));
-        chunk[6..8].copy_from_slice(&[0, 5]);
-        assert_eq!(head(&chunk, Dialect::Structured), Err(HeadError::Kind(5)));
+        // Holes in the form of the other dialect, and what nobody knows.
+        for kind in [6, 7] {
+            chunk[6..8].copy_from_slice(&[0, kind]);
+            let want = Err(HeadError::Kind(u16::from(kind)));
+            assert_eq!(head(&chunk, Dialect::Structured), want);
+        }
 
         let mut wide = vec![0x6e, 0x8a, 0x27, 0x8c, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 9];
         wide.extend([0; 8]);

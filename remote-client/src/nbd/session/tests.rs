@@ -6,6 +6,7 @@ const BLOCK: usize = 4096;
 struct Peer {
     session: Session,
     now: Instant,
+    map: bool,
     memory: Vec<u8>,
 }
 
@@ -27,7 +28,8 @@ fn simple(error: u32, cookie: u64) -> Vec<u8> {
     [&0x6744_6698u32.to_be_bytes()[..], &error.to_be_bytes(), &cookie.to_be_bytes()].concat()
 }
 
-fn handshake(size: u64, flags: u16, structured: bool) -> Vec<u8> {
+/// With `map`, the context has number 9.
+fn handshake(size: u64, flags: u16, structured: bool, map: bool) -> Vec<u8> {
     let reply = |option: u32, kind: u32, body: &[u8]| {
         let mut bytes = wire::OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
         for n in [option, kind, u32::try_from(body.len()).expect("short")] {
@@ -41,6 +43,8 @@ fn handshake(size: u64, flags: u16, structured: bool) -> Vec<u8> {
         b"NBDMAGICIHAVEOPT\0\x03".to_vec(),
         reply(11, wire::REP_ERR_UNSUP, &[]),
         reply(8, if structured { 1 } else { wire::REP_ERR_UNSUP }, &[]),
+        if map { reply(10, 4, b"\0\0\0\x09base:allocation") } else { vec![] },
+        if map { reply(10, 1, &[]) } else { vec![] },
         reply(7, 3, &info),
         reply(7, 1, &[]),
     ]
@@ -51,11 +55,16 @@ const FLAGS: u16 = 0b0000_0110_1101;
 
 impl Peer {
     fn new(structured: bool) -> Self {
+        Self::with(structured, false)
+    }
+
+    fn with(structured: bool, map: bool) -> Self {
         let now = Instant::now();
-        let mut session = Session::new("disk", Timing::default(), 7, now);
+        let mut session =
+            Session::new(Wishes { export: "disk", map, tls: false }, Timing::default(), 7, now);
         session.set_opened(Opened { size_bytes: 1 << 20, block_bytes: 512, read_only: false });
         session.set_depth(8);
-        let mut peer = Self { session, now, memory: vec![0xee; 8 * BLOCK] };
+        let mut peer = Self { session, now, map, memory: vec![0xee; 8 * BLOCK] };
         peer.reconnect(1 << 20, FLAGS, structured);
         peer
     }
@@ -63,7 +72,7 @@ impl Peer {
     fn reconnect(&mut self, size: u64, flags: u16, structured: bool) {
         self.session.connecting(self.now);
         self.session.connected(self.now);
-        self.session.ingest(self.now, &handshake(size, flags, structured));
+        self.session.ingest(self.now, &handshake(size, flags, structured, self.map));
     }
 
     fn submit(&mut self, tag: u32, op: Op) {
@@ -290,4 +299,76 @@ fn only_the_way_to_an_export_has_a_time_limit() {
     peer.session.on_timer(limit);
     assert!(peer.dropped().expect("dropped").contains("no export within 10000 ms"));
     assert!(ExportFlags::default() == ExportFlags(0) && peer.session.in_flight() == 1);
+}
+
+#[test]
+fn holes_are_told_as_far_as_there_is_room() {
+    let mut peer = Peer::with(true, true);
+    let mut into = [Extent { len: 7, zeros: 7 }; 3];
+    assert!(peer.session.submit_map(Tag(1), 4096, 8192, &mut into));
+    assert_eq!(peer.sent(), [(1, 7)]);
+    let answer = |pairs: &[(u32, u32)]| {
+        let mut body = vec![0, 0, 0, 9];
+        for (len, flags) in pairs {
+            body.extend(len.to_be_bytes());
+            body.extend(flags.to_be_bytes());
+        }
+        body
+    };
+    // A hole whose contents nobody knows is data.
+    let five = answer(&[(512, 3), (1024, 1), (512, 2), (512, 0), (512, 0)]);
+    // The connection breaks after some of it; what was told of that goes.
+    let whole = chunk(1, 5, 1, &five);
+    peer.told(&whole[..whole.len() - 1]);
+    peer.session.dropped(peer.now, DropReason::Closed);
+    peer.reconnect(1 << 20, FLAGS, true);
+    assert_eq!((peer.done(), peer.sent()), (vec![], vec![(2, 7)]));
+    for byte in chunk(1, 5, 2, &answer(&[(512, 2), (512, 0)])) {
+        assert_eq!(peer.done(), []);
+        peer.told(&[byte]);
+    }
+    assert_eq!(peer.done(), [(1, Ok(()))]);
+    let extent = |len, zeros| Extent { len, zeros };
+    assert_eq!(into, [extent(512, 1), extent(512, 0), extent(0, 0)]);
+    assert!(peer.session.submit_map(Tag(2), 4096, 8192, &mut into));
+    peer.sent();
+    peer.told(&chunk(0, 5, 3, &five));
+    peer.told(&chunk(1, 0, 3, &[]));
+    assert_eq!(peer.done(), [(2, Ok(()))]);
+    assert_eq!(into, [extent(512, 1), extent(1024, 0), extent(512, 1)]);
+}
+
+#[test]
+fn what_is_no_answer_about_holes_ends_the_connection() {
+    let one = [0, 0, 0, 9, 0, 0, 2, 0, 0, 0, 0, 0];
+    let other = [&[0, 0, 0, 8][..], &one[4..]].concat();
+    let empty = [0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0];
+    for (answer, why) in [
+        (chunk(1, 5, 1, &one[..4]), "cannot be"),
+        (chunk(1, 5, 1, &one[..11]), "cannot be"),
+        (chunk(1, 5, 1, &other), "nothing that was asked"),
+        ([chunk(0, 5, 1, &one), chunk(1, 5, 1, &one)].concat(), "nothing that was asked"),
+        (chunk(1, 5, 1, &empty), "outside"),
+        (chunk(1, 5, 2, &one), "cannot be"),
+        (chunk(1, 6, 1, &one), "unknown kind 6"),
+        (chunk(1, 0, 1, &[]), "in part"),
+        (simple(0, 1), "in part"),
+        (data(1, 1, 0, &[7; 512]), "cannot be"),
+    ] {
+        let mut peer = Peer::with(true, true);
+        let mut into = [Extent::default(); 4];
+        assert!(peer.session.submit_map(Tag(1), 0, 8192, &mut into));
+        peer.submit(2, Op::Read { offset: 8192 });
+        peer.sent();
+        peer.told(&answer);
+        let reason = peer.dropped().unwrap_or_default();
+        assert!(reason.contains(why), "{answer:?}: {reason}");
+        assert_eq!((peer.done(), peer.session.in_flight()), (vec![], 2));
+    }
+    let mut peer = Peer::with(true, true);
+    let mut into = [Extent::default(); 4];
+    assert!(peer.session.submit_map(Tag(1), 0, 8192, &mut into));
+    peer.sent();
+    peer.told(&chunk(1, 0x8001, 1, &[0, 0, 0, 22, 0, 0]));
+    assert_eq!(peer.done(), [(1, Err(IoError::Io))]);
 }
