@@ -6,6 +6,7 @@ mod cursor;
 pub mod engine;
 pub mod fence;
 pub mod file;
+pub mod gate;
 pub mod handoff;
 #[cfg(fuzzing)]
 pub mod nbd;
@@ -20,6 +21,7 @@ pub mod volume;
 pub use baton::Timing;
 pub use engine::{Capabilities, Engine};
 pub use fence::Fence;
+pub use gate::Gate;
 pub use handoff::{HandoffEvent, HandoffListener, HandoffPort, Opening};
 pub use open::{OpenError, OpenOptions, open};
 pub use uri::{UriError, VolumeUri};

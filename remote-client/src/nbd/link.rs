@@ -90,6 +90,22 @@ impl Link {
         self.epoll.0.as_fd()
     }
 
+    /// [`Self::wake_fd`] is readable whenever this one is.
+    pub(crate) fn watch(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(self.epoll.add(fd, SOCKET)?)
+    }
+
+    /// Closes the connection, if there is one, with a goodbye.
+    pub(crate) fn disconnect(&mut self) {
+        // Nobody looks at it until there is a connection again.
+        self.timer.disarm();
+        if self.session.has_socket() {
+            self.say_goodbye();
+            self.session.dropped(Instant::now(), DropReason::Closed);
+            self.socket = None;
+        }
+    }
+
     pub(crate) fn in_flight(&self) -> usize {
         self.session.in_flight()
     }
@@ -268,12 +284,18 @@ impl Link {
     }
 }
 
-impl Drop for Link {
-    fn drop(&mut self) {
-        // A courtesy: some servers complain of a client that just goes.
+impl Link {
+    /// A courtesy: some servers complain of a client that just goes.
+    fn say_goodbye(&mut self) {
         if let (Some((mut bytes, len)), Some(socket)) = (self.session.goodbye(), &self.socket) {
             let iov_base = bytes.as_mut_ptr().cast();
             let _ = sendmsg(&socket.fd, &mut [libc::iovec { iov_base, iov_len: len }]);
         }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.say_goodbye();
     }
 }

@@ -38,7 +38,7 @@ use crate::fence::Fence;
 
 /// What this driver can do.
 pub(crate) const CAPABILITIES: Capabilities =
-    Capabilities { fence: Fence::Cooperative, handoff: false };
+    Capabilities { fence: Fence::Cooperative, handoff: true };
 
 #[cfg(fuzzing)]
 pub mod fuzz;
