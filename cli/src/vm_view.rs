@@ -54,6 +54,26 @@ pub(crate) fn handoff(row: &Value) -> String {
             facts.push([name.to_owned(), fact]);
         }
     }
+    if row["fence"] == "cooperative" {
+        let proof = &row["proof"];
+        let proof = match proof {
+            Value::Null => "none yet: the source's backend may still write".to_owned(),
+            proof => format!(
+                "the end of process {} on {} was seen ({})",
+                text(&proof["pid"]),
+                text(&row["from"]),
+                text(&proof["seen_by"])
+            ),
+        };
+        facts.push(["proof".to_owned(), proof]);
+        if !row["forced"].is_null() {
+            facts.push(["forced".to_owned(), text(&row["forced"])]);
+        }
+        let volumes =
+            items(&row["members"]).iter().map(|one| [text(&one["disk"]), text(&one["volume"])]);
+        facts.extend(volumes.map(|[disk, volume]| [format!("disk {disk}"), volume]));
+        return table(facts, [Left, Left]);
+    }
     let header = ["VOLUME", "SERVER", "EPOCH", "RECORD", "PROGRESS", ""].map(str::to_owned);
     let members = items(&row["members"]).iter().map(|member| {
         let [volume, storage, epoch, mut phase, progress] =
@@ -97,14 +117,18 @@ pub(crate) fn why(answer: &Value) -> String {
         ),
         (owner, _) => format!("{} owns the volumes of {vm}.\n", text(owner)),
     };
-    out.push_str(&format!(
-        "The anchor is volume {} at {}; its record is {} at epoch {}.\n",
-        text(&access["anchor"]["volume"]),
-        text(&access["anchor"]["storage"]),
-        text(&access["phase"]),
-        text(&access["epoch"])
-    ));
-    out.push_str(phase_in_words(access["phase"].as_str().unwrap_or_default()));
+    if access["fence"] == "cooperative" {
+        out.push_str("Its storage keeps nobody out: that is what the agents say, and what was decided last.\n");
+    } else {
+        out.push_str(&format!(
+            "The anchor is volume {} at {}; its record is {} at epoch {}.\n",
+            text(&access["anchor"]["volume"]),
+            text(&access["anchor"]["storage"]),
+            text(&access["phase"]),
+            text(&access["epoch"])
+        ));
+        out.push_str(phase_in_words(access["phase"].as_str().unwrap_or_default()));
+    }
     if !access["decided_by"].is_null() {
         let decided = &access["decided_by"];
         out.push_str(&format!(

@@ -197,6 +197,12 @@ impl Host {
         Ok(())
     }
 
+    /// The process of its VM's backend, as its agent knows it.
+    pub fn backend_pid(&self) -> Result<Pid> {
+        let pid = self.vm()?["backend"]["pid"].as_i64().context("a backend runs")?;
+        Ok(Pid::from_raw(i32::try_from(pid)?))
+    }
+
     /// Kills its agent, and then what that one started.
     pub fn die(&mut self) -> Result<()> {
         self.agent.kill()?;

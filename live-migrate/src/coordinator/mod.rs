@@ -11,6 +11,7 @@
 //! | `carry_out` | one action: calls until it is done, reports what it learns |
 //! | [`storages`], [`agents`] | who is called |
 //! | [`prepare`] | a new handoff: who, what and whether |
+//! | `cooperative` | a new one of volumes that no storage fences |
 //! | `movable` | whether its disks can move together |
 //! | `sides` | its two hosts, asked before anything is armed |
 //! | `tidings` | what the agents did by themselves, taken into the log of events |
@@ -24,6 +25,7 @@ pub mod agents;
 mod api;
 mod carry_out;
 pub mod config;
+mod cooperative;
 pub mod core;
 pub mod fault;
 pub mod fence;

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use baton_protocol::handoff::HandoffId;
-use baton_remote_client::Engine;
+use baton_remote_client::{Engine, Fence};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 
 use super::agents::{Agent, DiskView, VmView};
+use super::cooperative;
 use super::core::{Core, unix_us};
 use super::fault::{Fault, owner_sentence};
 use super::keeper::Handle;
@@ -193,41 +194,13 @@ async fn plan(
     let disks = chosen(&found.view, request.volumes.as_deref())?;
     let engines = movable::engines(&disks)
         .map_err(|immovable| cannot_move(&immovable, vm, &found.owner_so_far(core, vm)))?;
-    let Found { view, named, serving, .. } = found;
-    let mut members = Vec::with_capacity(disks.len());
-    let mut owner = None;
-    for (disk, engine) in disks.into_iter().zip(engines) {
-        let (member, owned_by) = member(core, vm, (&disk, engine), serving.as_deref()).await?;
-        match owned_by {
-            Some(name) if owner.as_ref().is_none_or(|owner| *owner == name) => owner = Some(name),
-            Some(name) => {
-                return Err(not_owner(
-                    &member,
-                    &format!("belongs to `{name}`, the volume before it to another"),
-                    request.from.as_deref(),
-                ));
-            }
-            None => {
-                return Err(not_owner(
-                    &member,
-                    "belongs to nobody: the VM does not run",
-                    request.from.as_deref(),
-                ));
-            }
-        }
-        members.push(member);
-    }
-    let owned_by = owner.as_deref().unwrap_or_default();
-    let running_on = owned_by.strip_suffix(&format!("/{vm}")).unwrap_or_default();
-    let from = request.from.clone().or(named).unwrap_or_else(|| running_on.to_owned());
-    if plan::owner(&from, vm) != owned_by {
-        let known = core.agents.of(&from).is_some();
-        let what = format!("belongs to `{owned_by}`, not to `{from}/{vm}`");
-        return match members.first() {
-            Some(member) if known => Err(not_owner(member, &what, Some(&from))),
-            _ => Err(unknown_host(&from)),
-        };
-    }
+    let cooperative = engines.iter().any(|one| one.capabilities().fence == Fence::Cooperative);
+    let (members, from) = if cooperative {
+        (cooperative::members(&disks, &engines), cooperative::source(vm, &found)?)
+    } else {
+        stored(core, vm, (disks, engines), &found, request.from.as_deref()).await?
+    };
+    let view = found.view;
     agent(core, &from)?;
     if from == request.to {
         return Err(Fault::new(
@@ -239,7 +212,7 @@ async fn plan(
     }
     // Where the rings switch it and somebody else drives the machines, nothing is asked
     // of the source's agent.
-    let orders = driven.is_some() || request.mode == Trigger::Explicit;
+    let orders = cooperative || driven.is_some() || request.mode == Trigger::Explicit;
     let there = sides::answer(core, vm, (&from, &request.to), orders).await?;
     let view = there.unwrap_or(view);
     if driven.is_some() && view.monitor_is_foreign() {
@@ -288,10 +261,54 @@ async fn plan(
         last: false,
         loser_gone: false,
         trouble: None,
+        cooperation: plan::Cooperation::default(),
         driven,
         version: 0,
         term: core.term,
         reached: Vec::new(),
+    })
+}
+
+/// Volumes with access records, and the host that these say owns them.
+async fn stored(
+    core: &Core,
+    vm: &str,
+    (disks, engines): (Vec<DiskView>, Vec<Engine>),
+    found: &Found,
+    wanted: Option<&str>,
+) -> Result<(Vec<Member>, String), Fault> {
+    let mut members = Vec::with_capacity(disks.len());
+    let mut owner = None;
+    for (disk, engine) in disks.into_iter().zip(engines) {
+        let (member, owned_by) =
+            member(core, vm, (&disk, engine), found.serving.as_deref()).await?;
+        match owned_by {
+            Some(name) if owner.as_ref().is_none_or(|owner| *owner == name) => owner = Some(name),
+            Some(name) => {
+                return Err(not_owner(
+                    &member,
+                    &format!("belongs to `{name}`, the volume before it to another"),
+                    wanted,
+                ));
+            }
+            None => {
+                return Err(not_owner(&member, "belongs to nobody: the VM does not run", wanted));
+            }
+        }
+        members.push(member);
+    }
+    let owned_by = owner.as_deref().unwrap_or_default();
+    let running_on = owned_by.strip_suffix(&format!("/{vm}")).unwrap_or_default();
+    let from = wanted.map(str::to_owned).or_else(|| found.named.clone());
+    let from = from.unwrap_or_else(|| running_on.to_owned());
+    if plan::owner(&from, vm) == owned_by {
+        return Ok((members, from));
+    }
+    let known = core.agents.of(&from).is_some();
+    let what = format!("belongs to `{owned_by}`, not to `{from}/{vm}`");
+    Err(match members.first() {
+        Some(member) if known => not_owner(member, &what, Some(&from)),
+        _ => unknown_host(&from),
     })
 }
 

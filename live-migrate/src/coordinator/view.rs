@@ -78,6 +78,10 @@ pub struct Shown {
     pub reached_unix_us: Map<String, Value>,
     /// When it was asked for.
     pub created_unix_us: u64,
+    /// `cooperative`: the agent's proof that the source's backend has stopped for good.
+    pub proof: Option<Value>,
+    /// `cooperative`: why somebody took the proof's place.
+    pub forced: Option<String>,
     /// A migration that the coordinator drives.
     pub migration: Option<Value>,
     /// Counts changes.
@@ -123,6 +127,8 @@ pub fn handoff(row: &Row) -> Shown {
         members: members.collect(),
         reached_unix_us: reached.collect(),
         created_unix_us: row.created_unix_us,
+        proof: row.cooperation.proof.clone(),
+        forced: row.cooperation.forced.clone(),
         migration: row.driven.clone(),
         version: row.version,
         term: row.term,

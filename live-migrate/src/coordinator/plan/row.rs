@@ -6,7 +6,9 @@ use baton_remote_client::{Engine, Fence};
 use serde::{Deserialize, Serialize};
 
 use super::codec::{hex, text};
-use super::{Because, Grant, Progress, Seen, Standing, State, Trigger, Trouble, Winner};
+use super::{
+    Because, Cooperation, Grant, Progress, Seen, Standing, State, Trigger, Trouble, Winner,
+};
 
 /// A volume of the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -103,6 +105,9 @@ pub struct Row {
     pub loser_gone: bool,
     /// What hinders it now.
     pub trouble: Option<Trouble>,
+    /// Where no storage fences.
+    #[serde(default)]
+    pub cooperation: Cooperation,
     /// The coordinator drives the whole migration, see `migration`.
     pub driven: Option<serde_json::Value>,
     /// Counts changes; the API's ETag.

@@ -47,6 +47,7 @@ fn row() -> Row {
         last: false,
         loser_gone: false,
         trouble: None,
+        cooperation: Cooperation::default(),
         driven: None,
         version: 0,
         term: 1,
