@@ -8,12 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use baton_protocol::handoff::Try;
+use baton_protocol::handoff::cooperative;
 use baton_protocol::handoff::role::Order;
 use baton_remote_client::VolumeState;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::handoff::{OrderError, Shown, VmHandoff};
+use crate::handoff::{CooperativeVm, OrderError, VmHandoff};
 use crate::latency::SLICE;
 use crate::queue::Disk;
 
@@ -36,8 +38,19 @@ pub enum Command {
     },
     /// How the VM stands in a handoff.
     Handoff,
-    /// Source: seal as soon as the rings have stopped.
-    Seal,
+    /// Source: seal as soon as the rings have stopped; where the storage keeps nobody
+    /// out, now and for good, for the sake of this try.
+    Seal {
+        /// `ID/ATTEMPT`.
+        #[serde(rename = "try", default)]
+        attempt: Option<String>,
+    },
+    /// Destination, where the storage keeps nobody out: the source is proven gone.
+    Permit {
+        /// `ID/ATTEMPT`.
+        #[serde(rename = "try")]
+        attempt: String,
+    },
     /// Destination: activate without waiting for the rings.
     Activate,
     /// Destination: never activate this handoff.
@@ -75,6 +88,12 @@ pub enum RefusalKind {
     NoHandoff,
     /// The volumes are the other side's, for good.
     Parked,
+    /// The guest is at its disks, or was stopped for another reason than to be moved.
+    StillServing,
+    /// What the guest had asked for may still be done by the storage.
+    NotProven,
+    /// It is for another try, or is over.
+    StaleAttempt,
 }
 
 impl Refusal {
@@ -101,8 +120,10 @@ pub struct Vm {
     pub owner: String,
     /// In the order of the configuration.
     pub disks: Vec<VmDisk>,
-    /// Where any volume can be handed over.
+    /// Where any volume can be handed over by its storage.
     pub handoff: Option<Arc<VmHandoff>>,
+    /// Where the storage keeps nobody out.
+    pub cooperative: Option<Arc<CooperativeVm>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -111,7 +132,7 @@ struct Status<'a> {
     owner: &'a str,
     disks: Vec<StatusOfDisk<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    handoff: Option<Shown>,
+    handoff: Option<Value>,
 }
 
 #[derive(Debug, Serialize)]
@@ -145,7 +166,13 @@ impl Vm {
             Command::Status => Ok(serde_json::json!(self.status())),
             Command::Latency { watch_s } => Ok(self.latency(watch_s)),
             Command::Handoff => self.ordered(None),
-            Command::Seal => self.ordered(Some(Order::Seal)),
+            Command::Seal { attempt: Some(attempt) } if self.cooperative.is_some() => {
+                self.cooperate(|vm| vm.seal(tried(&attempt)?).map_err(Refusal::from))
+            }
+            Command::Permit { attempt } => {
+                self.cooperate(|vm| vm.permit(tried(&attempt)?).map_err(Refusal::from))
+            }
+            Command::Seal { .. } => self.ordered(Some(Order::Seal)),
             Command::Activate => self.ordered(Some(Order::Activate)),
             Command::Abdicate => self.ordered(Some(Order::Abdicate)),
             Command::Reclaim => self.ordered(Some(Order::Reclaim)),
@@ -172,16 +199,43 @@ impl Vm {
 
     fn status(&self) -> Status<'_> {
         let disks = self.disks.iter().map(VmDisk::status).collect();
-        let handoff = self.handoff.as_ref().map(|handoff| handoff.show());
+        let handoff = self.handoff.as_ref().map(|handoff| serde_json::json!(handoff.show()));
+        let handoff =
+            handoff.or_else(|| self.cooperative.as_ref().map(|vm| serde_json::json!(vm.show())));
         Status { pid: std::process::id(), owner: &self.owner, disks, handoff }
+    }
+
+    /// Gives an order that only volumes without a fence have, and says how the VM
+    /// stands then.
+    fn cooperate(
+        &self,
+        order: impl FnOnce(&CooperativeVm) -> Result<(), Refusal>,
+    ) -> Result<Value, Refusal> {
+        let vm = self.cooperative.as_ref().ok_or_else(|| {
+            Refusal::new(
+                RefusalKind::CannotHandOver,
+                "the storage of this VM's volumes hands them over by itself, or cannot; this order is for volumes on NBD servers",
+            )
+        })?;
+        order(vm)?;
+        Ok(serde_json::json!({"ok": true, "pid": std::process::id(), "handoff": vm.show()}))
     }
 
     /// Gives an order, if there is one, and says how the VM stands then.
     fn ordered(&self, order: Option<Order>) -> Result<Value, Refusal> {
         let Some(handoff) = &self.handoff else {
+            if let (Some(vm), None) = (&self.cooperative, order) {
+                return Ok(serde_json::json!({"ok": true, "handoff": vm.show()}));
+            }
+            if self.cooperative.is_some() {
+                return Err(Refusal::new(
+                    RefusalKind::CannotHandOver,
+                    "NBD servers keep nobody out, so the volumes are handed over by orders that name their try: seal and permit, as the coordinator gives them",
+                ));
+            }
             return Err(Refusal::new(
                 RefusalKind::CannotHandOver,
-                "no volume of this VM can be handed over: files and Ceph RBD images cannot, volumes of a Baton storage server can",
+                "no volume of this VM can be handed over: files and Ceph RBD images cannot, volumes of a Baton storage server and NBD exports can",
             ));
         };
         if let Some(order) = order {
@@ -226,6 +280,24 @@ fn line_of(answer: Result<Value, Refusal>) -> String {
     answer.unwrap_or_else(|refusal| serde_json::json!({ "error": refusal })).to_string()
 }
 
+impl From<cooperative::Refusal> for Refusal {
+    fn from(refusal: cooperative::Refusal) -> Self {
+        use cooperative::Refusal as Why;
+        let kind = match refusal {
+            Why::Running | Why::NotMoving => RefusalKind::StillServing,
+            Why::Unanswered | Why::NeverServed => RefusalKind::NotProven,
+            Why::StandsBy(_) | Why::Sealed(_) | Why::OtherTry(_) | Why::Serves => {
+                RefusalKind::StaleAttempt
+            }
+        };
+        Self::new(kind, refusal.to_string())
+    }
+}
+
+fn tried(text: &str) -> Result<Try, Refusal> {
+    text.parse().map_err(|error| Refusal::new(RefusalKind::BadRequest, format!("{error}")))
+}
+
 fn parse(line: &[u8]) -> Result<Command, Refusal> {
     let bad = |detail: String| Refusal::new(RefusalKind::BadRequest, detail);
     let request: Value = serde_json::from_slice(line).map_err(|error| {
@@ -260,7 +332,7 @@ mod tests {
     use super::*;
 
     fn vm() -> Vm {
-        Vm { owner: "h:vm".to_owned(), disks: Vec::new(), handoff: None }
+        Vm { owner: "h:vm".to_owned(), disks: Vec::new(), handoff: None, cooperative: None }
     }
 
     fn kind_of(answer: &str) -> Value {

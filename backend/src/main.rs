@@ -10,7 +10,7 @@ use baton_backend::control::server::ControlServer;
 use baton_backend::control::{Vm, VmDisk};
 use baton_backend::descriptors;
 use baton_backend::disk::{DiskServer, Shutdown};
-use baton_backend::handoff::VmHandoff;
+use baton_backend::handoff::{CooperativeVm, MemberHandle, VmHandoff};
 use baton_backend::socket::{FrontEnds, Permissions};
 use baton_remote_client::{OpenOptions, Volume};
 use clap::Parser;
@@ -105,6 +105,14 @@ fn run(config: &Config) -> anyhow::Result<()> {
     let volumes = volumes.collect::<anyhow::Result<Vec<_>>>()?;
     let (handoff, members) =
         VmHandoff::new(&config.owner, options.session, config.only_for, &volumes);
+    let (cooperative, members) = match handoff {
+        Some(_) if config.standby => {
+            moves_as_one(config, &volumes)?;
+            (None, members)
+        }
+        Some(_) => (None, members),
+        None => cooperative(config, &volumes)?,
+    };
     let mut ready = Vec::new();
     for (((disk, front_ends), (name, volume)), member) in
         config.disks.iter().zip(front_ends).zip(volumes).zip(members)
@@ -117,7 +125,12 @@ fn run(config: &Config) -> anyhow::Result<()> {
     // Ends with this function.
     let _control = match control {
         Some(socket) => {
-            let vm = Arc::new(vm_of(config, ready.iter().map(|(server, ..)| server), handoff));
+            let vm = Arc::new(vm_of(
+                config,
+                ready.iter().map(|(server, ..)| server),
+                handoff,
+                cooperative,
+            ));
             let server = ControlServer::spawn(socket, vm);
             Some(server.context("cannot serve the control socket")?)
         }
@@ -164,7 +177,7 @@ fn open(
     let options = OpenOptions { read_only, standby, ..options.clone() };
     let volume = baton_remote_client::open(&disk.volume, &options)
         .with_context(|| format!("disk {name}: volume {}", disk.volume))?;
-    if standby && volume.handoff().is_none() {
+    if standby && volume.handoff().is_none() && volume.gate().is_none() {
         anyhow::bail!(
             "disk {name}: volume {} cannot be handed over, so there is nothing to stand by for; \
              use a storage server that can, or leave out --standby",
@@ -174,17 +187,51 @@ fn open(
     Ok(volume)
 }
 
+/// One decision covers every volume that may be written, or there is nothing to stand
+/// by for.
+fn moves_as_one(config: &Config, volumes: &[(String, Arc<dyn Volume>)]) -> anyhow::Result<()> {
+    let stays = |(_, volume): &&(String, Arc<dyn Volume>)| {
+        volume.handoff().is_none() && !volume.geometry().read_only
+    };
+    match volumes.iter().position(|volume| stays(&volume)) {
+        Some(at) => anyhow::bail!(
+            "disk {}: volume {} is fenced in another way than the VM's other volumes, so they cannot be handed over together; bring them to one kind of storage, or leave out --standby",
+            volumes[at].0,
+            config.disks[at].volume
+        ),
+        None => Ok(()),
+    }
+}
+
+/// The part in a handoff of volumes whose storage keeps nobody out.
+#[allow(clippy::type_complexity, reason = "as VmHandoff::new has it")]
+fn cooperative(
+    config: &Config,
+    volumes: &[(String, Arc<dyn Volume>)],
+) -> anyhow::Result<(Option<Arc<CooperativeVm>>, Vec<Option<MemberHandle>>)> {
+    let volumes: Vec<_> = volumes.iter().map(|(_, volume)| Arc::clone(volume)).collect();
+    let standby = config.standby.then_some(config.only_for).flatten();
+    let made = CooperativeVm::new(&config.owner, standby, &volumes);
+    if config.standby && standby.is_none() && made.0.is_some() {
+        anyhow::bail!(
+            "to stand by for volumes of an NBD server, which keeps nobody out, a backend must know the try: --standby=ID/ATTEMPT"
+        );
+    }
+    Ok(made)
+}
+
 fn vm_of<'a>(
     config: &Config,
     servers: impl Iterator<Item = &'a DiskServer>,
     handoff: Option<Arc<VmHandoff>>,
+    cooperative: Option<Arc<CooperativeVm>>,
 ) -> Vm {
     let disks = servers.zip(&config.disks).map(|(server, disk)| VmDisk {
         disk: Arc::clone(server.disk()),
         socket: describe(&disk.socket),
         volume: disk.volume.clone(),
     });
-    Vm { owner: config.owner.clone(), disks: disks.collect(), handoff }
+    Vm { owner: config.owner.clone(), disks: disks.collect(), handoff, cooperative }
 }
 
 fn describe(socket: &SocketSource) -> String {

@@ -112,7 +112,17 @@ pub(crate) enum HandoffCommand {
         common: Coordinated,
     },
     /// Clean up behind the decision and stop the loser's backend
+    #[command(long_about = "Clean up behind the decision and stop the loser's backend.\n\n\
+        Where no storage fences (NBD) the destination gets the volumes only when the source's backend \
+        is proven gone. --force takes the proof's place: say it only if the source's host surely \
+        cannot reach the storage any more, for two backends destroy the volumes.")]
     Finish {
+        /// Where no storage fences: without a proof that the source's backend is gone
+        #[arg(long, requires = "reason")]
+        force: bool,
+        /// Who forces and why; goes to the journal
+        #[arg(long, value_name = "TEXT", value_parser = reason, requires = "force")]
+        reason: Option<String>,
         #[command(flatten)]
         which: Which,
         #[command(flatten)]

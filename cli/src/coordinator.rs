@@ -99,8 +99,13 @@ impl Coordinator {
     }
 
     /// Orders something whose outcome the coordinator itself waits for, so long.
-    pub(crate) fn order(&self, path: &str, wait: Duration) -> Result<Value, CoordinatorError> {
-        self.call(Method::POST, path, None, wait)
+    pub(crate) fn order(
+        &self,
+        path: &str,
+        body: Option<&Value>,
+        wait: Duration,
+    ) -> Result<Value, CoordinatorError> {
+        self.call(Method::POST, path, body, wait)
     }
 
     /// The last handoff of a VM.

@@ -82,10 +82,11 @@ pub(crate) fn handoff(command: HandoffCommand) -> Result<u8, Failure> {
             Ok(0)
         }
         HandoffCommand::Cancel { which, patience, common } => {
-            end(&which, &patience, &common, "cancel")
+            end(&which, &patience, &common, ("cancel", None))
         }
-        HandoffCommand::Finish { which, patience, common } => {
-            end(&which, &patience, &common, "finish")
+        HandoffCommand::Finish { force, reason, which, patience, common } => {
+            let body = force.then(|| json!({"force": true, "reason": reason}));
+            end(&which, &patience, &common, ("finish", body.as_ref()))
         }
         HandoffCommand::Why { vm, common } => {
             let answer = Coordinator::new(&common)?.get(&format!("/v1/vms/{}/why", vm.name))?;
@@ -159,18 +160,26 @@ fn end(
     which: &Which,
     patience: &Patience,
     common: &Coordinated,
-    verb: &str,
+    (verb, body): (&str, Option<&Value>),
 ) -> Result<u8, Failure> {
     let coordinator = Coordinator::new(common)?;
     let path = path(&coordinator, which)?;
-    let answer = coordinator
-        .order(&format!("{path}:{verb}?timeout={}", patience.timeout), duration(&patience.timeout));
+    let answer = coordinator.order(
+        &format!("{path}:{verb}?timeout={}", patience.timeout),
+        body,
+        duration(&patience.timeout),
+    );
     let row = match answer {
         Ok(row) => row,
         Err(error) => {
             let known = matches!(
                 error.kind(),
-                Some("baton:lost-race" | "baton:unknown-frozen" | "baton:not-ready")
+                Some(
+                    "baton:lost-race"
+                        | "baton:unknown-frozen"
+                        | "baton:not-ready"
+                        | "baton:not-proven"
+                )
             );
             if !known {
                 return Err(error.into());

@@ -45,6 +45,7 @@ pub(crate) fn handoff(row: &Value) -> String {
         ["from".to_owned(), text(&row["from"])],
         ["to".to_owned(), text(&row["to"])],
         ["state".to_owned(), text(&row["state"])],
+        ["fence".to_owned(), fence(&row["fence"])],
         ["owner".to_owned(), text(&row["owner"])],
     ];
     for (name, value) in [("because", &row["because"]), ("trouble", &row["trouble"])] {
@@ -52,6 +53,26 @@ pub(crate) fn handoff(row: &Value) -> String {
             let fact = format!("{} ({})", text(&value["detail"]), text(&value["type"]));
             facts.push([name.to_owned(), fact]);
         }
+    }
+    if row["fence"] == "cooperative" {
+        let proof = &row["proof"];
+        let proof = match proof {
+            Value::Null => "none yet: the source's backend may still write".to_owned(),
+            proof => format!(
+                "the end of process {} on {} was seen ({})",
+                text(&proof["pid"]),
+                text(&row["from"]),
+                text(&proof["seen_by"])
+            ),
+        };
+        facts.push(["proof".to_owned(), proof]);
+        if !row["forced"].is_null() {
+            facts.push(["forced".to_owned(), text(&row["forced"])]);
+        }
+        let volumes =
+            items(&row["members"]).iter().map(|one| [text(&one["disk"]), text(&one["volume"])]);
+        facts.extend(volumes.map(|[disk, volume]| [format!("disk {disk}"), volume]));
+        return table(facts, [Left, Left]);
     }
     let header = ["VOLUME", "SERVER", "EPOCH", "RECORD", "PROGRESS", ""].map(str::to_owned);
     let members = items(&row["members"]).iter().map(|member| {
@@ -69,6 +90,19 @@ pub(crate) fn handoff(row: &Value) -> String {
     format!("{}\n{members}", table(facts, [Left, Left]))
 }
 
+/// How the loser is kept from the volumes.
+fn fence(word: &Value) -> String {
+    let means = match word.as_str() {
+        Some("storage") => "the storage refuses the loser's requests",
+        Some("blocklist") => "the cluster refuses the loser's client",
+        Some("cooperative") => {
+            "nothing refuses the loser: the source's backend must be proven gone first"
+        }
+        _ => return text(word),
+    };
+    format!("{} ({means})", text(word))
+}
+
 /// Who owns a VM's volumes, and how that came to be.
 pub(crate) fn why(answer: &Value) -> String {
     let access = &answer["access"];
@@ -83,14 +117,18 @@ pub(crate) fn why(answer: &Value) -> String {
         ),
         (owner, _) => format!("{} owns the volumes of {vm}.\n", text(owner)),
     };
-    out.push_str(&format!(
-        "The anchor is volume {} at {}; its record is {} at epoch {}.\n",
-        text(&access["anchor"]["volume"]),
-        text(&access["anchor"]["storage"]),
-        text(&access["phase"]),
-        text(&access["epoch"])
-    ));
-    out.push_str(phase_in_words(access["phase"].as_str().unwrap_or_default()));
+    if access["fence"] == "cooperative" {
+        out.push_str("Its storage keeps nobody out: that is what the agents say, and what was decided last.\n");
+    } else {
+        out.push_str(&format!(
+            "The anchor is volume {} at {}; its record is {} at epoch {}.\n",
+            text(&access["anchor"]["volume"]),
+            text(&access["anchor"]["storage"]),
+            text(&access["phase"]),
+            text(&access["epoch"])
+        ));
+        out.push_str(phase_in_words(access["phase"].as_str().unwrap_or_default()));
+    }
     if !access["decided_by"].is_null() {
         let decided = &access["decided_by"];
         out.push_str(&format!(

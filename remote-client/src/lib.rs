@@ -3,7 +3,10 @@
 
 pub mod baton;
 mod cursor;
+pub mod engine;
+pub mod fence;
 pub mod file;
+pub mod gate;
 pub mod handoff;
 mod link;
 #[cfg(fuzzing)]
@@ -17,6 +20,9 @@ pub mod uri;
 pub mod volume;
 
 pub use baton::Timing;
+pub use engine::{Capabilities, Engine};
+pub use fence::Fence;
+pub use gate::Gate;
 pub use handoff::{HandoffEvent, HandoffListener, HandoffPort, Opening};
 pub use open::{OpenError, OpenOptions, open};
 pub use uri::{UriError, VolumeUri};

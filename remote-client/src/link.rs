@@ -189,6 +189,22 @@ impl<C: Conversation> Link<C> {
         self.epoll.0.as_fd()
     }
 
+    /// [`Self::wake_fd`] is readable whenever this one is.
+    pub(crate) fn watch(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(self.epoll.add(fd, SOCKET)?)
+    }
+
+    /// Closes the connection, if there is one, with a goodbye.
+    pub(crate) fn disconnect(&mut self) {
+        // Nobody looks at it until there is a connection again.
+        self.timer.disarm();
+        if self.session.has_socket() {
+            self.say_goodbye();
+            self.session.ended(Instant::now(), End::Closed);
+            self.socket = None;
+        }
+    }
+
     pub(crate) fn in_flight(&self) -> usize {
         self.session.in_flight()
     }
@@ -389,9 +405,9 @@ impl<C: Conversation> Link<C> {
     }
 }
 
-impl<C: Conversation> Drop for Link<C> {
-    fn drop(&mut self) {
-        // A courtesy: some servers complain of a client that just goes.
+impl<C: Conversation> Link<C> {
+    /// A courtesy: some servers complain of a client that just goes.
+    fn say_goodbye(&mut self) {
         if let (Some((mut bytes, len)), Some(socket)) = (self.session.goodbye(), &mut self.socket) {
             let iov_base = bytes.as_mut_ptr().cast();
             let mut iov = [libc::iovec { iov_base, iov_len: len }];
@@ -403,5 +419,11 @@ impl<C: Conversation> Drop for Link<C> {
             seal.close();
             let _ = seal.flush(&socket.fd);
         }
+    }
+}
+
+impl<C: Conversation> Drop for Link<C> {
+    fn drop(&mut self) {
+        self.say_goodbye();
     }
 }

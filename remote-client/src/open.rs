@@ -211,14 +211,6 @@ pub enum OpenError {
     /// Not one sector.
     #[error("`{}` is smaller than one sector; make it larger with `truncate -s 10G`", .0.display())]
     Empty(PathBuf),
-    /// Storage of another kind cannot do what a handoff needs.
-    #[error(
-        "volume `{volume}` cannot be handed over: NBD servers cannot keep two hosts apart; start this backend without standby, after the other host's backend has ended"
-    )]
-    NoHandoff {
-        /// URI.
-        volume: String,
-    },
     /// Nothing listens there, or the way is blocked.
     #[error("cannot reach an NBD server at {server}; check the address and that the server runs")]
     NbdUnreachable {

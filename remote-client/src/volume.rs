@@ -14,6 +14,7 @@ use std::fmt::Debug;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use crate::gate::Gate;
 use crate::handoff::HandoffPort;
 
 /// What the volume is. `size_bytes` may grow; the rest is fixed while open.
@@ -171,6 +172,11 @@ pub trait Volume: Send + Sync + Debug {
     /// The way to hand the volume over to another host, where the storage can
     /// and [`crate::OpenOptions::handoff`] asked for it.
     fn handoff(&self) -> Option<&dyn HandoffPort> {
+        None
+    }
+
+    /// What keeps this host's requests back, where the storage cannot.
+    fn gate(&self) -> Option<&dyn Gate> {
         None
     }
 

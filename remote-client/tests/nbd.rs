@@ -8,9 +8,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use baton_remote_client::{
-    IoError, Op, OpenError, OpenOptions, Tag, VolumeEvent, VolumeState, open,
-};
+use baton_remote_client::{IoError, Op, OpenOptions, Tag, VolumeEvent, VolumeState, open};
 use common::{Buffer, collect, eventually, opened, options, refused, run, stamped_load};
 use nbd_server::{NbdServer, disk, skip_without};
 use nix::sys::signal::Signal;
@@ -263,10 +261,66 @@ fn what_cannot_be_opened_has_its_sentence() {
     let server = NbdServer::qemu(dir.path(), &["--shared=1", &path]);
     let error = refused(&server.uri("other"), short);
     assert!(error.to_string().contains("no export `other`"), "{error}: {:?}", error.source());
+}
+
+fn is_readable(queue: &dyn baton_remote_client::VolumeQueue) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let mut fds = [PollFd::new(queue.wake_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO) == Ok(1)
+}
+
+/// At a server with one place: who stands by leaves it after a look, and takes it when the one before has shut its
+/// gate, which closes the connection.
+#[test]
+fn a_gate_keeps_back_what_a_host_would_send() {
+    if skip_without("a_gate_keeps_back_what_a_host_would_send", "nbdkit") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    let path = disk(dir.path(), BYTES);
+    let server = NbdServer::nbdkit(dir.path(), &["--filter=limit", "file", &path, "limit=1"]);
     let standby = OpenOptions { standby: true, ..options() };
-    let error = open(&server.uri("disk"), &standby).expect_err("no fence, no handoff");
-    assert!(matches!(error, OpenError::NoHandoff { .. }), "{error}");
-    assert!(error.to_string().contains("cannot be handed over"));
+    let there = open(&server.uri(""), &standby).expect("a look");
+    assert_eq!(there.geometry().size_bytes, BYTES);
+    let mut there_queue = there.open_queue(0, 4).expect("queue");
+    let here = opened(&server.uri(""));
+    let mut here_queue = here.open_queue(0, 4).expect("queue");
+    let mut buffer = Buffer(vec![7; 4096]);
+    assert_eq!(run(&mut *here_queue, Op::Write { offset: 0 }, &mut buffer), Ok(()));
+
+    // Shut, nothing happens, not even what the driver could answer by itself.
+    let mut read = Buffer(vec![0; 4096]);
+    let mut done = Vec::new();
+    // SAFETY: the buffer outlives the request.
+    unsafe { there_queue.submit(Tag(1), Op::Read { offset: 0 }, &read.iov()) };
+    // SAFETY: no buffer.
+    unsafe { there_queue.submit(Tag(2), Op::Read { offset: 2 * BYTES }, &[]) };
+    for _ in 0..20 {
+        there_queue.poll(&mut done);
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert!(done.is_empty() && there.gate().expect("a gate").is_shut());
+    assert_eq!(there_queue.in_flight(), 2);
+
+    here.gate().expect("a gate").shut();
+    there.gate().expect("a gate").open();
+    assert!(is_readable(&*here_queue) && is_readable(&*there_queue), "their threads are woken");
+    here_queue.poll(&mut done);
+    done.extend(collect(&mut *there_queue, 2, LONG));
+    assert_eq!(done.iter().find(|d| d.tag == Tag(1)).expect("read").result, Ok(()));
+    assert_eq!(read.0, [7; 4096]);
+
+    // Too late: this stays here.
+    // SAFETY: the buffer outlives the request.
+    unsafe { here_queue.submit(Tag(3), Op::Write { offset: 0 }, &buffer.iov()) };
+    done.clear();
+    for _ in 0..20 {
+        here_queue.send(&mut done);
+        here_queue.poll(&mut done);
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert!(done.is_empty());
+    assert!(!is_readable(&*here_queue), "a thread of a shut queue sleeps");
 }
 
 #[test]

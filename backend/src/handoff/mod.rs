@@ -10,7 +10,9 @@
 //! orders out, under one lock that no request ever takes. Nothing here waits:
 //! a volume's port takes what it is told and says later what came of it.
 
+mod cooperative;
 mod journal;
+mod member;
 #[cfg(test)]
 mod tests;
 
@@ -24,7 +26,9 @@ use baton_protocol::{Epoch, SessionId};
 use baton_remote_client::{HandoffEvent, HandoffPort, Opening, Volume};
 use serde::Serialize;
 
+pub use cooperative::{CooperativeVm, ShownCooperative};
 use journal::{Event, Journal, Moment, Timings};
+pub use member::MemberHandle;
 
 /// One volume that can be handed over.
 #[derive(Debug)]
@@ -77,13 +81,6 @@ pub struct VmHandoff {
     only_for: Option<Try>,
     members: Vec<Member>,
     state: Mutex<State>,
-}
-
-/// A disk's place in its VM's handoff.
-#[derive(Clone, Debug)]
-pub struct MemberHandle {
-    vm: Arc<VmHandoff>,
-    at: usize,
 }
 
 /// Why an order is not carried out.
@@ -180,7 +177,7 @@ impl VmHandoff {
         let mut places = 0..;
         let handles = volumes.iter().map(|(_, volume)| {
             volume.handoff()?;
-            Some(MemberHandle { vm: Arc::clone(&vm), at: places.next()? })
+            Some(MemberHandle::Stored { vm: Arc::clone(&vm), at: places.next()? })
         });
         let handles = handles.collect();
         (Some(vm), handles)
@@ -408,38 +405,36 @@ fn goes(output: &Output) -> Option<usize> {
     }
 }
 
-impl MemberHandle {
-    /// The VMM has started the disk's first ring.
-    pub(crate) fn started(&self) {
+/// What the disk at a place tells and asks.
+impl VmHandoff {
+    fn started(&self, at: usize) {
         {
-            let mut state = self.vm.state();
+            let mut state = self.state();
             if !state.running.contains(&true) {
                 state.journal.note(Moment::RingsStarted);
             }
-            state.running[self.at] = true;
-            state.draining[self.at] = false;
-            self.vm.let_go(&mut state, self.at);
+            state.running[at] = true;
+            state.draining[at] = false;
+            self.let_go(&mut state, at);
         }
-        self.vm.feed(Input::Started { member: self.at });
+        self.feed(Input::Started { member: at });
     }
 
-    /// No ring of the disk takes requests any more.
-    pub(crate) fn stopped(&self, migrating: bool) {
+    fn stopped(&self, at: usize, migrating: bool) {
         {
-            let mut state = self.vm.state();
+            let mut state = self.state();
             if !state.running.contains(&false) {
                 state.journal.note(Moment::RingsStopped);
             }
-            state.running[self.at] = false;
-            state.draining[self.at] = true;
+            state.running[at] = false;
+            state.draining[at] = true;
         }
-        self.vm.feed(Input::Stopped { member: self.at, migrating });
+        self.feed(Input::Stopped { member: at, migrating });
     }
 
-    /// Everything that the disk's rings had taken is answered.
-    pub(crate) fn drained(&self) {
-        let mut state = self.vm.state();
-        if std::mem::take(&mut state.draining[self.at])
+    fn drained(&self, at: usize) {
+        let mut state = self.state();
+        if std::mem::take(&mut state.draining[at])
             && !state.draining.contains(&true)
             && !state.running.contains(&true)
         {
@@ -447,32 +442,10 @@ impl MemberHandle {
         }
     }
 
-    /// New requests of the disk wait for the storage's word.
-    pub(crate) fn is_held(&self) -> bool {
-        self.vm.state().role.is_held(self.at)
-    }
-
-    /// The try in which a machine that starts its rings now arrives here.
-    pub(crate) fn arrival(&self) -> Option<Try> {
-        self.vm.state().role.arrival()
-    }
-
-    /// The machine of this process comes from another host, with its memory. One that
-    /// has been here before is of an earlier try, and its memory is of then, unless it
-    /// arrived in the very try that this process is for: then an earlier process of
-    /// that try has died under it. Also as long as the storage has not said whose the
-    /// volume is.
-    pub(crate) fn awaits_another_machine(&self, arrived: Option<Try>) -> bool {
-        let claimed = self.vm.members[self.at].port().claimed().is_some();
-        let state = self.vm.state();
+    fn awaits_another_machine(&self, at: usize, arrived: Option<Try>) -> bool {
+        let claimed = self.members[at].port().claimed().is_some();
+        let state = self.state();
         let expected = state.role.arrival();
-        !claimed
-            && state.foreign[self.at].unwrap_or(true)
-            && (arrived.is_none() || arrived != expected)
-    }
-
-    /// They wait for ever, and that was said.
-    pub(crate) fn is_parked(&self) -> bool {
-        self.vm.parked().is_some()
+        !claimed && state.foreign[at].unwrap_or(true) && (arrived.is_none() || arrived != expected)
     }
 }

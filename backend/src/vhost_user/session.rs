@@ -518,6 +518,11 @@ impl<'a> Session<'a> {
         // Before the guest's first request: what was drained is so no more.
         self.stop = Stop::None;
         self.show_status();
+        if !self.told_running
+            && let Some(member) = &self.disk.member
+        {
+            member.starting();
+        }
         self.queues[index].start(start).map_err(|source| Refused::Start { index, source })?;
         self.stopping = None;
         self.rings[index].running = true;
@@ -550,7 +555,9 @@ impl<'a> Session<'a> {
         self.stop(index, limit);
         if !self.is_running() {
             self.tell_stopped(migrating);
-            if let Some(member) = &self.disk.member {
+            // What was given up is not answered, and may still be done.
+            if let Some(member) = self.disk.member.as_ref().filter(|_| self.stop != Stop::Abandoned)
+            {
                 member.drained();
             }
         }

@@ -34,7 +34,8 @@ impl Control {
             socket: "/s".to_owned(),
             volume: "baton://s:1/v".to_owned(),
         };
-        let vm = Vm { owner: "h:vm".to_owned(), disks: vec![disk], handoff: None };
+        let vm =
+            Vm { owner: "h:vm".to_owned(), disks: vec![disk], handoff: None, cooperative: None };
         Self { path, _server: ControlServer::spawn(socket, Arc::new(vm)).unwrap(), _dir: dir }
     }
 }

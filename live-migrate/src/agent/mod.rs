@@ -3,6 +3,7 @@
 
 mod api;
 pub mod config;
+mod cooperative;
 pub mod definition;
 mod events;
 mod facts;
@@ -67,6 +68,7 @@ pub(crate) struct Agent {
     machines: machine::Machines,
     events: events::Events,
     zombies: zombie::Told,
+    cooperative: cooperative::Notes,
     /// Held while a backend's configuration is replaced: callers that ask at once use the same new file.
     configuring: Mutex<()>,
 }
@@ -122,6 +124,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let facts = HostFacts::gather(&config.host).await;
     let machines = machine::Machines::default();
     let (events, zombies) = (events::Events::new(), zombie::Told::default());
+    let cooperative = cooperative::Notes::new(config.state_dir.clone());
     let configuring = Mutex::default();
     let agent = Arc::new(Agent {
         config,
@@ -131,6 +134,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
         machines,
         events,
         zombies,
+        cooperative,
         configuring,
     });
     let zombies = tokio::spawn(zombie::watch(Arc::clone(&agent), heard));

@@ -321,6 +321,24 @@ impl Agent {
         self.call(Method::POST, &format!("/v1/vms/{vm}/backend/{what}"), Some(&json!({}))).await
     }
 
+    /// An order of a handoff that no storage fences: `end`, `permit`, `restore`.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn order_of_try(
+        &self,
+        vm: &str,
+        what: &str,
+        attempt: Try,
+    ) -> Result<Value, AgentError> {
+        let path = format!("/v1/vms/{vm}/backend/{what}");
+        let body = json!({"try": attempt.to_string()});
+        // A backend may be started or ended first.
+        let within = self.timeout * 4;
+        let answer = self.client.call_within(Method::POST, &path, Some(&body), within).await;
+        answer.map_err(|error| self.judge(error))
+    }
+
     /// How long the guest's requests took; they are timed for `watch_s` more.
     ///
     /// # Errors

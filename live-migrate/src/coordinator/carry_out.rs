@@ -18,6 +18,9 @@ use super::storages::{Reclaimed, StorageError};
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// Between two looks at a standby backend, while it starts and afterwards.
 const LOOK: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+/// Between two looks at a source that is to stop, and at a destination that may have
+/// started then: the machine stands still meanwhile.
+const LOOK_FOR_STOP: Duration = Duration::from_millis(20);
 
 pub(super) async fn carry_out(core: Arc<Core>, row: Arc<Row>, action: Action, reports: Reports) {
     let work = Work { core, row, reports };
@@ -36,6 +39,9 @@ pub(super) async fn carry_out(core: Arc<Core>, row: Arc<Row>, action: Action, re
         Action::Abdicate => work.abdicate().await,
         Action::Prove => work.prove().await,
         Action::Settle(place) => work.settle(place).await,
+        Action::EndSource => work.end_source().await,
+        Action::Permit => work.tell_winner(&work.row.to, "permit", Input::Permitted).await,
+        Action::Restore => work.tell_winner(&work.row.from, "restore", Input::Restored).await,
         Action::StopSource => work.stop(&work.row.from).await,
         Action::StopDestination => work.stop(&work.row.to).await,
     }
@@ -196,8 +202,9 @@ impl Work {
                         told = Some(standing);
                         look = LOOK.0;
                     }
-                    tokio::time::sleep(look).await;
-                    look = (look * 3 / 2).min(LOOK.1);
+                    let most = if self.row.is_cooperative() { LOOK_FOR_STOP } else { LOOK.1 };
+                    tokio::time::sleep(look.min(most)).await;
+                    look = (look * 3 / 2).min(most);
                 }
                 // Whoever ends the machine of the try before may be about to: its memory takes a while.
                 Err(AgentError::Refused { trouble, .. })
@@ -302,6 +309,51 @@ impl Work {
         loop {
             let Some(agent) = self.core.agents.of(host) else { return };
             match agent.order(&self.row.vm, what).await {
+                Ok(_) => return self.reports.tell(done).await,
+                Err(error) => patience.wait(&self.reports, Some(error.trouble())).await,
+            }
+        }
+    }
+
+    /// Until the source's agent has proven it, or the handoff goes another way.
+    async fn end_source(&self) {
+        let mut patience = Patience::new();
+        loop {
+            let Some(agent) = self.core.agents.of(&self.row.from) else { return };
+            match agent.order_of_try(&self.row.vm, "end", self.row.attempt()).await {
+                Ok(proof) => return self.reports.tell(Input::Ended(proof)).await,
+                // The machine goes on: that is what is waited for.
+                Err(AgentError::Refused { trouble, .. })
+                    if trouble.kind == "baton:still-serving" =>
+                {
+                    tokio::time::sleep(LOOK_FOR_STOP).await;
+                }
+                Err(error) => {
+                    let trouble = self.unproven(error.trouble());
+                    patience.wait(&self.reports, Some(&trouble)).await;
+                }
+            }
+        }
+    }
+
+    /// With who owns the VM and what to do.
+    fn unproven(&self, trouble: &Trouble) -> Trouble {
+        let Row { vm, from, to, .. } = &*self.row;
+        Trouble {
+            kind: trouble.kind.clone(),
+            detail: format!(
+                "{}; the source {from} owns the volumes of `{vm}`, and {to} waits for a proof that the backend on {from} has stopped: see to {from}, or `baton handoff cancel {vm}`; only if {from} surely cannot reach the storage any more: `baton handoff finish {vm} --force --reason TEXT`",
+                trouble.detail
+            ),
+        }
+    }
+
+    /// Until the winner's agent has done it.
+    async fn tell_winner(&self, host: &str, what: &str, done: Input) {
+        let mut patience = Patience::new();
+        loop {
+            let Some(agent) = self.core.agents.of(host) else { return };
+            match agent.order_of_try(&self.row.vm, what, self.row.attempt()).await {
                 Ok(_) => return self.reports.tell(done).await,
                 Err(error) => patience.wait(&self.reports, Some(error.trouble())).await,
             }

@@ -29,7 +29,7 @@ pub struct Fault {
 }
 
 /// Types of trouble that reach us as text, with title and status.
-const TROUBLES: [(&str, &str, StatusCode); 16] = [
+const TROUBLES: [(&str, &str, StatusCode); 18] = [
     ("baton:agent-unreachable", "An agent cannot be reached", StatusCode::SERVICE_UNAVAILABLE),
     ("baton:agent-failed", "An agent failed", StatusCode::SERVICE_UNAVAILABLE),
     (
@@ -47,6 +47,8 @@ const TROUBLES: [(&str, &str, StatusCode); 16] = [
     ("baton:fenced", "The volumes were fenced", StatusCode::CONFLICT),
     ("baton:unknown-frozen", "Nobody can say yet who owns the volumes", StatusCode::CONFLICT),
     ("baton:not-movable", "A disk cannot move", StatusCode::CONFLICT),
+    ("baton:not-proven", "Nobody has proven that the source has stopped", StatusCode::CONFLICT),
+    ("baton:mixed-fences", "The disks cannot move together", StatusCode::CONFLICT),
     ("baton:forbidden", "The caller may not do this", StatusCode::FORBIDDEN),
     ("baton:bad-request", "The request is wrong", StatusCode::BAD_REQUEST),
     ("baton:migration-failed", "The migration failed", StatusCode::CONFLICT),
@@ -132,6 +134,15 @@ impl Fault {
                 "The handoff is implicit",
                 format!("{refusal}; {owner}"),
             ),
+            AskError::Refused(refusal @ Refusal::Fenced) => Self::new(
+                StatusCode::CONFLICT,
+                "baton:fenced-by-storage",
+                "Nothing is forced here",
+                format!(
+                    "{refusal}; {owner}; if {} is dead, `baton handoff fence {}`",
+                    row.from, row.vm
+                ),
+            ),
             AskError::Refused(refusal @ Refusal::Over) => Self::new(
                 StatusCode::CONFLICT,
                 "baton:stale-attempt",
@@ -148,6 +159,12 @@ impl Fault {
 /// Who owns the volumes now and what to do, for people.
 #[must_use]
 pub fn owner_sentence(row: &Row) -> String {
+    if row.is_cooperative() && row.state == State::Sealed {
+        return format!(
+            "the source {} owns the volumes of `{2}` and its backend has ended; {} has them as soon as its machine runs: start neither by hand; `baton handoff cancel {2}` gives them back",
+            row.from, row.to, row.vm
+        );
+    }
     match row.outcome() {
         Some(Winner::Source) => {
             format!("the source {} owns the volumes of `{}`: it may run there", row.from, row.vm)

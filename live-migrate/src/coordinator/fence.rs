@@ -100,6 +100,19 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
     }
     let _turn = core.turn(vm).await;
     let view = find(core, vm).await?;
+    if let Some((disk, fenced)) = super::cooperative::elsewhere(&view) {
+        return Err(Fault::new(
+            StatusCode::CONFLICT,
+            "baton:no-fence",
+            "The storage cannot be told",
+            format!(
+                "disk `{}` of `{vm}` ({}) is fenced {}: the coordinator cannot take it from {dead_host}, and took nothing; make sure that {dead_host} does not reach that storage any more (power it off, end its export), then start the VM from its disks, or, in a handoff, `baton handoff finish {vm} --force --reason TEXT`",
+                disk.name,
+                disk.volume,
+                fenced.words()
+            ),
+        ));
+    }
     if !force {
         is_not_alive(core, vm, &dead_host).await?;
     }

@@ -189,6 +189,13 @@ impl Keeper {
         if step.outputs.contains(&Output::Journal) {
             let events = step.outputs.iter().filter_map(|output| event(&row, output, now));
             let mut events: Vec<Event> = events.collect();
+            if row.cooperation.forced != self.row.cooperation.forced
+                && let Some(reason) = &row.cooperation.forced
+            {
+                let data = json!({"id": row.id.to_string(), "vm": row.vm, "from": row.from,
+                    "to": row.to, "reason": reason});
+                events.push(told(&row, "baton.handoff.forced", now, data));
+            }
             if row.driven != self.row.driven
                 && let Some(driven) = &row.driven
             {

@@ -11,6 +11,8 @@
 //! | `carry_out` | one action: calls until it is done, reports what it learns |
 //! | [`storages`], [`agents`] | who is called |
 //! | [`prepare`] | a new handoff: who, what and whether |
+//! | `cooperative` | a new one of volumes that no storage fences |
+//! | `movable` | whether its disks can move together |
 //! | `sides` | its two hosts, asked before anything is armed |
 //! | `tidings` | what the agents did by themselves, taken into the log of events |
 //! | [`vms`] | a VM as a whole: where it is, who owns it, why |
@@ -23,12 +25,14 @@ pub mod agents;
 mod api;
 mod carry_out;
 pub mod config;
+mod cooperative;
 pub mod core;
 pub mod fault;
 pub mod fence;
 pub mod journal;
 pub mod keeper;
 pub mod migrate;
+mod movable;
 mod orphan;
 pub mod plan;
 pub mod prepare;

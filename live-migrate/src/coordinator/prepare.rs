@@ -6,14 +6,17 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use baton_protocol::handoff::HandoffId;
+use baton_remote_client::{Engine, Fence};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 
 use super::agents::{Agent, DiskView, VmView};
+use super::cooperative;
 use super::core::{Core, unix_us};
 use super::fault::{Fault, owner_sentence};
 use super::keeper::Handle;
+use super::movable::{self, Immovable};
 use super::orphan;
 use super::plan::{self, Member, Progress, Row, Seen, Standing, State, Trigger};
 use super::sides::{self, Found};
@@ -188,48 +191,17 @@ async fn plan(
         )));
     }
     agent(core, &request.to)?;
-    let Found { view, named, serving } = sides::find(core, vm, request.from.as_deref()).await?;
-    let disks = chosen(&view, request.volumes.as_deref())?;
-    let mut found = members(core, vm, &disks, serving.as_deref()).await?;
-    // The journal knows of no handoff of this VM that is under way.
-    if found.iter().any(|(_, volume)| !["owned", "free"].contains(&volume.phase.as_str()))
-        && orphan::tidy(core, &view).await?
-    {
-        found = members(core, vm, &disks, serving.as_deref()).await?;
-    }
-    let mut members = Vec::with_capacity(found.len());
-    let mut owner = None;
-    for (member, volume) in found {
-        match volume.owner {
-            Some(name) if owner.as_ref().is_none_or(|owner| *owner == name) => owner = Some(name),
-            Some(name) => {
-                return Err(not_owner(
-                    &member,
-                    &format!("belongs to `{name}`, the volume before it to another"),
-                    request.from.as_deref(),
-                ));
-            }
-            None => {
-                return Err(not_owner(
-                    &member,
-                    "belongs to nobody: the VM does not run",
-                    request.from.as_deref(),
-                ));
-            }
-        }
-        members.push(member);
-    }
-    let owned_by = owner.as_deref().unwrap_or_default();
-    let running_on = owned_by.strip_suffix(&format!("/{vm}")).unwrap_or_default();
-    let from = request.from.clone().or(named).unwrap_or_else(|| running_on.to_owned());
-    if plan::owner(&from, vm) != owned_by {
-        let known = core.agents.of(&from).is_some();
-        let what = format!("belongs to `{owned_by}`, not to `{from}/{vm}`");
-        return match members.first() {
-            Some(member) if known => Err(not_owner(member, &what, Some(&from))),
-            _ => Err(unknown_host(&from)),
-        };
-    }
+    let found = sides::find(core, vm, request.from.as_deref()).await?;
+    let disks = chosen(&found.view, request.volumes.as_deref())?;
+    let engines = movable::engines(&disks)
+        .map_err(|immovable| cannot_move(&immovable, vm, &found.owner_so_far(core, vm)))?;
+    let cooperative = engines.iter().any(|one| one.capabilities().fence == Fence::Cooperative);
+    let (members, from) = if cooperative {
+        (cooperative::members(&disks, &engines), cooperative::source(vm, &found)?)
+    } else {
+        stored(core, vm, (disks, engines), &found, request.from.as_deref()).await?
+    };
+    let view = found.view;
     agent(core, &from)?;
     if from == request.to {
         return Err(Fault::new(
@@ -241,7 +213,7 @@ async fn plan(
     }
     // Where the rings switch it and somebody else drives the machines, nothing is asked
     // of the source's agent.
-    let orders = driven.is_some() || request.mode == Trigger::Explicit;
+    let orders = cooperative || driven.is_some() || request.mode == Trigger::Explicit;
     let there = sides::answer(core, vm, (&from, &request.to), orders).await?;
     let view = there.unwrap_or(view);
     if driven.is_some() && view.monitor_is_foreign() {
@@ -290,10 +262,61 @@ async fn plan(
         last: false,
         loser_gone: false,
         trouble: None,
+        cooperation: plan::Cooperation::default(),
         driven,
         version: 0,
         term: core.term,
         reached: Vec::new(),
+    })
+}
+
+/// Volumes with access records, and the host that these say owns them.
+async fn stored(
+    core: &Arc<Core>,
+    vm: &str,
+    (disks, engines): (Vec<DiskView>, Vec<Engine>),
+    found: &Found,
+    wanted: Option<&str>,
+) -> Result<(Vec<Member>, String), Fault> {
+    let disks: Vec<_> = disks.into_iter().zip(engines).collect();
+    let serving = found.serving.as_deref();
+    let mut seen = members(core, vm, &disks, serving).await?;
+    // The journal knows of no handoff of this VM that is under way.
+    if seen.iter().any(|(_, volume)| !["owned", "free"].contains(&volume.phase.as_str()))
+        && orphan::tidy(core, &found.view).await?
+    {
+        seen = members(core, vm, &disks, serving).await?;
+    }
+    let mut members = Vec::with_capacity(seen.len());
+    let mut owner = None;
+    for (member, volume) in seen {
+        match volume.owner {
+            Some(name) if owner.as_ref().is_none_or(|owner| *owner == name) => owner = Some(name),
+            Some(name) => {
+                return Err(not_owner(
+                    &member,
+                    &format!("belongs to `{name}`, the volume before it to another"),
+                    wanted,
+                ));
+            }
+            None => {
+                return Err(not_owner(&member, "belongs to nobody: the VM does not run", wanted));
+            }
+        }
+        members.push(member);
+    }
+    let owned_by = owner.as_deref().unwrap_or_default();
+    let running_on = owned_by.strip_suffix(&format!("/{vm}")).unwrap_or_default();
+    let from = wanted.map(str::to_owned).or_else(|| found.named.clone());
+    let from = from.unwrap_or_else(|| running_on.to_owned());
+    if plan::owner(&from, vm) == owned_by {
+        return Ok((members, from));
+    }
+    let known = core.agents.of(&from).is_some();
+    let what = format!("belongs to `{owned_by}`, not to `{from}/{vm}`");
+    Err(match members.first() {
+        Some(member) if known => not_owner(member, &what, Some(&from)),
+        _ => unknown_host(&from),
     })
 }
 
@@ -340,20 +363,44 @@ fn chosen(view: &VmView, wanted: Option<&[String]>) -> Result<Vec<DiskView>, Fau
 async fn members(
     core: &Core,
     vm: &str,
-    disks: &[DiskView],
+    disks: &[(DiskView, Engine)],
     serving: Option<&str>,
 ) -> Result<Vec<(Member, VolumeView)>, Fault> {
     let mut members = Vec::with_capacity(disks.len());
-    for disk in disks {
-        members.push(member(core, vm, disk, serving).await?);
+    for (disk, engine) in disks {
+        members.push(member(core, vm, (disk, *engine), serving).await?);
     }
     Ok(members)
+}
+
+fn cannot_move(immovable: &Immovable, vm: &str, owner: &str) -> Fault {
+    let (kind, title, todo) = match immovable {
+        Immovable::Mixed(..) => (
+            "baton:mixed-fences",
+            "The disks cannot move together",
+            "bring its disks to one kind of storage, or stop it there and start it on the other host",
+        ),
+        Immovable::Engine { .. } => (
+            "baton:not-movable",
+            "A disk cannot move",
+            "stop it there, end its backend, and start it on the other host",
+        ),
+        Immovable::Uri { .. } => (
+            "baton:not-movable",
+            "A disk cannot move",
+            "correct the disk's volume in the VM's definition",
+        ),
+    };
+    let detail = format!(
+        "{immovable}; {owner}; `{vm}` goes on where it is, and nothing was armed or changed: {todo}"
+    );
+    Fault::new(StatusCode::CONFLICT, kind, title, detail)
 }
 
 async fn member(
     core: &Core,
     vm: &str,
-    disk: &DiskView,
+    (disk, engine): (&DiskView, Engine),
     serving: Option<&str>,
 ) -> Result<(Member, VolumeView), Fault> {
     let not_movable = |why: String| {
@@ -384,6 +431,7 @@ async fn member(
     })?;
     let member = Member {
         disk: disk.name.clone(),
+        engine,
         storage: server.name.clone(),
         volume,
         id: found.id,

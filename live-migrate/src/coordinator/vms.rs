@@ -4,10 +4,12 @@
 use std::sync::Arc;
 
 use axum::http::StatusCode;
+use baton_remote_client::Fence;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
 use super::agents::VmView;
+use super::cooperative;
 use super::core::Core;
 use super::fault::Fault;
 use super::prepare::vm_name;
@@ -107,6 +109,9 @@ pub(super) async fn volumes<'a>(
 /// [`Fault`].
 pub async fn access(core: &Arc<Core>, vm: &str) -> Result<Value, Fault> {
     let view = find(core, vm).await?;
+    if let Some((_, Fence::Cooperative)) = cooperative::elsewhere(&view) {
+        return cooperative::access(core, vm).await;
+    }
     let volumes = volumes(core, &view).await?;
     let anchor = volumes.first().ok_or_else(|| {
         Fault::new(

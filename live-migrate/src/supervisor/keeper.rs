@@ -22,7 +22,7 @@ use super::backoff::Backoff;
 use super::control::{Control, ControlError};
 use super::front_ends::FrontEnds;
 use super::process::{ProcessId, Record};
-use super::runner::{Launch, Process};
+use super::runner::{Ending, Launch, Process};
 use super::watchdog::{Decision, Observation, Watchdog};
 use super::{Role, Settings};
 
@@ -76,6 +76,8 @@ pub(super) struct Keeper {
     pub(super) launch: Mutex<Launch>,
     pub(super) state: watch::Sender<BackendState>,
     pub(super) stop: watch::Sender<bool>,
+    /// The process that was stopped, and how its end was learned.
+    pub(super) ended: Mutex<Option<(i32, Ending)>>,
 }
 
 impl Keeper {
@@ -134,7 +136,7 @@ impl Keeper {
                     let up = Mutex::new(false);
                     let watching = self.watch(&launch, process.id().cloned(), &up);
                     let status = tokio::select! {
-                        status = process.ended() => status,
+                        ending = process.ended() => ending.status(),
                         () = watching => None,
                         () = told(&mut stop) => {
                             self.end(&launch, &mut process).await;
@@ -196,9 +198,15 @@ impl Keeper {
             self.front_ends.hear(&launch.vm, &status);
         }
         let grace = self.settings.stop_grace;
-        if let Err(error) = self.settings.manager.stop(launch, process, grace).await {
-            tracing::error!(vm = launch.vm, %error, "cannot stop a backend");
-            return self.show(|state| state.reason = Some(error.to_string()));
+        match self.settings.manager.stop(launch, process, grace).await {
+            Ok(ending) => {
+                let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+                *ended = process.id().map(|process| (process.pid, ending));
+            }
+            Err(error) => {
+                tracing::error!(vm = launch.vm, %error, "cannot stop a backend");
+                return self.show(|state| state.reason = Some(error.to_string()));
+            }
         }
         self.forget(launch);
         self.show(|state| *state = BackendState::default());

@@ -31,6 +31,7 @@ use front_ends::FrontEnds;
 use keeper::Keeper;
 pub use keeper::{BackendState, Run};
 use process::Record;
+pub(crate) use runner::Ending;
 pub use runner::{Launch, Manager};
 
 /// How a backend starts.
@@ -212,14 +213,28 @@ impl Supervisor {
         }
     }
 
+    /// How the backend of a VM is started the next time, while it is kept running.
+    pub(crate) fn launch_of(&self, vm: &str) -> Option<Launch> {
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.get(vm).filter(|kept| !*kept.over.borrow()).map(|kept| kept.keeper.launch())
+    }
+
     /// Stops a backend and waits until it is gone. None is stopped already.
     ///
     /// # Errors
     /// [`SuperviseError::Stuck`]; it runs then.
     pub async fn stop(&self, vm: &str) -> Result<(), SuperviseError> {
+        self.end(vm).await.map(drop)
+    }
+
+    /// [`Self::stop`], with the process that was stopped and how its end was learned.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) async fn end(&self, vm: &str) -> Result<Option<(i32, Ending)>, SuperviseError> {
         let (keeper, mut over) = {
             let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            let Some(Kept { keeper, over, .. }) = kept.get(vm) else { return Ok(()) };
+            let Some(Kept { keeper, over, .. }) = kept.get(vm) else { return Ok(None) };
             keeper.stop.send_replace(true);
             (Arc::clone(keeper), over.clone())
         };
@@ -228,7 +243,7 @@ impl Supervisor {
         let state = keeper.state.borrow().clone();
         match (state.pid, state.reason) {
             (Some(_), Some(reason)) => Err(SuperviseError::Stuck { vm: vm.to_owned(), reason }),
-            _ => Ok(()),
+            _ => Ok(*keeper.ended.lock().unwrap_or_else(PoisonError::into_inner)),
         }
     }
 
@@ -280,6 +295,7 @@ impl Supervisor {
             launch: Mutex::new(launch),
             state: watch::Sender::new(starting),
             stop: watch::Sender::new(false),
+            ended: Mutex::default(),
         });
         let state = keeper.state.subscribe();
         let (ended, over) = watch::channel(false);

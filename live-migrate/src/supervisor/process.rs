@@ -3,13 +3,17 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::runner::Launch;
 use crate::problem::found_no_room;
@@ -58,11 +62,30 @@ impl ProcessId {
         }
     }
 
-    /// Waits for its end.
-    pub(super) async fn ended(&self) {
+    /// Waits for its end. True: the kernel told it, of all its threads and of no
+    /// other process.
+    pub(super) async fn ended(&self) -> bool {
+        if let Some(process) = self.descriptor()
+            // SAFETY: an owned descriptor is what it shows for as long as it lives.
+            && let Ok(process) = unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }
+        {
+            return process.readable().await.is_ok();
+        }
         while self.runs() {
             tokio::time::sleep(LOOK_EVERY).await;
         }
+        false
+    }
+
+    /// pidfd_open(2): readable once it has ended.
+    fn descriptor(&self) -> Option<OwnedFd> {
+        // SAFETY: takes two numbers, gives a new descriptor or an error.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
+        let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
+        // SAFETY: just made, and nobody else knows of it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // The number may have been another's by then.
+        self.runs().then_some(fd)
     }
 }
 

@@ -95,14 +95,32 @@ impl Process {
         }
     }
 
-    /// Waits for its end; the status when it was ours to learn.
-    pub(super) async fn ended(&mut self) -> Option<ExitStatus> {
+    /// Waits for its end.
+    pub(super) async fn ended(&mut self) -> Ending {
         match self {
-            Self::Child(child, _) => child.wait().await.ok(),
-            Self::Other(id) => {
-                id.ended().await;
-                None
-            }
+            Self::Child(child, _) => child.wait().await.map_or(Ending::Unseen, Ending::Waited),
+            Self::Other(id) if id.ended().await => Ending::Told,
+            Self::Other(_) => Ending::Unseen,
+        }
+    }
+}
+
+/// How the end of a process was learned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// By waitpid(2): it was our child.
+    Waited(ExitStatus),
+    /// By its descriptor.
+    Told,
+    /// Its number was not there any more, which proves nothing.
+    Unseen,
+}
+
+impl Ending {
+    pub(super) fn status(self) -> Option<ExitStatus> {
+        match self {
+            Self::Waited(status) => Some(status),
+            Self::Told | Self::Unseen => None,
         }
     }
 }
@@ -143,7 +161,7 @@ impl Manager {
         launch: &Launch,
         process: &mut Process,
         grace: Duration,
-    ) -> io::Result<()> {
+    ) -> io::Result<Ending> {
         match self {
             Self::Child => {
                 if let Some(id) = process.id() {
@@ -159,12 +177,12 @@ impl Manager {
                 }
             }
         }
-        if tokio::time::timeout(grace, process.ended()).await.is_err() {
-            tracing::warn!(vm = launch.vm, "a backend did not end when it was asked; it is killed");
-            self.kill(launch, process.id()).await?;
-            process.ended().await;
+        if let Ok(ending) = tokio::time::timeout(grace, process.ended()).await {
+            return Ok(ending);
         }
-        Ok(())
+        tracing::warn!(vm = launch.vm, "a backend did not end when it was asked; it is killed");
+        self.kill(launch, process.id()).await?;
+        Ok(process.ended().await)
     }
 
     /// Ends it at once.

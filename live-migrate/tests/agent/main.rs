@@ -2,6 +2,7 @@
 
 mod api;
 mod backends;
+mod cooperative;
 mod full;
 mod monitors;
 #[path = "../../../storage-server/tests/common/small_disk.rs"]
@@ -62,6 +63,21 @@ fn pretended_backend() {
                 "only_for": arguments.iter().find_map(|argument| argument.strip_prefix("--standby=")),
                 "disks": names.iter().map(|name| json!({"name": name, "drained": drained, "front_end": front_end})).collect::<Vec<_>>(),
             }),
+            // One whose storage keeps nobody out.
+            Some("seal") if question["try"].is_string() => {
+                match std::fs::read_to_string(control.with_extension("refuses")) {
+                    Ok(kind) => json!({"error": {"type": kind, "detail": "as told"}}),
+                    Err(_) => json!({"ok": true, "pid": std::process::id()}),
+                }
+            }
+            Some("permit") => {
+                std::fs::write(
+                    control.with_extension("permitted"),
+                    question["try"].as_str().unwrap_or_default(),
+                )
+                .expect("written");
+                json!({"ok": true})
+            }
             Some(command @ ("seal" | "activate" | "abdicate")) => {
                 json!({"ok": true, "did": command})
             }

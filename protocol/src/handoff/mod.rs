@@ -11,11 +11,13 @@
 //! |---|---|
 //! | [`crate::access`] | the storage server's half: one access record per volume |
 //! | [`role`] | the backend's half: all volumes of one VM, as source or destination |
+//! | [`cooperative`] | the same, where the storage keeps nobody out |
 //! | [`message`] | what the two say to each other on the wire |
 //! | [`proof`] | what shows a member how the anchor decided |
 //!
 //! `docs/handoff.md` has the whole protocol and why it is safe.
 
+pub mod cooperative;
 pub mod message;
 pub mod proof;
 pub mod role;
@@ -27,6 +29,7 @@ use serde::{Serialize, Serializer};
 
 use crate::units::{Epoch, VolumeId};
 
+pub use cooperative::Cooperative;
 pub use message::{Answer, Ask, Count, HandoffRequest, Open, Outcome};
 pub use proof::{Key, Proof, Side};
 pub use role::Role;

@@ -10,19 +10,21 @@
 //! request and its bytes, for servers that are not made for load.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::handshake::{Export, Refusal};
 use super::link::Link;
 use super::session::{DropReason, Notice, Opened, Session, Wishes};
 use super::tls::TlsSettings;
 use crate::baton::Timing;
+use crate::gate::Gate;
 use crate::open::{OpenError, OpenOptions, random_nonzero};
 use crate::socket::Endpoint;
 use crate::uri::{NbdServer, NbdUri};
@@ -49,6 +51,8 @@ struct Hub {
     /// The size that each open queue's server has shown it, bytes.
     open: BTreeMap<u16, u64>,
     spare: Option<Link>,
+    /// Wakes each open queue's thread when the gate moves.
+    wakers: BTreeMap<u16, Arc<EventFd>>,
     resolved: Instant,
 }
 
@@ -62,6 +66,8 @@ struct Shared {
     tls: Option<Arc<TlsSettings>>,
     size_bytes: AtomicU64,
     resolving: AtomicBool,
+    /// Nothing of the guest is sent.
+    shut: AtomicBool,
     hub: Mutex<Hub>,
 }
 
@@ -104,6 +110,13 @@ impl Shared {
         let before = self.size_bytes.fetch_max(all, Ordering::AcqRel);
         if let Some(listener) = listener.filter(|_| all > before) {
             listener(VolumeEvent::Resized(all));
+        }
+    }
+
+    /// The gate has moved: every queue looks.
+    fn wake(&self) {
+        for waker in self.hub().wakers.values() {
+            let _ = waker.write(1);
         }
     }
 
@@ -154,9 +167,6 @@ pub(crate) struct NbdVolume {
 impl NbdVolume {
     /// Connects, and keeps trying for as long as the options say.
     pub(crate) fn open(uri: &NbdUri, options: &OpenOptions) -> Result<Self, OpenError> {
-        if options.standby {
-            return Err(OpenError::NoHandoff { volume: uri.to_string() });
-        }
         let deadline = Instant::now() + options.connect_timeout;
         loop {
             match attempt(uri, options, deadline) {
@@ -223,13 +233,16 @@ impl NbdVolume {
             tls: link.settings().cloned(),
             size_bytes: AtomicU64::new(size_bytes),
             resolving: AtomicBool::new(false),
+            shut: AtomicBool::new(options.standby),
             hub: Mutex::new(Hub {
                 lost: false,
                 down: BTreeSet::new(),
                 told: VolumeState::Connected,
                 listener: None,
                 open: BTreeMap::new(),
-                spare: Some(link),
+                // Who stands by has seen the export, and holds no place at the server.
+                spare: Some(link).filter(|_| !options.standby),
+                wakers: BTreeMap::new(),
                 resolved: Instant::now(),
             }),
         });
@@ -354,16 +367,25 @@ impl Volume for NbdVolume {
             }
         };
         link.session().set_depth(depth);
+        let waker = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(io::Error::from)?;
+        let waker = Arc::new(waker);
+        link.watch(waker.as_fd())?;
         hub.open.insert(index, size_bytes);
+        hub.wakers.insert(index, Arc::clone(&waker));
         drop(hub);
         let shared = Arc::clone(shared);
-        let mut queue = NbdQueue { index, link: Some(link), shared, lost_at: None };
+        let mut queue = NbdQueue { index, link: Some(link), waker, shared, lost_at: None };
         queue.poll(&mut Vec::new());
         Ok(Box::new(queue))
     }
 
     fn set_listener(&self, listener: EventListener) {
         self.shared.hub().listener = Some(listener);
+    }
+
+    fn gate(&self) -> Option<&dyn Gate> {
+        Some(&*self.shared)
     }
 
     /// Nobody owns an export: there is nothing to give back.
@@ -373,10 +395,31 @@ impl Volume for NbdVolume {
     }
 }
 
+impl Gate for Shared {
+    fn open(&self) {
+        if self.shut.swap(false, Ordering::AcqRel) {
+            self.wake();
+        }
+    }
+
+    fn shut(&self) {
+        if !self.shut.swap(true, Ordering::AcqRel) {
+            let spare = self.hub().spare.take();
+            drop(spare);
+            self.wake();
+        }
+    }
+
+    fn is_shut(&self) -> bool {
+        self.shut.load(Ordering::Acquire)
+    }
+}
+
 /// One queue of an [`NbdVolume`].
 #[derive(Debug)]
 struct NbdQueue {
     index: u16,
+    waker: Arc<EventFd>,
     /// `None` only while it is dropped.
     link: Option<Link>,
     shared: Arc<Shared>,
@@ -386,6 +429,15 @@ struct NbdQueue {
 impl NbdQueue {
     fn link(&mut self) -> &mut Link {
         self.link.as_mut().expect("taken by drop only")
+    }
+
+    /// Nothing is sent, and nothing is answered.
+    fn is_shut(&mut self) -> bool {
+        let shut = self.shared.is_shut();
+        if shut {
+            self.link().disconnect();
+        }
+        shut
     }
 
     /// Logs what happened, and tells the volume. One line when the connection is
@@ -448,13 +500,18 @@ impl VolumeQueue for NbdQueue {
     }
 
     fn send(&mut self, completions: &mut Vec<Completion>) {
-        self.link().send(completions);
-        self.tell();
+        if !self.is_shut() {
+            self.link().send(completions);
+            self.tell();
+        }
     }
 
     fn poll(&mut self, completions: &mut Vec<Completion>) {
-        self.link().poll(completions);
-        self.tell();
+        let _ = self.waker.read();
+        if !self.is_shut() {
+            self.link().poll(completions);
+            self.tell();
+        }
     }
 
     fn wake_fd(&self) -> BorrowedFd<'_> {
@@ -470,10 +527,12 @@ impl Drop for NbdQueue {
     fn drop(&mut self) {
         let index = self.index;
         let spare = self.link.take().filter(|link| link.is_at_rest());
+        let shut = self.shared.is_shut();
         self.shared.change(|hub| {
             hub.down.remove(&index);
             hub.open.remove(&index);
-            if hub.spare.is_none() {
+            hub.wakers.remove(&index);
+            if hub.spare.is_none() && !shut {
                 hub.spare = spare;
             }
         });

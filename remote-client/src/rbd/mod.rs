@@ -23,3 +23,10 @@ mod volume;
 
 pub use error::RbdError;
 pub(crate) use volume::RbdVolume;
+
+use crate::engine::Capabilities;
+use crate::fence::Fence;
+
+/// What this driver can do.
+pub(crate) const CAPABILITIES: Capabilities =
+    Capabilities { fence: Fence::Blocklist, handoff: false };

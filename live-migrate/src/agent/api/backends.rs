@@ -29,6 +29,10 @@ pub(super) struct StartBackend {
     #[serde(rename = "try", default)]
     #[schema(example = "01ARZ3NDEKTSV4RRFFQ69G5FAV/1")]
     only_for: Option<String>,
+    /// For `owner`: although the volumes left this host in a handoff, and nothing but
+    /// the caller's word says that no other host can reach them.
+    #[serde(default)]
+    force: bool,
 }
 
 impl StartBackend {
@@ -57,6 +61,9 @@ pub(super) async fn start(
     let request = body(request)?;
     let only_for = request.only_for()?;
     let vm = find(&agent, &name)?;
+    if request.role == Role::Owner {
+        agent.may_claim(&name, request.force).await?;
+    }
     let launch = agent.launch(&vm, request.role, only_for).map_err(|error| {
         if found_no_room(&error) {
             let what = format!("the agent cannot write what the backend of {name} needs");

@@ -5,6 +5,7 @@
 //! operators are let in, and those of this host who reach the socket.
 
 mod backends;
+mod cooperative;
 mod monitors;
 mod refusals;
 mod resume;
@@ -57,6 +58,9 @@ const CALLERS: [Role; 2] = [Role::Coordinator, Role::Operator];
         backends::abdicate,
         backends::reclaim,
         backends::latency,
+        cooperative::end,
+        cooperative::restore,
+        cooperative::permit,
         monitors::status,
         monitors::incoming,
         monitors::migrate,
@@ -75,7 +79,7 @@ struct Document;
 type Method = fn() -> MethodRouter<Arc<Agent>>;
 
 /// Path, methods, handlers.
-const ROUTES: [(&str, &[&str], Method); 20] = [
+const ROUTES: [(&str, &[&str], Method); 23] = [
     ("/v1/host", &["get"], || get(host)),
     ("/v1/vms", &["get"], || get(vms::list)),
     ("/v1/vms/{vm}", &["get", "put", "delete"], || {
@@ -87,6 +91,9 @@ const ROUTES: [(&str, &[&str], Method); 20] = [
     ("/v1/vms/{vm}/backend/abdicate", &["post"], || post(backends::abdicate)),
     ("/v1/vms/{vm}/backend/reclaim", &["post"], || post(backends::reclaim)),
     ("/v1/vms/{vm}/backend/latency", &["post"], || post(backends::latency)),
+    ("/v1/vms/{vm}/backend/end", &["post"], || post(cooperative::end)),
+    ("/v1/vms/{vm}/backend/restore", &["post"], || post(cooperative::restore)),
+    ("/v1/vms/{vm}/backend/permit", &["post"], || post(cooperative::permit)),
     ("/v1/vms/{vm}/vmm", &["get"], || get(monitors::status)),
     ("/v1/vms/{vm}/vmm/incoming", &["post"], || post(monitors::incoming)),
     ("/v1/vms/{vm}/vmm/migrate", &["post"], || post(monitors::migrate)),

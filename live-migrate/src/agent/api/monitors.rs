@@ -119,10 +119,13 @@ pub(super) async fn proceed(
     Path(name): Path<String>,
 ) -> Result<Json<VmmStatus>, Problem> {
     let (vm, vmm) = monitor(&agent, &name)?;
-    let control = Control::new(agent.config.control_socket(&name));
-    let answer = control.ask(&json!({"cmd": "status"}), STATUS_LIMIT).await;
-    let disks: Vec<&str> = vm.disks.iter().map(|disk| disk.name.as_str()).collect();
-    drained(&name, answer.map_err(|error| Problem::described(&error)), &disks)?;
+    // One that was proven gone had drained before.
+    if !agent.has_given_up(&name).await {
+        let control = Control::new(agent.config.control_socket(&name));
+        let answer = control.ask(&json!({"cmd": "status"}), STATUS_LIMIT).await;
+        let disks: Vec<&str> = vm.disks.iter().map(|disk| disk.name.as_str()).collect();
+        drained(&name, answer.map_err(|error| Problem::described(&error)), &disks)?;
+    }
     vmm.proceed().await?;
     Ok(Json(vmm.status().await?))
 }

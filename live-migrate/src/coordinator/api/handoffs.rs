@@ -4,19 +4,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{ConnectInfo, Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
-use super::{Api, body, may_hand_off, may_look, query};
+use super::{Api, body, may_hand_off, may_look, may_order, query};
 use crate::coordinator::fault::{Fault, owner_sentence};
 use crate::coordinator::keeper::Handle;
+use crate::coordinator::migrate;
 use crate::coordinator::plan::{Input, Row, State as HandoffState};
 use crate::coordinator::prepare::{self, PrepareHandoff, duration};
-use crate::coordinator::{migrate, view};
+use crate::coordinator::view::{self, Shown};
 use crate::door::Peer;
 
 /// A wait without `timeout`.
@@ -122,8 +125,8 @@ async fn wait(handle: &Handle, until: Until, timeout: Duration) -> Arc<Row> {
 #[utoipa::path(put, path = "/v1/vms/{vm}/handoffs/{id}", params(("vm" = String, Path), ("id" = String, Path),
     ("wait" = Option<String>, Query, description = "Answer when this state is reached."),
     ("timeout" = Option<String>, Query, description = "Or after this time, such as 30s.")),
-    request_body = PrepareHandoff, responses((status = 201, body = String), (status = 200, description = "It was asked for before, with the same body.", body = String),
-    (status = 404, body = Fault), (status = 409, body = Fault),
+    request_body = PrepareHandoff, responses((status = 201, body = Shown), (status = 200, description = "It was asked for before, with the same body.", body = Shown),
+    (status = 404, body = Fault), (status = 409, description = "Among others `baton:mixed-fences`: the VM's disks cannot move together; nothing was armed.", body = Fault),
     (status = 503, description = "`baton:agent-unreachable`, `baton:storage-unreachable`: nothing was armed.", body = Fault), (status = 507, body = Fault)))]
 pub(super) async fn prepare(
     State(core): State<Api>,
@@ -151,7 +154,7 @@ pub(super) async fn prepare(
     ("wait" = Option<String>, Query, description = "Answer when this state, or one behind it, is reached."),
     ("timeout" = Option<String>, Query, description = "Or after this time, such as 30s."),
     ("If-None-Match" = Option<String>, Header, description = "With it and no `wait`: answer when it has changed, if `timeout` is given.")),
-    responses((status = 200, body = String), (status = 304, description = "Not changed."), (status = 404, body = Fault)))]
+    responses((status = 200, body = Shown), (status = 304, description = "Not changed."), (status = 404, body = Fault)))]
 pub(super) async fn show(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
@@ -186,6 +189,7 @@ pub(super) async fn verb(
     peer: ConnectInfo<Peer>,
     Path((vm, id)): Path<(String, String)>,
     waiting: Result<Query<Waiting>, QueryRejection>,
+    body: Bytes,
 ) -> Result<Response, Fault> {
     let Some((id, verb)) = id.split_once(':') else {
         return Err(Fault::unknown(
@@ -198,7 +202,7 @@ pub(super) async fn verb(
     match verb {
         "switchover" => switchover(core, peer, path, waiting).await,
         "activate" => activate(core, peer, path, waiting).await,
-        "finish" => finish(core, peer, path, waiting).await,
+        "finish" => finish(core, peer, path, waiting, body).await,
         "cancel" => cancel(core, peer, path, waiting).await,
         other => {
             let other: String = other.chars().take(40).collect();
@@ -233,7 +237,7 @@ async fn order(
 /// Explicit mode: the source's machine has stopped; seal the volumes. Answered
 /// when they are sealed.
 #[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:switchover", params(("vm" = String, Path), ("id" = String, Path)),
-    responses((status = 200, body = String), (status = 409, body = Fault)))]
+    responses((status = 200, body = Shown), (status = 409, body = Fault)))]
 pub(super) async fn switchover(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
@@ -248,7 +252,7 @@ pub(super) async fn switchover(
 /// Explicit mode: the destination's machine is about to run. Answered when the
 /// destination owns the volumes.
 #[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:activate", params(("vm" = String, Path), ("id" = String, Path)),
-    responses((status = 200, body = String), (status = 409, body = Fault)))]
+    responses((status = 200, body = Shown), (status = 409, body = Fault)))]
 pub(super) async fn activate(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
@@ -260,18 +264,59 @@ pub(super) async fn activate(
     Ok(answer(StatusCode::OK, &row))
 }
 
+/// How to finish. May be left out.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FinishHandoff {
+    /// Where no storage fences (`fence: cooperative`) and nobody has proven that the
+    /// source's backend has stopped: let the destination serve all the same. Whoever
+    /// says so vouches that the source's host cannot reach the storage any more. For
+    /// operators.
+    #[serde(default)]
+    force: bool,
+    /// Who forces and why; for the journal.
+    reason: Option<String>,
+}
+
+impl FinishHandoff {
+    fn input(self) -> Result<Input, Fault> {
+        let reason = self.reason.filter(|reason| !reason.trim().is_empty());
+        match (self.force, reason) {
+            (false, _) => Ok(Input::Finish),
+            (true, Some(reason)) => Ok(Input::Force(reason)),
+            (true, None) => Err(Fault::bad_request(
+                "`force` needs a `reason`: who says that the source cannot reach the storage any more, and why, for the journal",
+            )),
+        }
+    }
+}
+
 /// Cleans up behind the decision and stops the loser's backend. Answered with
 /// `outcome`: who owns the volumes.
 #[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:finish", params(("vm" = String, Path), ("id" = String, Path)),
-    responses((status = 200, body = String), (status = 409, description = "Nothing is decided yet.", body = Fault)))]
+    request_body(content = Option<FinishHandoff>, description = "May be empty."),
+    responses((status = 200, body = Shown), (status = 409, description = "Nothing is decided yet; `baton:not-proven`: where no storage fences, the source was not proven gone.", body = Fault)))]
 pub(super) async fn finish(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path((vm, id)): Path<(String, String)>,
     waiting: Result<Query<Waiting>, QueryRejection>,
+    body: Bytes,
 ) -> Result<Response, Fault> {
-    let row = order(&core, &peer, (&vm, &id), waiting, (Input::Finish, Until::Over)).await?;
-    if row.winner.is_none() && !row.state.is_over() {
+    let asked: FinishHandoff = if body.is_empty() {
+        FinishHandoff::default()
+    } else {
+        serde_json::from_slice(&body).map_err(Fault::bad_request)?
+    };
+    if asked.force {
+        may_order(&peer)?;
+    }
+    let (forced, input) = (asked.force, asked.input()?);
+    if let Input::Force(reason) = &input {
+        tracing::warn!(%peer, vm, handoff = id, reason, "forced: the destination gets the volumes without a proof");
+    }
+    let row = order(&core, &peer, (&vm, &id), waiting, (input, Until::Over)).await?;
+    if row.winner.is_none() && !row.state.is_over() && !forced {
         return Err(undecided(&row));
     }
     Ok(answer(StatusCode::OK, &row))
@@ -280,7 +325,7 @@ pub(super) async fn finish(
 /// The source keeps its volumes, if it is not too late. Answered with `outcome`:
 /// who owns the volumes.
 #[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:cancel", params(("vm" = String, Path), ("id" = String, Path)),
-    responses((status = 200, body = String), (status = 409, description = "The destination owns the volumes, or nobody can say yet.", body = Fault)))]
+    responses((status = 200, body = Shown), (status = 409, description = "The destination owns the volumes, or nobody can say yet.", body = Fault)))]
 pub(super) async fn cancel(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
@@ -309,6 +354,25 @@ fn undecided(row: &Row) -> Fault {
             "Nobody can say yet who owns the volumes",
             owner_sentence(row),
         )
+    } else if row.is_cooperative() {
+        let trouble = row.trouble.as_ref().map_or_else(
+            || {
+                format!(
+                    "the machine of `{}` still runs on {}, or its backend has just been asked",
+                    row.vm, row.from
+                )
+            },
+            |trouble| trouble.detail.clone(),
+        );
+        Fault::new(
+            StatusCode::CONFLICT,
+            "baton:not-proven",
+            "Nobody has proven that the source has stopped",
+            format!(
+                "handoff {} is {}, and its storage keeps nobody out: {} gets no volume before the backend on {} is proven gone: {trouble}",
+                row.id, row.state, row.to, row.from
+            ),
+        )
     } else {
         let trouble = row.trouble.as_ref().map_or_else(String::new, |t| format!(" ({})", t.detail));
         Fault::new(
@@ -326,7 +390,7 @@ fn undecided(row: &Row) -> Fault {
 
 /// Lists handoffs, oldest first.
 #[utoipa::path(get, path = "/v1/handoffs", params(("state" = Option<String>, Query), ("vm" = Option<String>, Query)),
-    responses((status = 200, body = String), (status = 400, body = Fault)))]
+    responses((status = 200, description = "`handoffs`: a list of them.", body = String), (status = 400, body = Fault)))]
 pub(super) async fn list(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
@@ -345,7 +409,7 @@ pub(super) async fn list(
     let wanted = rows.iter().filter(|row| {
         state.is_none_or(|state| row.state == state) && vm.as_ref().is_none_or(|vm| row.vm == *vm)
     });
-    let handoffs: Vec<Value> = wanted.map(|row| view::handoff(row)).collect();
+    let handoffs: Vec<Shown> = wanted.map(|row| view::handoff(row)).collect();
     Ok(Json(json!({"handoffs": handoffs})))
 }
 

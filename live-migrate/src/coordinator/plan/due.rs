@@ -27,6 +27,12 @@ pub enum Action {
     Prove,
     /// SETTLE a member.
     Settle(usize),
+    /// Have the source's backend seal and end, and its agent prove it.
+    EndSource,
+    /// Let the destination's backend serve.
+    Permit,
+    /// Let the source's agent have a backend again.
+    Restore,
     /// Stop the source's backend.
     StopSource,
     /// Stop the destination's backend.
@@ -41,6 +47,9 @@ impl Row {
         // Fenced in the middle; after its end the loser's backend is still to be stopped.
         if self.fenced && self.state == State::Failed {
             return due;
+        }
+        if self.is_cooperative() {
+            return self.due_cooperative();
         }
         let of = |progress: Progress| {
             move |(place, member): (usize, &Member)| (member.progress == progress).then_some(place)

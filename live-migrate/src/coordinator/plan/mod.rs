@@ -22,7 +22,7 @@
 //! - The row is written before anything that it makes due is begun: a member is
 //!   marked asked before the ARM leaves, so that a restart knows of every record
 //!   that may be armed.
-//! - The coordinator decides nothing. Who won is what the anchor's record says,
+//! - Where a storage fences, the coordinator decides nothing. Who won is what the anchor's record says,
 //!   and a row without that answer stays open for ever, whatever times out.
 //! - Nothing stays half-armed: a member that was asked and has not answered is
 //!   asked again after the decision, then settled, so that an ARM that is still
@@ -35,6 +35,7 @@
 
 mod again;
 mod codec;
+mod cooperative;
 mod due;
 mod row;
 mod state;
@@ -46,6 +47,7 @@ mod words;
 mod world;
 
 pub use again::ATTEMPTS_MAX;
+pub use cooperative::Cooperation;
 pub use due::Action;
 pub use row::{Member, Row, hex_of, owner, random_key};
 pub use state::State;

@@ -2,16 +2,22 @@
 
 use baton_protocol::VolumeId;
 use baton_protocol::handoff::{HandoffId, Key, Members, Try};
+use baton_remote_client::{Engine, Fence};
 use serde::{Deserialize, Serialize};
 
 use super::codec::{hex, text};
-use super::{Because, Grant, Progress, Seen, Standing, State, Trigger, Trouble, Winner};
+use super::{
+    Because, Cooperation, Grant, Progress, Seen, Standing, State, Trigger, Trouble, Winner,
+};
 
 /// A volume of the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Member {
     /// Name of the disk in the VM.
     pub disk: String,
+    /// What its storage is. Rows of before know only Baton's own.
+    #[serde(default, with = "text")]
+    pub engine: Engine,
     /// Data address of its storage server, as the coordinator is configured.
     pub storage: String,
     /// Its name there.
@@ -99,6 +105,9 @@ pub struct Row {
     pub loser_gone: bool,
     /// What hinders it now.
     pub trouble: Option<Trouble>,
+    /// Where no storage fences.
+    #[serde(default)]
+    pub cooperation: Cooperation,
     /// The coordinator drives the whole migration, see `migration`.
     pub driven: Option<serde_json::Value>,
     /// Counts changes; the API's ETag.
@@ -132,6 +141,13 @@ impl Row {
     #[must_use]
     pub fn members_digest(&self) -> Members {
         Members::of(self.members.iter().map(|member| VolumeId(member.id)))
+    }
+
+    /// How the loser is kept from the volumes: all in one way, or there is no row.
+    #[must_use]
+    pub fn fence(&self) -> Fence {
+        let anchor = self.anchor().map(|anchor| anchor.engine).unwrap_or_default();
+        anchor.capabilities().fence
     }
 
     /// The volume that decides.

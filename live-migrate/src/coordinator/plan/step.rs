@@ -42,6 +42,12 @@ pub enum Input {
     SealOrdered,
     /// The destination's backend was ordered to activate.
     ActivateOrdered,
+    /// The source's backend is proven gone.
+    Ended(serde_json::Value),
+    /// The destination's backend serves.
+    Permitted,
+    /// The source's agent has a backend again.
+    Restored,
     /// The loser's backend is gone.
     LoserGone,
     /// The loser's agent does not answer.
@@ -52,6 +58,8 @@ pub enum Input {
     Cancel,
     /// Asked: clean up behind the decision.
     Finish,
+    /// Asked, where no storage fences: the destination wins without a proof.
+    Force(String),
     /// Asked, explicit: seal.
     Switchover,
     /// Asked, explicit: activate.
@@ -98,6 +106,9 @@ pub enum Refusal {
     /// Implicit.
     #[error("the handoff is implicit: the machines' rings switch it, nobody orders it")]
     Implicit,
+    /// Nobody may take the storage's place.
+    #[error("the storage decides who has the volumes, so nothing is forced")]
+    Fenced,
     /// Over or going back.
     #[error("the handoff is over or being cancelled")]
     Over,
@@ -135,6 +146,7 @@ impl Row {
                     }
                 }),
                 Action::Stand => next.stood = true,
+                Action::EndSource => next.cooperation.end_asked = true,
                 _ => {}
             }
         }
@@ -218,6 +230,12 @@ impl Row {
                     });
                 }
             }
+            Input::Ended(proof) => self.ended(proof),
+            Input::Permitted => {
+                self.cooperation.permitted |= self.winner == Some(Winner::Destination);
+            }
+            Input::Restored => self.cooperation.restored |= self.winner == Some(Winner::Source),
+            Input::Force(reason) => self.force(reason)?,
             Input::SealOrdered => self.seal_ordered = true,
             Input::ActivateOrdered => self.activate_ordered = true,
             Input::LoserGone | Input::LoserLeft(_) if self.winner.is_none() => {}
@@ -299,6 +317,9 @@ impl Row {
 
     /// What follows from what is known.
     fn derive(&mut self) {
+        if self.is_cooperative() {
+            return self.derive_cooperative();
+        }
         if self.fenced || self.state.is_over() {
             return;
         }
@@ -349,7 +370,7 @@ impl Row {
         }
     }
 
-    fn win(&mut self, winner: Winner) {
+    pub(super) fn win(&mut self, winner: Winner) {
         if !self.undecided() {
             return;
         }

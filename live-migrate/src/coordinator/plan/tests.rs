@@ -1,10 +1,12 @@
 use baton_protocol::handoff::HandoffId;
+use baton_remote_client::Engine;
 
 use super::*;
 
 fn row() -> Row {
     let member = |n: u64| Member {
         disk: format!("disk{n}"),
+        engine: Engine::Baton,
         storage: "s:1".to_owned(),
         volume: format!("v{n}"),
         id: n,
@@ -45,6 +47,7 @@ fn row() -> Row {
         last: false,
         loser_gone: false,
         trouble: None,
+        cooperation: Cooperation::default(),
         driven: None,
         version: 0,
         term: 1,

@@ -200,6 +200,8 @@ impl World {
                 Input::LoserGone
             }
             Action::StopSource => Input::LoserGone,
+            // Of handoffs without access records.
+            Action::EndSource | Action::Permit | Action::Restore => return,
             Action::Countdown | Action::OrderSeal | Action::OrderActivate => return,
         };
         if answered {

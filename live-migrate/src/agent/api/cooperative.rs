@@ -1,0 +1,86 @@
+//! Orders of a handoff of volumes whose storage keeps nobody out. All may be said twice.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use baton_protocol::handoff::Try;
+use serde::Deserialize;
+use utoipa::ToSchema;
+
+use super::super::Agent;
+use super::super::cooperative::Proof;
+use super::{body, find};
+use crate::problem::Problem;
+
+/// Which try of a handoff.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct OfTry {
+    /// Its id, a slash and the attempt's number.
+    #[serde(rename = "try")]
+    #[schema(example = "01ARZ3NDEKTSV4RRFFQ69G5FAV/1")]
+    attempt: String,
+}
+
+fn attempt(request: Result<Json<OfTry>, JsonRejection>) -> Result<Try, Problem> {
+    body(request)?.attempt.parse().map_err(Problem::bad_request)
+}
+
+/// A caller that goes away leaves nothing half done.
+async fn whole<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Problem>> + Send + 'static,
+) -> Result<T, Problem> {
+    tokio::spawn(work).await.unwrap_or_else(|error| {
+        Err(Problem::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "baton:failed",
+            "The agent failed",
+            format!("the agent failed in the middle of it ({error}); ask again"),
+        ))
+    })
+}
+
+/// Source: has the backend seal and ends it, and answers when the process is proven gone.
+#[utoipa::path(post, path = "/v1/vms/{vm}/backend/end", params(("vm" = String, Path)), request_body = OfTry,
+    responses((status = 200, body = Proof), (status = 404, body = Problem),
+    (status = 409, description = "`baton:still-serving`: the guest is at its disks. `baton:not-proven`. `baton:stale-attempt`.", body = Problem)))]
+pub(super) async fn end(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<String>,
+    request: Result<Json<OfTry>, JsonRejection>,
+) -> Result<Json<Proof>, Problem> {
+    let attempt = attempt(request)?;
+    let vm = find(&agent, &name)?;
+    whole(async move { agent.end_for(&vm, attempt).await }).await.map(Json)
+}
+
+/// Source: the try was called off; a backend claims the volumes again.
+#[utoipa::path(post, path = "/v1/vms/{vm}/backend/restore", params(("vm" = String, Path)), request_body = OfTry,
+    responses((status = 204), (status = 404, body = Problem), (status = 409, body = Problem)))]
+pub(super) async fn restore(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<String>,
+    request: Result<Json<OfTry>, JsonRejection>,
+) -> Result<StatusCode, Problem> {
+    let attempt = attempt(request)?;
+    let vm = find(&agent, &name)?;
+    whole(async move { agent.restore(&vm, attempt).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Destination: the source is proven gone; the backend that stands by may serve.
+#[utoipa::path(post, path = "/v1/vms/{vm}/backend/permit", params(("vm" = String, Path)), request_body = OfTry,
+    responses((status = 204), (status = 404, body = Problem), (status = 409, body = Problem)))]
+pub(super) async fn permit(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<String>,
+    request: Result<Json<OfTry>, JsonRejection>,
+) -> Result<StatusCode, Problem> {
+    let attempt = attempt(request)?;
+    let vm = find(&agent, &name)?;
+    whole(async move { agent.permit(&vm, attempt).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

@@ -1,0 +1,106 @@
+//! A new handoff of volumes whose storage keeps nobody out: no access record says who
+//! owns them, so what the hosts' agents say counts, before anything is begun.
+
+use axum::http::StatusCode;
+use baton_remote_client::{Engine, Fence, VolumeUri};
+use serde_json::{Value, json};
+
+use super::agents::{DiskView, VmView};
+use super::core::Core;
+use super::fault::Fault;
+use super::plan::{self, Member, Progress, Seen, Winner};
+use super::sides::{self, Found};
+
+/// A disk that no storage server of Baton's has, and how it is fenced.
+pub(super) fn elsewhere(view: &VmView) -> Option<(DiskView, Fence)> {
+    view.disks().into_iter().find_map(|disk| {
+        let uri: VolumeUri = disk.volume.parse().ok()?;
+        let fence = uri.engine().capabilities().fence;
+        (fence != Fence::Storage).then_some((disk, fence))
+    })
+}
+
+/// Who has the VM's volumes, as its agents say and as its last handoff was decided.
+///
+/// # Errors
+/// Nobody knows such a VM.
+pub(super) async fn access(core: &Core, vm: &str) -> Result<Value, Fault> {
+    let last = core.latest(vm).map(|handle| handle.row());
+    let decided = last.as_ref().and_then(|row| {
+        let host = match row.outcome()? {
+            Winner::Source => &row.from,
+            Winner::Destination => &row.to,
+        };
+        Some(host.clone())
+    });
+    let serving = match sides::find(core, vm, None).await {
+        Ok(found) => found.serving,
+        // Who is silent does not change what was decided.
+        Err(_) if decided.is_some() => None,
+        Err(fault) => return Err(fault),
+    };
+    let host = serving.or(decided);
+    let over = last.as_ref().filter(|row| row.winner.is_some());
+    let under_way = last.as_ref().filter(|row| !row.is_over());
+    Ok(json!({
+        "vm": vm,
+        "owner_host": host,
+        "owner": host.as_ref().map(|host| plan::owner(host, vm)),
+        "fence": Fence::Cooperative.name(),
+        "epoch": null,
+        "phase": null,
+        "barred": null,
+        "decided_by": over.map(|row| json!({"handoff": row.id.to_string(), "attempt": row.attempt,
+            "winner": row.winner.map(Winner::name)})),
+        "handoff": under_way.map(|row| json!({"id": row.id.to_string(), "attempt": row.attempt})),
+        "anchor": null,
+        "members": [],
+    }))
+}
+
+/// The host whose backend serves the VM.
+///
+/// # Errors
+/// No agent says so, or not the one of the host that was named.
+pub(super) fn source(vm: &str, found: &Found) -> Result<String, Fault> {
+    if let Some(host) = &found.serving {
+        return Ok(host.clone());
+    }
+    let who = match (&found.named, &found.told_by) {
+        (Some(named), _) => format!("the agent of {named} does not say that its backend serves"),
+        (None, Some(host)) => format!("no agent says that its backend serves, nor does {host}"),
+        (None, None) => "no agent says that its backend serves".to_owned(),
+    };
+    Err(Fault::new(
+        StatusCode::CONFLICT,
+        "baton:not-owner",
+        "The source does not own the volumes",
+        format!(
+            "{who} `{vm}`, whose volumes are on NBD servers: these do not know who may write, so a VM moves only from a backend that can be asked; nothing was begun: start its backend where the VM runs, or see to that host's agent"
+        ),
+    ))
+}
+
+/// The volumes, as the plan keeps them.
+pub(super) fn members(disks: &[DiskView], engines: &[Engine]) -> Vec<Member> {
+    let member = |(place, (disk, engine)): (usize, (&DiskView, &Engine))| Member {
+        disk: disk.name.clone(),
+        engine: *engine,
+        storage: server(&disk.volume),
+        volume: disk.volume.clone(),
+        id: place as u64 + 1,
+        progress: Progress::Planned,
+        seen: Seen::Nothing,
+        epoch: 0,
+        next_epoch: 0,
+    };
+    disks.iter().zip(engines).enumerate().map(member).collect()
+}
+
+/// For people.
+fn server(volume: &str) -> String {
+    match volume.parse() {
+        Ok(VolumeUri::Nbd(uri)) => uri.server.to_string(),
+        _ => String::new(),
+    }
+}

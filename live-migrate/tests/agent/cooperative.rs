@@ -1,0 +1,126 @@
+//! What an agent proves of a backend whose storage keeps nobody out, and what it refuses.
+
+use baton_live_migrate::client::CallError;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::support::{Agent, pid_of, refused, runs, signal, wait};
+
+const ONE: &str = "01ARZ3NDEKTSV4RRFFQ69G5FAV/1";
+const TWO: &str = "01ARZ3NDEKTSV4RRFFQ69G5FAV/2";
+
+async fn order(agent: &Agent, what: &str, attempt: &str) -> Result<Value, CallError> {
+    agent.post(&format!("/v1/vms/web/backend/{what}"), json!({"try": attempt})).await
+}
+
+fn kind(answer: Result<Value, CallError>) -> String {
+    refused(answer).1
+}
+
+async fn role(agent: &Agent) -> Value {
+    agent.get("/v1/vms/web").await.expect("a view")["status"]["standby"].take()
+}
+
+#[tokio::test]
+async fn the_end_of_a_sealed_backend_is_proven_once_and_kept() {
+    let mut agent = Agent::start().await;
+    assert_eq!(kind(order(&agent, "end", ONE).await), "baton:not-proven", "there is none");
+    let pid = pid_of(&agent.start_backend("owner").await);
+    std::fs::write(agent.path("run/web/control.refuses"), "still-serving").expect("written");
+    assert_eq!(kind(order(&agent, "end", ONE).await), "baton:still-serving");
+    assert!(runs(pid), "one that serves is left alone");
+    std::fs::remove_file(agent.path("run/web/control.refuses")).expect("removed");
+
+    let proof = order(&agent, "end", ONE).await.expect("proven");
+    assert_eq!((&proof["pid"], &proof["seen_by"]), (&json!(pid), &json!("waitpid")));
+    assert!(!runs(pid));
+    // An agent after this one knows, and nobody starts what was given up.
+    for _ in 0..2 {
+        assert_eq!(order(&agent, "end", ONE).await.expect("again"), proof);
+        assert_eq!(kind(order(&agent, "end", TWO).await), "baton:stale-attempt");
+        assert_eq!(kind(order(&agent, "restore", TWO).await), "baton:stale-attempt");
+        let claim = json!({"role": "owner"});
+        assert_eq!(kind(agent.put("/v1/vms/web/backend", claim).await), "baton:given-away");
+        assert_eq!(agent.backend().await["run"], "stopped");
+        agent.end(Signal::SIGKILL);
+        agent.run().await;
+    }
+    let claim = json!({"role": "owner", "force": true});
+    agent.put("/v1/vms/web/backend", claim).await.expect("forced");
+    assert_eq!(agent.backend().await["run"], "running");
+}
+
+/// By its descriptor, since it is no child of this agent's.
+#[tokio::test]
+async fn a_backend_of_an_earlier_agent_is_proven_gone_too() {
+    let mut agent = Agent::start().await;
+    let pid = pid_of(&agent.start_backend("owner").await);
+    agent.end(Signal::SIGKILL);
+    agent.run().await;
+    wait("taken over", async || agent.backend().await["run"] == "running").await;
+    let proof = order(&agent, "end", ONE).await.expect("proven");
+    assert_eq!((&proof["pid"], &proof["seen_by"]), (&json!(pid), &json!("pidfd")));
+}
+
+/// What the guest had under way may still reach the storage.
+#[tokio::test]
+async fn a_backend_that_did_not_seal_is_not_proven() {
+    let agent = Agent::start().await;
+    let pid = pid_of(&agent.start_backend("owner").await);
+    std::fs::write(agent.path("run/web/control.refuses"), "not-proven").expect("written");
+    signal(pid, Signal::SIGKILL);
+    let next = agent.wait_successor(pid).await;
+    assert_eq!(kind(order(&agent, "end", ONE).await), "baton:not-proven");
+    assert!(runs(next), "the machine goes on");
+    // Nor is one that hangs, whatever becomes of it.
+    std::fs::remove_file(agent.path("run/web/control.refuses")).expect("removed");
+    signal(next, Signal::SIGSTOP);
+    let asked = order(&agent, "end", ONE);
+    let killed = async {
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        signal(next, Signal::SIGKILL);
+    };
+    let (answer, ()) = tokio::join!(asked, killed);
+    assert!(answer.is_err(), "{answer:?}");
+    agent.wait_successor(next).await;
+}
+
+#[tokio::test]
+async fn a_try_that_was_called_off_ends_nothing_any_more() {
+    let agent = Agent::start().await;
+    let pid = pid_of(&agent.start_backend("owner").await);
+    // Before its order to end has arrived: it comes too late.
+    order(&agent, "restore", ONE).await.expect("noted");
+    assert_eq!(kind(order(&agent, "end", ONE).await), "baton:stale-attempt");
+    assert!(runs(pid));
+    // And after it: the source has a backend again.
+    order(&agent, "end", TWO).await.expect("proven");
+    order(&agent, "restore", TWO).await.expect("restored");
+    assert_eq!(agent.backend().await["run"], "running");
+    assert_eq!(role(&agent).await, json!(false));
+    assert_eq!(kind(order(&agent, "end", TWO).await), "baton:stale-attempt");
+    order(&agent, "restore", TWO).await.expect("said again");
+}
+
+#[tokio::test]
+async fn only_the_standby_of_the_very_try_is_permitted() {
+    let mut agent = Agent::start().await;
+    assert_eq!(kind(order(&agent, "permit", ONE).await), "baton:stale-attempt", "none stands by");
+    let pid = pid_of(&agent.start_for(TWO).await);
+    assert_eq!(kind(order(&agent, "permit", ONE).await), "baton:stale-attempt");
+    assert!(!agent.path("run/web/control.permitted").exists());
+    order(&agent, "permit", TWO).await.expect("permitted");
+    let told = std::fs::read_to_string(agent.path("run/web/control.permitted")).expect("told");
+    assert_eq!((told.as_str(), role(&agent).await), (TWO, json!(true)));
+    order(&agent, "permit", TWO).await.expect("said again");
+    assert_eq!(kind(order(&agent, "restore", TWO).await), "baton:stale-attempt");
+    // What comes after it claims, whoever starts it.
+    signal(pid, Signal::SIGKILL);
+    let next = agent.wait_successor(pid).await;
+    assert_eq!(role(&agent).await, json!(false));
+    agent.end(Signal::SIGKILL);
+    signal(next, Signal::SIGKILL);
+    agent.run().await;
+    agent.wait_successor(next).await;
+    assert_eq!(role(&agent).await, json!(false));
+}
