@@ -2,7 +2,7 @@
 //! backend; and a cluster that is away stops nothing but its I/O.
 
 use baton_integration::baton::{Backend, wait_until};
-use baton_integration::ceph::{Ceph, skip_without_ceph};
+use baton_integration::ceph::{Ceph, Objects, skip_without_ceph};
 use baton_integration::guest::skip_without_qemu;
 use baton_integration::handoff::ask;
 use baton_integration::qemu::{Guest, GuestConfig};
@@ -26,8 +26,12 @@ struct Stack {
 
 impl Stack {
     fn start(name: &str) -> Self {
+        Self::start_on(name, Objects::Memory)
+    }
+
+    fn start_on(name: &str, objects: Objects) -> Self {
         let dir = TestDir::new(name).unwrap();
-        let ceph = Ceph::start(dir.path()).unwrap();
+        let ceph = Ceph::start_with(dir.path(), objects, "").unwrap();
         ceph.create_image("v", 64 * MIB).unwrap();
         // No more rights than the documents ask for.
         ceph.add_user("vm", "profile rbd", "profile rbd pool=rbd").unwrap();
@@ -127,6 +131,27 @@ fn a_cluster_that_is_away_stops_the_guests_io_and_nothing_else() {
     stack.backend.restart().unwrap();
     guest.wait_progress(200, SOON).unwrap();
     guest.stop_load().unwrap();
+    guest.power_off().unwrap();
+}
+
+#[test]
+fn an_osd_that_is_killed_under_load_costs_the_guest_time_and_nothing_else() {
+    if skip("an_osd_that_is_killed_under_load_costs_the_guest_time_and_nothing_else") {
+        return;
+    }
+    let mut stack = Stack::start_on("ceph-osd", Objects::Disk);
+    let mut guest = stack.boot();
+    // The guest re-reads what it has written, and knows every block by a stamp.
+    guest.ask("load threads=2 depth=4 offset=16777216 flush-every=50").unwrap();
+    guest.wait_progress(100, SOON).unwrap();
+    stack.ceph.osd.kill().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(stack.disk()["in_flight"].as_u64().unwrap() > 0, "{}", stack.disk());
+    stack.ceph.restart_osd().unwrap();
+    guest.wait_progress(100, SOON).unwrap();
+    let totals = guest.stop_load().unwrap();
+    assert_eq!((totals.errs, totals.stale, totals.corrupt), (0, 0, 0), "{totals}");
+    assert_eq!(stack.disk()["state"], "connected");
     guest.power_off().unwrap();
 }
 
