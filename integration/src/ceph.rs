@@ -137,6 +137,11 @@ impl Ceph {
         run(&self.dir, "ceph", args)
     }
 
+    /// Runs `rados` as the administrator.
+    pub fn rados(&self, args: &[&str]) -> Result<String> {
+        run(&self.dir, "rados", args)
+    }
+
     /// Runs `rbd` as the administrator.
     pub fn rbd(&self, args: &[&str]) -> Result<String> {
         run(&self.dir, "rbd", args)

@@ -10,6 +10,7 @@
 //! | [`keeper`] | one handoff: writes its row, has what is due carried out |
 //! | `carry_out` | one action: calls until it is done, reports what it learns |
 //! | [`storages`], [`agents`] | who is called |
+//! | [`ceph`] | access records and clients of images in Ceph |
 //! | [`prepare`] | a new handoff: who, what and whether |
 //! | `sides` | its two hosts, asked before anything is armed |
 //! | `tidings` | what the agents did by themselves, taken into the log of events |
@@ -22,6 +23,7 @@
 pub mod agents;
 mod api;
 mod carry_out;
+pub mod ceph;
 pub mod config;
 pub mod core;
 pub mod fault;
