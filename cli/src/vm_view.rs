@@ -45,6 +45,7 @@ pub(crate) fn handoff(row: &Value) -> String {
         ["from".to_owned(), text(&row["from"])],
         ["to".to_owned(), text(&row["to"])],
         ["state".to_owned(), text(&row["state"])],
+        ["fence".to_owned(), fence(&row["fence"])],
         ["owner".to_owned(), text(&row["owner"])],
     ];
     for (name, value) in [("because", &row["because"]), ("trouble", &row["trouble"])] {
@@ -67,6 +68,19 @@ pub(crate) fn handoff(row: &Value) -> String {
     let members =
         table(std::iter::once(header).chain(members), [Left, Left, Right, Left, Left, Left]);
     format!("{}\n{members}", table(facts, [Left, Left]))
+}
+
+/// How the loser is kept from the volumes.
+fn fence(word: &Value) -> String {
+    let means = match word.as_str() {
+        Some("storage") => "the storage refuses the loser's requests",
+        Some("blocklist") => "the cluster refuses the loser's client",
+        Some("cooperative") => {
+            "nothing refuses the loser: the source's backend must be proven gone first"
+        }
+        _ => return text(word),
+    };
+    format!("{} ({means})", text(word))
 }
 
 /// Who owns a VM's volumes, and how that came to be.

@@ -112,6 +112,15 @@ impl Trust {
     }
 }
 
+/// A disk of the VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Its name in the VM.
+    pub name: String,
+    /// URI of its volume.
+    pub volume: String,
+}
+
 /// The agent of a host, and where its VM is.
 #[derive(Debug)]
 pub struct Host {
@@ -122,7 +131,7 @@ pub struct Host {
     /// `http://127.0.0.1:PORT`.
     pub url: String,
     dir: PathBuf,
-    disks: Vec<String>,
+    disks: Vec<Disk>,
     trust: Trust,
 }
 
@@ -144,8 +153,7 @@ impl Host {
     fn start(
         dir: &Path,
         name: &'static str,
-        storage: &Storage,
-        disks: &[String],
+        disks: &[Disk],
         driver: Driver,
         trust: &Trust,
     ) -> Result<Self> {
@@ -172,11 +180,10 @@ impl Host {
                 json!(command)
             )?;
         }
-        for disk in disks {
+        for Disk { name, volume } in disks {
             write!(
                 text,
-                "[[vm.disk]]\nname = \"{disk}\"\nvolume = \"{}\"\nnum_queues = 2\n",
-                storage.uri(disk, None)
+                "[[vm.disk]]\nname = \"{name}\"\nvolume = \"{volume}\"\nnum_queues = 2\n",
             )?;
         }
         fs::write(dir.join("agent.toml"), text)?;
@@ -270,12 +277,25 @@ impl Cluster {
 
     /// The same, with what the daemons trust each other by.
     pub fn start_with(dir: &Path, volumes: usize, driver: Driver, trust: Trust) -> Result<Self> {
+        Self::start_on(dir, volumes, &[], driver, trust)
+    }
+
+    /// The same, with more disks that are elsewhere than on its storage server.
+    pub fn start_on(
+        dir: &Path,
+        volumes: usize,
+        elsewhere: &[Disk],
+        driver: Driver,
+        trust: Trust,
+    ) -> Result<Self> {
         let storage = Storage::start(dir, &[])?;
-        let disks: Vec<String> = (0..volumes).map(|n| format!("disk{n}")).collect();
-        for disk in &disks {
-            storage.create(disk, DISK_BYTES)?;
+        let mut disks = Vec::new();
+        for name in (0..volumes).map(|n| format!("disk{n}")) {
+            storage.create(&name, DISK_BYTES)?;
+            disks.push(Disk { volume: storage.uri(&name, None), name });
         }
-        let start = |name| Host::start(dir, name, &storage, &disks, driver, &trust);
+        disks.extend_from_slice(elsewhere);
+        let start = |name| Host::start(dir, name, &disks, driver, &trust);
         let hosts = [start(HOSTS[0])?, start(HOSTS[1])?];
         let mut text = format!(
             "listen = \"127.0.0.1:0\"\njournal = \"{}\"\n[[storage]]\ndata = \"{}\"\nadmin = \"http://{}\"\n",
@@ -408,10 +428,10 @@ fn socket(host_dir: &Path, disk: &str) -> PathBuf {
 }
 
 /// The guest as it is on a host.
-fn guest_config(host_dir: &Path, disks: &[String], incoming: bool) -> GuestConfig {
+fn guest_config(host_dir: &Path, disks: &[Disk], incoming: bool) -> GuestConfig {
     let pid_file = host_dir.join("guest.pid").display().to_string();
     GuestConfig {
-        sockets: disks.iter().map(|disk| socket(host_dir, disk)).collect(),
+        sockets: disks.iter().map(|disk| socket(host_dir, &disk.name)).collect(),
         queues: 2,
         incoming,
         extra_args: vec!["-pidfile".to_owned(), pid_file],

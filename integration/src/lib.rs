@@ -18,6 +18,7 @@ pub mod handoff;
 pub mod libvirt;
 pub mod memory;
 pub mod migration;
+pub mod nbdkit;
 pub mod port;
 pub mod probe;
 pub mod proxy;

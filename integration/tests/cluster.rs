@@ -2,9 +2,10 @@
 //! corrupt, and what goes wrong on the way is said in one sentence and leaves the guest where it was.
 
 use baton_integration::baton::wait_until;
-use baton_integration::cluster::{Cluster, Driver, HOSTS, Trust, VM, call};
+use baton_integration::cluster::{Cluster, Disk, Driver, HOSTS, Trust, VM, call};
 use baton_integration::daemon::Daemon;
-use baton_integration::guest::skip_without_qemu;
+use baton_integration::guest::{skip_without_program, skip_without_qemu};
+use baton_integration::nbdkit::Nbdkit;
 use baton_integration::probe::Probe;
 use baton_integration::workspace::TestDir;
 use std::time::Duration;
@@ -124,6 +125,52 @@ fn what_cannot_be_done_is_refused_and_changes_nothing() {
     cluster.does(&migrate(VM, "host-b")).unwrap();
     probe = goes_on_at(&cluster, 1);
     probe.stop_load().unwrap();
+}
+
+/// One decision at an access record covers no export of an NBD server: refused before anything is armed.
+#[test]
+fn a_vm_that_mixes_fences_is_refused_and_goes_on() {
+    const NAME: &str = "a_vm_that_mixes_fences_is_refused_and_goes_on";
+    if skip_without_qemu(NAME) || skip_without_program(NAME, "nbdkit") {
+        return;
+    }
+    let dir = TestDir::new("mixed").unwrap();
+    let nbd = Nbdkit::start(dir.path(), "elsewhere", 64 << 20).unwrap();
+    let elsewhere = [Disk { name: "elsewhere".to_owned(), volume: nbd.uri() }];
+    let (driver, trust) = (Driver::Agent, Trust::Loopback);
+    let cluster = Cluster::start_on(dir.path(), 1, &elsewhere, driver, trust).unwrap();
+    let (_guest, mut probe) = cluster.hosts[0].boot().unwrap();
+    probe.ask("load dev=vda,vdb threads=2 depth=4 flush-every=50").unwrap();
+    probe.wait_progress(300, SOON).unwrap();
+
+    let access = || cluster.storage.show("disk0").unwrap()["access"].clone();
+    let before = access();
+    assert_eq!((&before["phase"], &before["owner"]), (&"owned".into(), &"host-a/web".into()));
+    for args in [
+        &["vm", "migrate", VM, "--to", "host-b"][..],
+        &["handoff", "prepare", VM, "--to", "host-b", "--wait"],
+        &["handoff", "prepare", VM, "--to", "host-b", "--explicit", "--wait"],
+        &["handoff", "drill", VM, "--to", "host-b"],
+    ] {
+        let (code, said) = cluster.operator(args).unwrap();
+        assert_eq!(code, 1, "{args:?}: {said}");
+        for part in [
+            "(baton:mixed-fences)",
+            "`disk0`",
+            "`elsewhere`",
+            "host-a says that it owns the volumes of `web`",
+            "nothing was armed",
+        ] {
+            assert!(said.contains(part), "{args:?}: {said}");
+        }
+    }
+    // Not even for a moment: each change of a record counts.
+    assert_eq!(access(), before);
+    assert!(cluster.handoffs().unwrap().is_empty());
+    assert_eq!(cluster.hosts[1].vm().unwrap()["backend"]["run"], "stopped");
+    probe.wait_progress(300, SOON).unwrap();
+    let totals = probe.stop_load().unwrap();
+    assert!(totals.writes >= 100, "{totals}");
 }
 
 /// Row 36 of the failure table: the host of a VM is dead, and an operator says so.

@@ -2,34 +2,13 @@
 
 use baton_integration::daemon::Daemon;
 use baton_integration::guest::{skip_without_program, skip_without_qemu};
+use baton_integration::nbdkit::Nbdkit;
 use baton_integration::qemu::{Guest, GuestConfig};
-use baton_integration::workspace::{TestDir, program, system_program};
+use baton_integration::workspace::{TestDir, program};
 use std::ffi::OsStr;
-use std::fs::File;
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const DISK_BYTES: u64 = 64 << 20;
-
-fn server(dir: &TestDir, socket: &Path, file: &Path) -> Daemon {
-    let _ = std::fs::remove_file(socket);
-    let args: [&OsStr; 6] = [
-        "-f".as_ref(),
-        "--exit-with-parent".as_ref(),
-        "-U".as_ref(),
-        socket.as_os_str(),
-        "file".as_ref(),
-        file.as_os_str(),
-    ];
-    let nbdkit = system_program("nbdkit").unwrap();
-    let daemon = Daemon::start(dir.path(), "nbdkit", &nbdkit, args).unwrap();
-    let until = Instant::now() + Duration::from_secs(10);
-    while !socket.exists() {
-        assert!(Instant::now() < until, "nbdkit does not listen");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    daemon
-}
 
 #[test]
 fn a_guest_works_on_nbd_and_sees_nothing_of_kills_of_the_server() {
@@ -38,10 +17,9 @@ fn a_guest_works_on_nbd_and_sees_nothing_of_kills_of_the_server() {
         return;
     }
     let dir = TestDir::new("nbd").unwrap();
-    let (file, nbd, socket) = (dir.join("disk.img"), dir.join("nbd.sock"), dir.join("disk.sock"));
-    File::create(&file).unwrap().set_len(DISK_BYTES).unwrap();
-    let mut storage = server(&dir, &nbd, &file);
-    let uri = format!("nbd+unix:///?socket={}", nbd.display());
+    let socket = dir.join("disk.sock");
+    let mut storage = Nbdkit::start(dir.path(), "disk", DISK_BYTES).unwrap();
+    let uri = storage.uri();
     let args: [&OsStr; 4] =
         ["--socket-path".as_ref(), socket.as_os_str(), "--volume".as_ref(), uri.as_ref()];
     let backend = program("baton-backend").unwrap();
@@ -62,9 +40,7 @@ fn a_guest_works_on_nbd_and_sees_nothing_of_kills_of_the_server() {
     guest.ask("load threads=2 depth=4 offset=16777216 flush-every=50").unwrap();
     for _ in 0..3 {
         guest.wait_progress(200, Duration::from_secs(60)).unwrap();
-        storage.kill().unwrap();
-        std::thread::sleep(Duration::from_millis(300));
-        storage = server(&dir, &nbd, &file);
+        storage.kill_and_restart(Duration::from_millis(300)).unwrap();
     }
     guest.wait_progress(200, Duration::from_secs(60)).unwrap();
     let totals = guest.stop_load().unwrap();

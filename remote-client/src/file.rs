@@ -18,11 +18,16 @@ use std::sync::Arc;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::engine::Capabilities;
+use crate::fence::Fence;
 use crate::open::OpenError;
 use crate::volume::{
     Completion, EventListener, Geometry, IoError, Op, QueueError, Tag, Volume, VolumeQueue,
     VolumeState,
 };
+
+/// What this driver can do.
+pub(crate) const CAPABILITIES: Capabilities = Capabilities { fence: Fence::None, handoff: false };
 
 const SECTOR_BYTES: u64 = baton_protocol::units::SECTOR_BYTES;
 

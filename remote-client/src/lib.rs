@@ -3,6 +3,8 @@
 
 pub mod baton;
 mod cursor;
+pub mod engine;
+pub mod fence;
 pub mod file;
 pub mod handoff;
 #[cfg(fuzzing)]
@@ -16,6 +18,8 @@ pub mod uri;
 pub mod volume;
 
 pub use baton::Timing;
+pub use engine::{Capabilities, Engine};
+pub use fence::Fence;
 pub use handoff::{HandoffEvent, HandoffListener, HandoffPort, Opening};
 pub use open::{OpenError, OpenOptions, open};
 pub use uri::{UriError, VolumeUri};

@@ -29,7 +29,7 @@ pub struct Fault {
 }
 
 /// Types of trouble that reach us as text, with title and status.
-const TROUBLES: [(&str, &str, StatusCode); 16] = [
+const TROUBLES: [(&str, &str, StatusCode); 17] = [
     ("baton:agent-unreachable", "An agent cannot be reached", StatusCode::SERVICE_UNAVAILABLE),
     ("baton:agent-failed", "An agent failed", StatusCode::SERVICE_UNAVAILABLE),
     (
@@ -47,6 +47,7 @@ const TROUBLES: [(&str, &str, StatusCode); 16] = [
     ("baton:fenced", "The volumes were fenced", StatusCode::CONFLICT),
     ("baton:unknown-frozen", "Nobody can say yet who owns the volumes", StatusCode::CONFLICT),
     ("baton:not-movable", "A disk cannot move", StatusCode::CONFLICT),
+    ("baton:mixed-fences", "The disks cannot move together", StatusCode::CONFLICT),
     ("baton:forbidden", "The caller may not do this", StatusCode::FORBIDDEN),
     ("baton:bad-request", "The request is wrong", StatusCode::BAD_REQUEST),
     ("baton:migration-failed", "The migration failed", StatusCode::CONFLICT),

@@ -12,6 +12,7 @@
 //! | [`storages`], [`agents`] | who is called |
 //! | [`ceph`] | access records and clients of images in Ceph |
 //! | [`prepare`] | a new handoff: who, what and whether |
+//! | `movable` | whether its disks can move together |
 //! | `sides` | its two hosts, asked before anything is armed |
 //! | `tidings` | what the agents did by themselves, taken into the log of events |
 //! | [`vms`] | a VM as a whole: where it is, who owns it, why |
@@ -31,6 +32,7 @@ pub mod fence;
 pub mod journal;
 pub mod keeper;
 pub mod migrate;
+mod movable;
 mod orphan;
 pub mod plan;
 pub mod prepare;

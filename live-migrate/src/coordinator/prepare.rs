@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use baton_protocol::handoff::HandoffId;
+use baton_remote_client::Engine;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
@@ -14,6 +15,7 @@ use super::agents::{Agent, DiskView, VmView};
 use super::core::{Core, unix_us};
 use super::fault::{Fault, owner_sentence};
 use super::keeper::Handle;
+use super::movable::{self, Immovable};
 use super::plan::{self, Member, Progress, Row, Seen, Standing, State, Trigger};
 use super::sides::{self, Found};
 use super::storages::place_of;
@@ -187,12 +189,15 @@ async fn plan(
         )));
     }
     agent(core, &request.to)?;
-    let Found { view, named, serving } = sides::find(core, vm, request.from.as_deref()).await?;
-    let disks = chosen(&view, request.volumes.as_deref())?;
+    let found = sides::find(core, vm, request.from.as_deref()).await?;
+    let disks = chosen(&found.view, request.volumes.as_deref())?;
+    let engines = movable::engines(&disks)
+        .map_err(|immovable| cannot_move(&immovable, vm, &found.owner_so_far(core, vm)))?;
+    let Found { view, named, serving, .. } = found;
     let mut members = Vec::with_capacity(disks.len());
     let mut owner = None;
-    for disk in disks {
-        let (member, owned_by) = member(core, vm, &disk, serving.as_deref()).await?;
+    for (disk, engine) in disks.into_iter().zip(engines) {
+        let (member, owned_by) = member(core, vm, (&disk, engine), serving.as_deref()).await?;
         match owned_by {
             Some(name) if owner.as_ref().is_none_or(|owner| *owner == name) => owner = Some(name),
             Some(name) => {
@@ -330,10 +335,34 @@ fn chosen(view: &VmView, wanted: Option<&[String]>) -> Result<Vec<DiskView>, Fau
     }
 }
 
+fn cannot_move(immovable: &Immovable, vm: &str, owner: &str) -> Fault {
+    let (kind, title, todo) = match immovable {
+        Immovable::Mixed(..) => (
+            "baton:mixed-fences",
+            "The disks cannot move together",
+            "bring its disks to one kind of storage, or stop it there and start it on the other host",
+        ),
+        Immovable::Engine { .. } => (
+            "baton:not-movable",
+            "A disk cannot move",
+            "stop it there, end its backend, and start it on the other host",
+        ),
+        Immovable::Uri { .. } => (
+            "baton:not-movable",
+            "A disk cannot move",
+            "correct the disk's volume in the VM's definition",
+        ),
+    };
+    let detail = format!(
+        "{immovable}; {owner}; `{vm}` goes on where it is, and nothing was armed or changed: {todo}"
+    );
+    Fault::new(StatusCode::CONFLICT, kind, title, detail)
+}
+
 async fn member(
     core: &Core,
     vm: &str,
-    disk: &DiskView,
+    (disk, engine): (&DiskView, Engine),
     serving: Option<&str>,
 ) -> Result<(Member, Option<String>), Fault> {
     let not_movable = |why: String| {
@@ -369,6 +398,7 @@ async fn member(
     })?;
     let member = Member {
         disk: disk.name.clone(),
+        engine,
         storage: server.name.clone(),
         volume,
         id: found.id,

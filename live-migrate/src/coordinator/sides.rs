@@ -20,6 +20,20 @@ pub(super) struct Found {
     pub(super) named: Option<String>,
     /// The host whose agent says that the backend there serves.
     pub(super) serving: Option<String>,
+    /// The host whose agent told all this; `None`: it was remembered.
+    pub(super) told_by: Option<String>,
+}
+
+impl Found {
+    /// Who owns the VM, for a sentence, as far as its volumes need not be asked.
+    pub(super) fn owner_so_far(&self, core: &Core, vm: &str) -> String {
+        match &self.told_by {
+            Some(host) if self.serving.is_none() && self.view.backend_runs() => {
+                format!("the agent of {host} says that it runs the backend of `{vm}`")
+            }
+            _ => owner_so_far(core, vm, self.serving.as_deref()),
+        }
+    }
 }
 
 /// The VM as the agent of the host where it runs tells it; by others, or as it was
@@ -42,16 +56,22 @@ pub(super) async fn find(core: &Core, vm: &str, from: Option<&str>) -> Result<Fo
     while let Some((host, answer)) = answers.next().await {
         match answer {
             Ok(view) if view.standing_word() == Some("serving") => {
-                return Ok(Found { view, named, serving: Some(host.clone()) });
+                let host = Some(host.clone());
+                return Ok(Found { view, named, serving: host.clone(), told_by: host });
             }
-            // The volumes say which host it is.
-            Ok(view) => elsewhere = Some(view),
+            // The volumes say which host it is, or whose backend runs.
+            Ok(view) => {
+                let known = |(_, known): &(_, VmView)| known.backend_runs();
+                if !elsewhere.as_ref().is_some_and(known) {
+                    elsewhere = Some((host, view));
+                }
+            }
             Err(error) if error.is_missing() => {}
             Err(error) => silent = Some((host, error)),
         }
     }
-    if let Some(view) = elsewhere {
-        return Ok(Found { view, named, serving: None });
+    if let Some((host, view)) = elsewhere {
+        return Ok(Found { view, named, serving: None, told_by: Some(host.clone()) });
     }
     match (silent, from) {
         (None, Some(from)) => Err(unknown_vm(vm, &format!("the agent of {from} knows no such VM"))),
@@ -59,7 +79,7 @@ pub(super) async fn find(core: &Core, vm: &str, from: Option<&str>) -> Result<Fo
         (Some((_, AgentError::Refused { trouble, .. })), _) => Err(Fault::of(&trouble)),
         // Who owns it, and whether it can go all the same, its volumes say.
         (Some((host, error)), _) => match core.remembered(vm) {
-            Some(view) => Ok(Found { view, named, serving: None }),
+            Some(view) => Ok(Found { view, named, serving: None, told_by: None }),
             None => Err(Fault::of(&Trouble {
                 kind: error.trouble().kind.clone(),
                 detail: format!(

@@ -1,9 +1,13 @@
 //! A handoff as the API shows it: the row without its secrets.
 
-use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use super::fault::owner_sentence;
-use super::plan::{ATTEMPTS_MAX, Because, Row, Winner};
+use super::plan::{ATTEMPTS_MAX, Because, Row, Trigger, Trouble, Winner};
 
 /// Why a handoff whose source came back is, or is not, tried again.
 fn taken_back(row: &Row) -> String {
@@ -26,49 +30,101 @@ fn taken_back(row: &Row) -> String {
     format!("{what}; {next}")
 }
 
+/// A handoff, as the API shows it.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+#[schema(as = Handoff)]
+pub struct Shown {
+    /// A ULID.
+    pub id: String,
+    /// The try, from 1.
+    pub attempt: u32,
+    /// Whose volumes move.
+    pub vm: String,
+    /// From this host.
+    pub from: String,
+    /// To this host.
+    pub to: String,
+    /// Who says when the volumes switch.
+    pub mode: Trigger,
+    /// How the loser is kept from the volumes: `storage` (compares every request),
+    /// `blocklist` (a cluster refuses its client), `cooperative` (not at all: the
+    /// volumes move on the proof that the source's backend is gone).
+    pub fence: &'static str,
+    /// Whether SEALED and ACTIVE are on disk before anyone is told: `fast`, `base`.
+    pub durability: &'static str,
+    /// As the caller noted.
+    pub labels: BTreeMap<String, String>,
+    /// PREPARING, READY, SEALED, ACTIVE, RECLAIMED, FAILED or SETTLED.
+    pub state: &'static str,
+    /// Who owns the volumes: `source`, `destination` or `unknown`.
+    pub outcome: &'static str,
+    /// That will not change any more.
+    pub decided: bool,
+    /// The same as a sentence, with what to do.
+    pub owner: String,
+    /// Nothing is left to do.
+    pub over: bool,
+    /// The source is to have its volumes back, and has not yet.
+    pub cancelling: bool,
+    /// Why it was given up: `type`, `detail`.
+    pub because: Option<Value>,
+    /// What hinders it now: `type`, `detail`.
+    pub trouble: Option<Trouble>,
+    /// The destination's backend, in a word.
+    pub destination: Value,
+    /// The volumes: `disk`, `volume`, `engine`, `fence`, and how far each is.
+    pub members: Vec<Value>,
+    /// When it reached each state, microseconds since 1970.
+    pub reached_unix_us: Map<String, Value>,
+    /// When it was asked for.
+    pub created_unix_us: u64,
+    /// A migration that the coordinator drives.
+    pub migration: Option<Value>,
+    /// Counts changes.
+    pub version: u64,
+    /// Term of the coordinator that wrote this.
+    pub term: u64,
+}
+
 /// A row without key and proof.
 #[must_use]
-pub fn handoff(row: &Row) -> Value {
-    let members: Vec<Value> = row
-        .members
-        .iter()
-        .enumerate()
-        .map(|(place, member)| {
-            json!({"disk": member.disk, "volume": member.volume, "storage": member.storage,
-                "id": format!("{:016x}", member.id), "anchor": place == 0,
-                "progress": member.progress, "phase": member.seen, "epoch": member.epoch})
-        })
-        .collect();
-    let reached: serde_json::Map<String, Value> =
-        row.reached.iter().map(|(state, at)| (state.name().to_owned(), (*at).into())).collect();
+pub fn handoff(row: &Row) -> Shown {
+    let members = row.members.iter().enumerate().map(|(place, member)| {
+        json!({"disk": member.disk, "volume": member.volume, "storage": member.storage,
+            "engine": member.engine.name(), "fence": member.engine.capabilities().fence.name(),
+            "id": format!("{:016x}", member.id), "anchor": place == 0,
+            "progress": member.progress, "phase": member.seen, "epoch": member.epoch})
+    });
+    let reached = row.reached.iter().map(|(state, at)| (state.name().to_owned(), (*at).into()));
     let because = row.back.as_ref().map(|because| match because {
         Because::Cancelled => json!({"type": "cancelled", "detail": "somebody cancelled it"}),
         Because::TakenBack => json!({"type": "taken-back", "detail": taken_back(row)}),
         Because::Failed(trouble) => json!({"type": trouble.kind, "detail": trouble.detail}),
     });
-    json!({
-        "id": row.id.to_string(),
-        "attempt": row.attempt,
-        "vm": row.vm,
-        "from": row.from,
-        "to": row.to,
-        "mode": row.trigger,
-        "durability": if row.fast { "fast" } else { "base" },
-        "labels": row.labels,
-        "state": row.state.name(),
-        "outcome": row.outcome().map_or("unknown", Winner::name),
-        "decided": row.winner.is_some(),
-        "owner": owner_sentence(row),
-        "over": row.is_over(),
-        "cancelling": row.back.is_some() && row.winner.is_none(),
-        "because": because,
-        "trouble": row.trouble,
-        "destination": row.standing,
-        "members": members,
-        "reached_unix_us": reached,
-        "created_unix_us": row.created_unix_us,
-        "migration": row.driven,
-        "version": row.version,
-        "term": row.term,
-    })
+    Shown {
+        id: row.id.to_string(),
+        attempt: row.attempt,
+        vm: row.vm.clone(),
+        from: row.from.clone(),
+        to: row.to.clone(),
+        mode: row.trigger,
+        fence: row.fence().name(),
+        durability: if row.fast { "fast" } else { "base" },
+        labels: row.labels.clone(),
+        state: row.state.name(),
+        outcome: row.outcome().map_or("unknown", Winner::name),
+        decided: row.winner.is_some(),
+        owner: owner_sentence(row),
+        over: row.is_over(),
+        cancelling: row.back.is_some() && row.winner.is_none(),
+        because,
+        trouble: row.trouble.clone(),
+        destination: json!(row.standing),
+        members: members.collect(),
+        reached_unix_us: reached.collect(),
+        created_unix_us: row.created_unix_us,
+        migration: row.driven.clone(),
+        version: row.version,
+        term: row.term,
+    }
 }

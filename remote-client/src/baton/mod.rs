@@ -26,3 +26,9 @@ pub(crate) mod session;
 pub(crate) mod volume;
 
 pub use session::Timing;
+
+use crate::engine::Capabilities;
+use crate::fence::Fence;
+
+/// What this driver can do.
+pub(crate) const CAPABILITIES: Capabilities = Capabilities { fence: Fence::Storage, handoff: true };

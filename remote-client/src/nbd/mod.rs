@@ -33,5 +33,12 @@ mod wire;
 
 pub(crate) use handshake::EXPORT_BYTES_MAX;
 
+use crate::engine::Capabilities;
+use crate::fence::Fence;
+
+/// What this driver can do.
+pub(crate) const CAPABILITIES: Capabilities =
+    Capabilities { fence: Fence::Cooperative, handoff: false };
+
 #[cfg(fuzzing)]
 pub mod fuzz;

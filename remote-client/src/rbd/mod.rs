@@ -31,3 +31,10 @@ pub use error::RbdError;
 pub use record::{ImageRecord, RecordError};
 pub use seat::{Former, Seat};
 pub(crate) use volume::RbdVolume;
+
+use crate::engine::Capabilities;
+use crate::fence::Fence;
+
+/// What this driver can do.
+pub(crate) const CAPABILITIES: Capabilities =
+    Capabilities { fence: Fence::Blocklist, handoff: false };

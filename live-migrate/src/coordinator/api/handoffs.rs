@@ -14,9 +14,10 @@ use serde_json::{Value, json};
 use super::{Api, body, may_hand_off, may_look, query};
 use crate::coordinator::fault::{Fault, owner_sentence};
 use crate::coordinator::keeper::Handle;
+use crate::coordinator::migrate;
 use crate::coordinator::plan::{Input, Row, State as HandoffState};
 use crate::coordinator::prepare::{self, PrepareHandoff, duration};
-use crate::coordinator::{migrate, view};
+use crate::coordinator::view::{self, Shown};
 use crate::door::Peer;
 
 /// A wait without `timeout`.
@@ -122,8 +123,8 @@ async fn wait(handle: &Handle, until: Until, timeout: Duration) -> Arc<Row> {
 #[utoipa::path(put, path = "/v1/vms/{vm}/handoffs/{id}", params(("vm" = String, Path), ("id" = String, Path),
     ("wait" = Option<String>, Query, description = "Answer when this state is reached."),
     ("timeout" = Option<String>, Query, description = "Or after this time, such as 30s.")),
-    request_body = PrepareHandoff, responses((status = 201, body = String), (status = 200, description = "It was asked for before, with the same body.", body = String),
-    (status = 404, body = Fault), (status = 409, body = Fault),
+    request_body = PrepareHandoff, responses((status = 201, body = Shown), (status = 200, description = "It was asked for before, with the same body.", body = Shown),
+    (status = 404, body = Fault), (status = 409, description = "Among others `baton:mixed-fences`: the VM's disks cannot move together; nothing was armed.", body = Fault),
     (status = 503, description = "`baton:agent-unreachable`, `baton:storage-unreachable`: nothing was armed.", body = Fault), (status = 507, body = Fault)))]
 pub(super) async fn prepare(
     State(core): State<Api>,
@@ -151,7 +152,7 @@ pub(super) async fn prepare(
     ("wait" = Option<String>, Query, description = "Answer when this state, or one behind it, is reached."),
     ("timeout" = Option<String>, Query, description = "Or after this time, such as 30s."),
     ("If-None-Match" = Option<String>, Header, description = "With it and no `wait`: answer when it has changed, if `timeout` is given.")),
-    responses((status = 200, body = String), (status = 304, description = "Not changed."), (status = 404, body = Fault)))]
+    responses((status = 200, body = Shown), (status = 304, description = "Not changed."), (status = 404, body = Fault)))]
 pub(super) async fn show(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
@@ -233,7 +234,7 @@ async fn order(
 /// Explicit mode: the source's machine has stopped; seal the volumes. Answered
 /// when they are sealed.
 #[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:switchover", params(("vm" = String, Path), ("id" = String, Path)),
-    responses((status = 200, body = String), (status = 409, body = Fault)))]
+    responses((status = 200, body = Shown), (status = 409, body = Fault)))]
 pub(super) async fn switchover(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
@@ -248,7 +249,7 @@ pub(super) async fn switchover(
 /// Explicit mode: the destination's machine is about to run. Answered when the
 /// destination owns the volumes.
 #[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:activate", params(("vm" = String, Path), ("id" = String, Path)),
-    responses((status = 200, body = String), (status = 409, body = Fault)))]
+    responses((status = 200, body = Shown), (status = 409, body = Fault)))]
 pub(super) async fn activate(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
@@ -263,7 +264,7 @@ pub(super) async fn activate(
 /// Cleans up behind the decision and stops the loser's backend. Answered with
 /// `outcome`: who owns the volumes.
 #[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:finish", params(("vm" = String, Path), ("id" = String, Path)),
-    responses((status = 200, body = String), (status = 409, description = "Nothing is decided yet.", body = Fault)))]
+    responses((status = 200, body = Shown), (status = 409, description = "Nothing is decided yet.", body = Fault)))]
 pub(super) async fn finish(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
@@ -280,7 +281,7 @@ pub(super) async fn finish(
 /// The source keeps its volumes, if it is not too late. Answered with `outcome`:
 /// who owns the volumes.
 #[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:cancel", params(("vm" = String, Path), ("id" = String, Path)),
-    responses((status = 200, body = String), (status = 409, description = "The destination owns the volumes, or nobody can say yet.", body = Fault)))]
+    responses((status = 200, body = Shown), (status = 409, description = "The destination owns the volumes, or nobody can say yet.", body = Fault)))]
 pub(super) async fn cancel(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
@@ -326,7 +327,7 @@ fn undecided(row: &Row) -> Fault {
 
 /// Lists handoffs, oldest first.
 #[utoipa::path(get, path = "/v1/handoffs", params(("state" = Option<String>, Query), ("vm" = Option<String>, Query)),
-    responses((status = 200, body = String), (status = 400, body = Fault)))]
+    responses((status = 200, description = "`handoffs`: a list of them.", body = String), (status = 400, body = Fault)))]
 pub(super) async fn list(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
@@ -345,7 +346,7 @@ pub(super) async fn list(
     let wanted = rows.iter().filter(|row| {
         state.is_none_or(|state| row.state == state) && vm.as_ref().is_none_or(|vm| row.vm == *vm)
     });
-    let handoffs: Vec<Value> = wanted.map(|row| view::handoff(row)).collect();
+    let handoffs: Vec<Shown> = wanted.map(|row| view::handoff(row)).collect();
     Ok(Json(json!({"handoffs": handoffs})))
 }
 

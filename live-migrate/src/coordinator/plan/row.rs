@@ -2,6 +2,7 @@
 
 use baton_protocol::VolumeId;
 use baton_protocol::handoff::{HandoffId, Key, Members, Try};
+use baton_remote_client::{Engine, Fence};
 use serde::{Deserialize, Serialize};
 
 use super::codec::{hex, text};
@@ -12,6 +13,9 @@ use super::{Because, Grant, Progress, Seen, Standing, State, Trigger, Trouble, W
 pub struct Member {
     /// Name of the disk in the VM.
     pub disk: String,
+    /// What its storage is. Rows of before know only Baton's own.
+    #[serde(default, with = "text")]
+    pub engine: Engine,
     /// Data address of its storage server, as the coordinator is configured.
     pub storage: String,
     /// Its name there.
@@ -132,6 +136,13 @@ impl Row {
     #[must_use]
     pub fn members_digest(&self) -> Members {
         Members::of(self.members.iter().map(|member| VolumeId(member.id)))
+    }
+
+    /// How the loser is kept from the volumes: all in one way, or there is no row.
+    #[must_use]
+    pub fn fence(&self) -> Fence {
+        let anchor = self.anchor().map(|anchor| anchor.engine).unwrap_or_default();
+        anchor.capabilities().fence
     }
 
     /// The volume that decides.

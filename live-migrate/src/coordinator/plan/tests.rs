@@ -1,10 +1,12 @@
 use baton_protocol::handoff::HandoffId;
+use baton_remote_client::Engine;
 
 use super::*;
 
 fn row() -> Row {
     let member = |n: u64| Member {
         disk: format!("disk{n}"),
+        engine: Engine::Baton,
         storage: "s:1".to_owned(),
         volume: format!("v{n}"),
         id: n,
