@@ -4,9 +4,11 @@
 use baton_integration::baton::wait_until;
 use baton_integration::ceph::{Ceph, skip_without_ceph};
 use baton_integration::workspace::TestDir;
+use baton_protocol::access::Input;
+use baton_remote_client::rbd::ImageRecord;
 use baton_remote_client::{
     Completion, IoError, Op, OpenError, OpenOptions, Tag, Volume, VolumeEvent, VolumeQueue,
-    VolumeState, open,
+    VolumeState, VolumeUri, open,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs;
@@ -270,6 +272,24 @@ fn what_cannot_be_opened_says_why() {
     let hurried = OpenOptions { connect_timeout: Duration::from_secs(1), ..plain.clone() };
     let away = refused(&format!("rbd://rbd/v?conf={}", conf.display()), &hurried);
     assert!(away.contains("no monitor") || away.contains("let `client.admin` in"), "{away}");
+}
+
+/// The access record decides who may write, so a change that was answered is in it, whoever else changed it then.
+#[test]
+fn no_change_of_an_access_record_is_lost() {
+    let Some((_dir, ceph)) = cluster("no_change_of_an_access_record_is_lost") else { return };
+    let VolumeUri::Rbd(uri) = ceph.uri("v").parse().unwrap() else { panic!("an image") };
+    const EACH: u64 = 25;
+    let change = || {
+        let image = ImageRecord::connect(&uri, SOON).unwrap();
+        for _ in 0..EACH {
+            // Each takes a number.
+            image.change(Input::Fence { term: None, nominee: None, seen: None }).unwrap();
+        }
+    };
+    std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(change))));
+    let seat = ImageRecord::connect(&uri, SOON).unwrap().read().unwrap();
+    assert_eq!((seat.record.next_epoch.0, seat.record.version), (1 + 4 * EACH, 4 * EACH));
 }
 
 #[test]

@@ -37,4 +37,4 @@ use crate::fence::Fence;
 
 /// What this driver can do.
 pub(crate) const CAPABILITIES: Capabilities =
-    Capabilities { fence: Fence::Blocklist, handoff: false };
+    Capabilities { fence: Fence::Blocklist, handoff: true };

@@ -37,10 +37,10 @@ const SETTINGS: [(&str, &str); 8] = [
     // A discard of any size does what it says; 4096 is the least that is allowed.
     ("rbd_discard_granularity_bytes", "4096"),
     ("rbd_skip_partial_discard", "false"),
-    // Whoever's lock is broken was fenced by `Register::enter` before, for good. The
-    // library's own entry would replace that one and end after an hour; and
-    // with an expiry set for it, Pacific's monitors refuse it (EINVAL: the
-    // number is sent as a text).
+    // Whoever's lock is broken was fenced by `Register::enter` before, for good.
+    // The library's own entry would be for an hour, which the monitors of 16.2
+    // do not let replace a longer one; and with an expiry set for it they refuse
+    // it (EINVAL: the number is sent as a text).
     ("rbd_blocklist_on_break_lock", "false"),
     // A request that is given up may still be carried out later.
     ("rados_osd_op_timeout", "0"),
