@@ -279,7 +279,7 @@ fn what_cannot_be_opened_says_why() {
 fn no_change_of_an_access_record_is_lost() {
     let Some((_dir, ceph)) = cluster("no_change_of_an_access_record_is_lost") else { return };
     let VolumeUri::Rbd(uri) = ceph.uri("v").parse().unwrap() else { panic!("an image") };
-    const EACH: u64 = 25;
+    const EACH: u64 = 12;
     let change = || {
         let image = ImageRecord::connect(&uri, SOON).unwrap();
         for _ in 0..EACH {

@@ -8,9 +8,9 @@ use std::time::Duration;
 use baton_fault_point as fault_point;
 
 use super::agents::{Agent, AgentError, VmView};
-use super::core::{Core, unix_us};
+use super::clients;
+use super::core::Core;
 use super::fault::while_storage_is_away;
-use super::journal::{Change, Event};
 use super::keeper::Reports;
 use super::plan::{Action, Input, Member, Row, Standing, Trouble};
 use super::storages::{Reclaimed, StorageError};
@@ -385,7 +385,9 @@ impl Work {
             fault_point::at("settle.sent");
             match answer {
                 Ok(next_epoch) => {
-                    if let Err(error) = self.keep_former_out(member).await {
+                    if let Err(error) =
+                        clients::keep_former_out(&self.core, &self.row, member).await
+                    {
                         self.endure(&mut patience, error).await;
                         continue;
                     }
@@ -400,55 +402,6 @@ impl Work {
                     _ => self.endure(&mut patience, error).await,
                 },
             }
-        }
-    }
-
-    /// The volume's earlier processes can do nothing any more: by now the storage knows
-    /// that by itself, or each of them is kept out by name, for good.
-    async fn keep_former_out(&self, member: &Member) -> Result<(), StorageError> {
-        let server = self.core.storages.of(member)?;
-        let clients = server.keep_former_out(&member.volume).await?;
-        self.note_clients("baton.clients.fenced", member, clients).await;
-        Ok(())
-    }
-
-    /// The processes of a host that is the loser, and whose agent has ended them, are dead:
-    /// what keeps them out is not needed any more.
-    async fn bury(&self, host: &str) {
-        let owner = super::plan::owner(host, &self.row.vm);
-        for member in &self.row.members {
-            let buried = match self.core.storages.of(member) {
-                Ok(server) => server.bury(&member.volume, &owner).await,
-                Err(error) => Err(error),
-            };
-            match buried {
-                Ok(clients) => self.note_clients("baton.clients.dead", member, clients).await,
-                // It costs a line of the cluster's list, and nothing else.
-                Err(error) => tracing::warn!(
-                    volume = member.volume, owner, %error,
-                    "the entries of dead processes stay on the blocklist"
-                ),
-            }
-        }
-    }
-
-    async fn note_clients(&self, kind: &str, member: &Member, clients: Vec<String>) {
-        if clients.is_empty() {
-            return;
-        }
-        tracing::info!(volume = member.volume, ?clients, kind, "Ceph clients");
-        let event = Event {
-            seq: 0,
-            kind: kind.to_owned(),
-            subject: format!("vms/{}/handoffs/{}", self.row.vm, self.row.id),
-            at_unix_us: unix_us(),
-            data: serde_json::json!({
-                "volume": member.volume, "storage": member.storage, "clients": clients,
-            }),
-        };
-        let change = Change { events: vec![event], ..Change::default() };
-        if let Err(error) = self.core.journal.write(change).await {
-            tracing::error!(%error, "what was done to Ceph's blocklist is not in the journal");
         }
     }
 
@@ -511,7 +464,7 @@ impl Work {
         let input = match stopped.await {
             Ok(ended) => {
                 if ended {
-                    self.bury(host).await;
+                    clients::bury(&self.core, &self.row, host).await;
                 }
                 Input::LoserGone
             }

@@ -10,7 +10,8 @@
 //! | [`keeper`] | one handoff: writes its row, has what is due carried out |
 //! | `carry_out` | one action: calls until it is done, reports what it learns |
 //! | [`storages`], [`agents`] | who is called |
-//! | [`ceph`] | access records and clients of images in Ceph |
+//! | [`record`] | access records as they are read |
+//! | [`ceph`], `clients` | access records of images in Ceph, and who is kept out by name |
 //! | [`prepare`] | a new handoff: who, what and whether |
 //! | `movable` | whether its disks can move together |
 //! | `sides` | its two hosts, asked before anything is armed |
@@ -25,6 +26,7 @@ pub mod agents;
 mod api;
 mod carry_out;
 pub mod ceph;
+mod clients;
 pub mod config;
 pub mod core;
 pub mod fault;
@@ -36,6 +38,7 @@ mod movable;
 mod orphan;
 pub mod plan;
 pub mod prepare;
+pub mod record;
 pub mod server;
 mod sides;
 pub mod storages;

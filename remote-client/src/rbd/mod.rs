@@ -26,6 +26,7 @@ mod register;
 mod request;
 mod seat;
 mod volume;
+mod watch;
 
 pub use error::RbdError;
 pub use record::{ImageRecord, RecordError};

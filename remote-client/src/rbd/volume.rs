@@ -6,7 +6,6 @@
 //! record ([`super::handover`]).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::c_void;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -23,6 +22,7 @@ use super::inbox::{Budget, Inbox};
 use super::opening::{self, Opened};
 use super::queue::RbdQueue;
 use super::register::Register;
+use super::watch::Watch;
 use crate::handoff::HandoffPort;
 use crate::open::{OpenError, OpenOptions};
 use crate::uri::RbdUri;
@@ -227,6 +227,12 @@ impl Shared {
         self.wake_queues();
     }
 
+    /// The image may have changed.
+    pub(super) fn updated(&self) {
+        self.updated.store(true, Ordering::Release);
+        self.tell();
+    }
+
     /// Has the volume's thread look. Not between its look and its sleep.
     fn tell(&self) {
         drop(self.hub());
@@ -301,6 +307,7 @@ impl Shared {
                 }
                 hub = self.hub();
             } else if self.updated.swap(false, Ordering::AcqRel)
+                && !self.is_over()
                 && let Some(image) = hub.image.clone()
             {
                 drop(hub);
@@ -350,15 +357,6 @@ impl Shared {
 fn whole_sectors(bytes: u64) -> u64 {
     const SECTOR_BYTES: u64 = baton_protocol::units::SECTOR_BYTES;
     bytes / SECTOR_BYTES * SECTOR_BYTES
-}
-
-/// Called by the library when the image may have changed. Only the volume's
-/// thread may ask the cluster how.
-unsafe extern "C" fn updated(shared: *mut c_void) {
-    // SAFETY: kept until the watch has ended.
-    let shared = unsafe { &*shared.cast::<Shared>() };
-    shared.updated.store(true, Ordering::Release);
-    shared.tell();
 }
 
 /// An open image.
@@ -458,40 +456,6 @@ fn look_after_access(
 ) -> io::Result<JoinHandle<()>> {
     let name = "rbd-access".to_owned();
     thread::Builder::new().name(name).spawn(move || shared.attend(&register, observer))
-}
-
-/// The library's way to say that the image may have changed.
-struct Watch {
-    number: u64,
-    /// One reference, the library's.
-    shared: *const Shared,
-}
-
-// SAFETY: it is the address of a value that all threads may use.
-unsafe impl Send for Watch {}
-
-impl Watch {
-    fn begin(image: &Image, shared: &Arc<Shared>) -> io::Result<Self> {
-        let shared = Arc::into_raw(Arc::clone(shared));
-        // SAFETY: the reference is given back only when no call can come any more.
-        let begun = unsafe { image.watch(updated, shared.cast_mut().cast()) };
-        match begun {
-            Ok(number) => Ok(Self { number, shared }),
-            Err(error) => {
-                // SAFETY: as made above, and the library does not have it.
-                drop(unsafe { Arc::from_raw(shared) });
-                Err(error)
-            }
-        }
-    }
-
-    fn end(self, image: &Image) {
-        // Else a call may still come, and the reference stays for it.
-        if image.unwatch(self.number).is_ok() {
-            // SAFETY: as made by `begin`, and the library has forgotten it.
-            drop(unsafe { Arc::from_raw(self.shared) });
-        }
-    }
 }
 
 struct SayClosed<'a>(&'a Shared);
