@@ -130,6 +130,8 @@ fn a_cluster_that_is_away_stops_the_guests_io_and_nothing_else() {
     assert!(stack.backend.daemon.terminate(END).unwrap().success());
     eprintln!("ended after {:?} without the cluster", begun.elapsed());
     stack.ceph.osd.thaw().unwrap();
+    // An OSD that was away for longer than its lease (16 s) takes some more seconds to serve.
+    stack.ceph.rbd(&["info", "rbd/v"]).unwrap();
     stack.backend.restart().unwrap();
     guest.wait_progress(200, SOON).unwrap();
     guest.stop_load().unwrap();
