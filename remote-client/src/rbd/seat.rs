@@ -77,11 +77,15 @@ impl Seat {
     }
 
     /// Judges an input as a storage server would. `client` is the one that
-    /// speaks, if a backend does.
+    /// speaks, if a backend does. One that has a successor is not heard: it hung,
+    /// and would take the image from the process that goes on with the machine.
     ///
     /// # Errors
     /// [`Refusal`] when the record stays as it is.
     pub fn step(&self, input: Input<'_>, client: Option<&str>) -> Result<Self, Refusal> {
+        if self.former.iter().any(|former| Some(former.client.as_str()) == client) {
+            return Err(Refusal::NotNominated);
+        }
         let record = self.record.step(input)?.record;
         let session = |record: &AccessRecord| record.owner.as_ref().map(|owner| owner.session);
         let mut next = Self { record, ..self.clone() };
@@ -174,6 +178,7 @@ impl FromStr for Seat {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use baton_protocol::access::By;
     use baton_protocol::handoff::{HandoffId, Key, Members, Mode, Plan, Try};
     use baton_protocol::{Epoch, SessionId};
     use proptest::prelude::*;
@@ -230,6 +235,20 @@ mod tests {
         assert_eq!((active.loose().count(), active.unlisted().count()), (0, 1));
         assert_eq!(active.buried("a/vm").len(), 1);
         assert_eq!(active.buried("b/vm"), []);
+    }
+
+    #[test]
+    fn who_has_a_successor_is_not_heard() {
+        let seat = sealed(&armed(&claimed(&Seat::new(VolumeId(1)), "a/vm", 1, "one")), 1);
+        let reclaim = |seat: &Seat, session, client| {
+            let by = By::Backend { name: "a/vm", session: SessionId(session) };
+            seat.step(Input::Reclaim { attempt: ATTEMPT, by }, Some(client))
+        };
+        let back = reclaim(&seat, 2, "two").unwrap();
+        assert_eq!((back.client.as_deref(), back.former.len()), (Some("two"), 1));
+        // The first one hung with its RECLAIM in its hands.
+        assert_eq!(reclaim(&back, 1, "one"), Err(Refusal::NotNominated));
+        assert_eq!(reclaim(&back, 2, "two"), Ok(back.clone()));
     }
 
     #[test]
