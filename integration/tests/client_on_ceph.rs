@@ -4,7 +4,8 @@
 use baton_integration::baton::wait_until;
 use baton_integration::ceph::{Ceph, skip_without_ceph};
 use baton_integration::workspace::TestDir;
-use baton_protocol::access::Input;
+use baton_protocol::Epoch;
+use baton_protocol::access::{Input, Seen};
 use baton_remote_client::rbd::ImageRecord;
 use baton_remote_client::{
     Completion, IoError, Op, OpenError, OpenOptions, Tag, Volume, VolumeEvent, VolumeQueue,
@@ -290,6 +291,54 @@ fn no_change_of_an_access_record_is_lost() {
     std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(change))));
     let seat = ImageRecord::connect(&uri, SOON).unwrap().read().unwrap();
     assert_eq!((seat.record.next_epoch.0, seat.record.version), (1 + 4 * EACH, 4 * EACH));
+}
+
+/// The lock proves nothing: a client that hung when it had given the lock back could still write.
+#[test]
+fn an_earlier_client_is_fenced_though_it_has_no_lock() {
+    let Some((_dir, ceph)) = cluster("an_earlier_client_is_fenced_though_it_has_no_lock") else {
+        return;
+    };
+    let volume = opened(&ceph.uri("v"));
+    let mut queue = volume.open_queue(0, 8).unwrap();
+    run(&mut *queue, Op::Write { offset: 0 }, &mut [1; 512]).unwrap();
+    let client = ceph.clients_of("v").unwrap().remove(0);
+    let info = ceph.rbd(&["info", "--format", "json", "rbd/v"]).unwrap();
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    let header = format!("rbd_header.{}", info["id"].as_str().unwrap());
+    let lock = ["-p", "rbd", "lock", "info", &header, "rbd_lock"];
+    let lock: serde_json::Value = serde_json::from_str(&ceph.rados(&lock).unwrap()).unwrap();
+    let locker = &lock["lockers"][0];
+    let (name, cookie) = (locker["name"].as_str().unwrap(), locker["cookie"].as_str().unwrap());
+    let unlock = ["-p", "rbd", "--lock-cookie", cookie, "lock", "break", &header, "rbd_lock", name];
+    ceph.rados(&unlock).unwrap();
+
+    let next = opened(&ceph.uri("v"));
+    assert!(ceph.blocklisted().unwrap().contains(&client), "{client}");
+    let mut late = [2; 512];
+    // SAFETY: the buffer lives to the end of the test.
+    unsafe { queue.submit(Tag(1), Op::Write { offset: 0 }, &parts(&mut late)) };
+    wait_until("it notices", SOON, || {
+        queue.poll(&mut Vec::new());
+        volume.state() == VolumeState::Fenced
+    })
+    .unwrap();
+    let mut queue = next.open_queue(0, 8).unwrap();
+    let mut back = [0; 512];
+    run(&mut *queue, Op::Read { offset: 0 }, &mut back).unwrap();
+    assert_eq!(back, [1; 512]);
+
+    // By force: who has the image is on the blocklist before the record says that another may have it.
+    let VolumeUri::Rbd(uri) = ceph.uri("v").parse().unwrap() else { panic!("an image") };
+    let image = ImageRecord::connect(&uri, SOON).unwrap();
+    let client = image.read().unwrap().client.unwrap();
+    let stale = Some(Seen { owner: Some("host/other"), next_epoch: Epoch(1) });
+    let fence = |seen| image.fence(Input::Fence { term: None, nominee: Some("host/new"), seen });
+    assert!(fence(stale).is_err() && !ceph.blocklisted().unwrap().contains(&client));
+    let fenced = fence(None).unwrap();
+    assert_eq!(fenced.record.owner.unwrap().name, "host/new");
+    assert!(ceph.blocklisted().unwrap().contains(&client), "{client}");
+    assert!(refused(&ceph.uri("v"), &OpenOptions::new("host/vm")).contains("was fenced"));
 }
 
 #[test]
