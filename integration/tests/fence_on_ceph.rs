@@ -68,7 +68,8 @@ fn a_frozen_backend_writes_nothing_when_it_thaws_after_every_default_entry_has_e
     })
     .unwrap();
     let before = export(&dir, &ceph);
-    assert!(before[..BLOCKS as usize * BLOCK].iter().all(|byte| *byte == 3));
+    let written = usize::try_from(BLOCKS).unwrap() * BLOCK;
+    assert!(before[..written].iter().all(|byte| *byte == 3));
 
     source.daemon.thaw().unwrap();
     wait_until("the old backend notices", SOON, || {
