@@ -1,8 +1,8 @@
 //! A Ceph cluster of one monitor and one OSD, real and small: ready in two seconds, about 75 MB of memory.
 //!
 //! Both are children of the test, in the foreground, with everything they write in the test's directory; they go when
-//! [`Ceph`] is dropped. Objects live in the OSD's memory: it may be frozen, but one that is killed has lost them. There
-//! is no manager: block images, snapshots and the blocklist work without.
+//! [`Ceph`] is dropped. Objects live in the OSD's memory, where it may be frozen but not killed, or on disk, which takes
+//! four seconds more to make. There is no manager: block images, snapshots and the blocklist work without.
 
 use crate::daemon::Daemon;
 use crate::guest::skip_if;
@@ -39,6 +39,15 @@ pub fn skip_without_ceph(test: &str) -> bool {
     skip_if(test, missing())
 }
 
+/// Where an OSD keeps objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Objects {
+    /// In memory: one that is killed has lost them.
+    Memory,
+    /// In a file of the test's directory: they survive a kill.
+    Disk,
+}
+
 /// A running cluster.
 #[derive(Debug)]
 pub struct Ceph {
@@ -52,6 +61,11 @@ pub struct Ceph {
 impl Ceph {
     /// A new cluster in `dir/ceph`, with a pool for block images.
     pub fn start(dir: &Path) -> Result<Self> {
+        Self::start_with(dir, Objects::Memory, "")
+    }
+
+    /// The same, with more lines for the section `[global]` of its configuration.
+    pub fn start_with(dir: &Path, objects: Objects, more: &str) -> Result<Self> {
         let dir = dir.join("ceph");
         for part in ["run", "mon", "osd"] {
             fs::create_dir_all(dir.join(part))?;
@@ -59,7 +73,7 @@ impl Ceph {
         let fsid = uuid()?;
         // The newer protocol only: one port.
         let address = format!("v2:{}", free_port()?);
-        fs::write(dir.join("ceph.conf"), configuration(&dir, &fsid, &address))?;
+        fs::write(dir.join("ceph.conf"), configuration(&dir, &fsid, &address, objects, more))?;
         let mon = start_mon(&dir, &fsid, &address)?;
         let osd = start_osd(&dir)?;
         let ceph = Self { osd, mon, dir };
@@ -123,9 +137,20 @@ impl Ceph {
         run(&self.dir, "ceph", args)
     }
 
+    /// Runs `rados` as the administrator.
+    pub fn rados(&self, args: &[&str]) -> Result<String> {
+        run(&self.dir, "rados", args)
+    }
+
     /// Runs `rbd` as the administrator.
     pub fn rbd(&self, args: &[&str]) -> Result<String> {
         run(&self.dir, "rbd", args)
+    }
+
+    /// Starts the OSD again after a kill or an end.
+    pub fn restart_osd(&mut self) -> Result<()> {
+        self.osd = run_osd(&self.dir)?;
+        Ok(())
     }
 
     fn wait_up(&self) -> Result<()> {
@@ -163,8 +188,12 @@ fn said(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-fn configuration(dir: &Path, fsid: &str, mon: &str) -> String {
+fn configuration(dir: &Path, fsid: &str, mon: &str, objects: Objects, more: &str) -> String {
     let dir = dir.display();
+    let store = match objects {
+        Objects::Memory => "memstore",
+        Objects::Disk => "bluestore",
+    };
     format!(
         "[global]
 fsid = {fsid}
@@ -187,13 +216,18 @@ mon osd nearfull ratio = .98
 mon osd backfillfull ratio = .985
 # One monitor need not wait for what others propose.
 paxos propose interval = 0.02
+{more}
 [mon]
 mon data = {dir}/mon
 [osd]
 osd data = {dir}/osd
 keyring = {dir}/osd/keyring
-osd objectstore = memstore
+osd objectstore = {store}
 memstore device bytes = 2147483648
+# A sparse file.
+bluestore block size = 1073741824
+bluestore block create = true
+bluestore fsck on mount = false
 osd memory target = 939524096
 "
     )
@@ -240,16 +274,21 @@ fn start_osd(dir: &Path) -> Result<Daemon> {
     let id = uuid()?;
     let number = run(dir, "ceph", &["osd", "new", &id])?;
     ensure!(number.trim() == "0", "the first OSD is number {number}");
-    let osd = || -> Result<Command> {
-        let mut command = Command::new(system_program("ceph-osd")?);
-        command.arg("--conf").arg(dir.join("ceph.conf")).args(["-i", "0"]);
-        Ok(command)
-    };
-    said(osd()?.args(["--mkfs", "--mkkey", "--no-mon-config", "--osd-uuid", &id]))?;
+    said(osd(dir)?.args(["--mkfs", "--mkkey", "--no-mon-config", "--osd-uuid", &id]))?;
     let keyring = dir.join("osd/keyring").display().to_string();
     let caps = ["osd", "allow *", "mon", "allow profile osd"];
     run(dir, "ceph", &[&["auth", "add", "osd.0", "-i", &keyring], &caps[..]].concat())?;
-    let mut command = osd()?;
+    run_osd(dir)
+}
+
+fn osd(dir: &Path) -> Result<Command> {
+    let mut command = Command::new(system_program("ceph-osd")?);
+    command.arg("--conf").arg(dir.join("ceph.conf")).args(["-i", "0"]);
+    Ok(command)
+}
+
+fn run_osd(dir: &Path) -> Result<Daemon> {
+    let mut command = osd(dir)?;
     command.args(["-f", "--log-to-stderr=true"]);
     Daemon::start_command(dir, "osd", command)
 }

@@ -226,6 +226,12 @@ impl Host {
             .map(drop)
     }
 
+    /// Lets its agent end the VM's backend.
+    pub fn stop_backend(&self) -> Result<()> {
+        let path = format!("/v1/vms/{VM}/backend");
+        self.trust.call("DELETE", &format!("{}{path}", self.url), None).map(drop)
+    }
+
     /// Boots the VM here and waits for the probe in it.
     pub fn boot(&self) -> Result<(Daemon, Probe)> {
         let files = GuestFiles::prepare(&self.dir)?;
@@ -286,7 +292,7 @@ impl Cluster {
         Self::start_on(dir, volumes, &[], driver, trust)
     }
 
-    /// The same, with more disks that are elsewhere than on its storage server.
+    /// The same, with more disks that are elsewhere than on its storage server; on Ceph they need a user `coordinator`.
     pub fn start_on(
         dir: &Path,
         volumes: usize,
@@ -309,6 +315,9 @@ impl Cluster {
             storage.data_address(),
             storage.admin_address()
         );
+        for conf in ceph_confs(elsewhere) {
+            write!(text, "[[ceph]]\nconf = \"{conf}\"\nid = \"coordinator\"\n")?;
+        }
         for host in &hosts {
             // A path of a socket has at most 107 bytes.
             let stream = host.dir.join("{vm}.in");
@@ -380,6 +389,18 @@ impl Cluster {
         Ok(answer["handoffs"].as_array().cloned().unwrap_or_default())
     }
 
+    /// Events of this kind in the coordinator's journal, oldest first. Without certificates.
+    pub fn told(&self, kind: &str) -> Result<Vec<Value>> {
+        let url = format!("{}/v1/events?since=0", self.url);
+        let mut curl = Command::new(system_program("curl")?);
+        // The stream goes on for ever; what is in the journal comes at once.
+        let said = curl.args(["--silent", "--no-buffer", "--max-time", "1", &url]).output()?;
+        let text = String::from_utf8_lossy(&said.stdout).into_owned();
+        let data = text.lines().filter_map(|line| line.strip_prefix("data:"));
+        let events = data.filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        Ok(events.filter(|event| event["type"] == kind).collect())
+    }
+
     /// Waits until this host owns all volumes and no handoff is under way.
     pub fn wait_owner(&self, host: &str) -> Result<()> {
         let owner = format!("{host}/{VM}");
@@ -431,6 +452,18 @@ pub fn call(method: &str, url: &str, body: Option<&Value>) -> Result<Value> {
 
 fn socket(host_dir: &Path, disk: &str) -> PathBuf {
     host_dir.join("run").join(VM).join(format!("{disk}.sock"))
+}
+
+/// The clusters of Ceph that disks are on, by their configurations, each once.
+fn ceph_confs(disks: &[Disk]) -> Vec<String> {
+    let conf = |disk: &Disk| {
+        let (_, query) = disk.volume.strip_prefix("rbd://")?.split_once('?')?;
+        let conf = query.split('&').find_map(|pair| pair.strip_prefix("conf="))?;
+        Some(conf.to_owned())
+    };
+    let mut confs: Vec<String> = disks.iter().filter_map(conf).collect();
+    confs.dedup();
+    confs
 }
 
 /// The guest as it is on a host.

@@ -4,9 +4,12 @@
 use baton_integration::baton::wait_until;
 use baton_integration::ceph::{Ceph, skip_without_ceph};
 use baton_integration::workspace::TestDir;
+use baton_protocol::Epoch;
+use baton_protocol::access::{Input, Seen};
+use baton_remote_client::rbd::ImageRecord;
 use baton_remote_client::{
     Completion, IoError, Op, OpenError, OpenOptions, Tag, Volume, VolumeEvent, VolumeQueue,
-    VolumeState, open,
+    VolumeState, VolumeUri, open,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs;
@@ -87,6 +90,23 @@ fn export(dir: &TestDir, ceph: &Ceph, image: &str) -> Vec<u8> {
     fs::read(path).unwrap()
 }
 
+/// Where the image has objects, bytes from its start, as Ceph's own tool finds them.
+fn allocated(ceph: &Ceph, image: &str) -> Vec<u64> {
+    let info = ceph.rbd(&["info", "--format", "json", image]).unwrap();
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    let prefix = format!("{}.", info["block_name_prefix"].as_str().unwrap());
+    let objects = ceph.rados(&["-p", "rbd", "ls"]).unwrap();
+    let number = |name: &str| u64::from_str_radix(name.strip_prefix(&prefix)?, 16).ok();
+    objects.lines().filter_map(number).map(|number| number * 4 * MIB).collect()
+}
+
+/// Memory of this process, bytes.
+fn resident_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = text.split_whitespace().nth(1).unwrap().parse().unwrap();
+    pages * 4096
+}
+
 #[test]
 fn an_image_holds_what_its_requests_say() {
     let Some((dir, ceph)) = cluster("an_image_holds_what_its_requests_say") else { return };
@@ -127,6 +147,11 @@ fn an_image_holds_what_its_requests_say() {
     run(queue, Op::Read { offset: 0 }, &mut whole).unwrap();
     assert!(whole == model, "the driver reads something else");
     assert!(export(&dir, &ceph, "rbd/v") == model, "Ceph reads something else");
+    // Zeros that are to keep their space do, which a discard would not: an object of them is there.
+    run(queue, zeroes(32 * MIB, 4 * MIB, false), &mut []).unwrap();
+    run(queue, zeroes(36 * MIB, 4 * MIB, true), &mut []).unwrap();
+    let objects = allocated(&ceph, "rbd/v");
+    assert!(objects.contains(&(32 * MIB)) && !objects.contains(&(36 * MIB)), "{objects:?}");
 
     let out = Err(IoError::OutOfRange);
     assert_eq!(run(queue, Op::Write { offset: IMAGE_BYTES - 512 }, &mut [1; 1024]), out);
@@ -225,8 +250,9 @@ fn what_cannot_be_opened_says_why() {
     ceph.rbd(&["config", "image", "set", "rbd/v", "rbd_cache", "true"]).unwrap();
     says(&uri, "rbd config image remove rbd/v rbd_cache");
     ceph.rbd(&["config", "image", "remove", "rbd/v", "rbd_cache"]).unwrap();
-    let standby = OpenOptions { standby: true, ..plain.clone() };
-    assert!(refused(&uri, &standby).contains("no handoff for Ceph RBD yet"));
+    ceph.rbd(&["image-meta", "set", "rbd/v", "baton.access", "{}"]).unwrap();
+    says(&uri, "rbd image-meta remove rbd/v baton.access");
+    ceph.rbd(&["image-meta", "remove", "rbd/v", "baton.access"]).unwrap();
 
     // A user with no more than the profile can do everything here, fencing included.
     let volume = opened(&format!("{uri}&id=vm"));
@@ -247,6 +273,72 @@ fn what_cannot_be_opened_says_why() {
     let hurried = OpenOptions { connect_timeout: Duration::from_secs(1), ..plain.clone() };
     let away = refused(&format!("rbd://rbd/v?conf={}", conf.display()), &hurried);
     assert!(away.contains("no monitor") || away.contains("let `client.admin` in"), "{away}");
+}
+
+/// The access record decides who may write, so a change that was answered is in it, whoever else changed it then.
+#[test]
+fn no_change_of_an_access_record_is_lost() {
+    let Some((_dir, ceph)) = cluster("no_change_of_an_access_record_is_lost") else { return };
+    let VolumeUri::Rbd(uri) = ceph.uri("v").parse().unwrap() else { panic!("an image") };
+    const EACH: u64 = 12;
+    let change = || {
+        let image = ImageRecord::connect(&uri, SOON).unwrap();
+        for _ in 0..EACH {
+            // Each takes a number.
+            image.change(Input::Fence { term: None, nominee: None, seen: None }).unwrap();
+        }
+    };
+    std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(change))));
+    let seat = ImageRecord::connect(&uri, SOON).unwrap().read().unwrap();
+    assert_eq!((seat.record.next_epoch.0, seat.record.version), (1 + 4 * EACH, 4 * EACH));
+}
+
+/// The lock proves nothing: a client that hung when it had given the lock back could still write.
+#[test]
+fn an_earlier_client_is_fenced_though_it_has_no_lock() {
+    let Some((_dir, ceph)) = cluster("an_earlier_client_is_fenced_though_it_has_no_lock") else {
+        return;
+    };
+    let volume = opened(&ceph.uri("v"));
+    let mut queue = volume.open_queue(0, 8).unwrap();
+    run(&mut *queue, Op::Write { offset: 0 }, &mut [1; 512]).unwrap();
+    let client = ceph.clients_of("v").unwrap().remove(0);
+    let info = ceph.rbd(&["info", "--format", "json", "rbd/v"]).unwrap();
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    let header = format!("rbd_header.{}", info["id"].as_str().unwrap());
+    let lock = ["-p", "rbd", "lock", "info", &header, "rbd_lock"];
+    let lock: serde_json::Value = serde_json::from_str(&ceph.rados(&lock).unwrap()).unwrap();
+    let locker = &lock["lockers"][0];
+    let (name, cookie) = (locker["name"].as_str().unwrap(), locker["cookie"].as_str().unwrap());
+    let unlock = ["-p", "rbd", "--lock-cookie", cookie, "lock", "break", &header, "rbd_lock", name];
+    ceph.rados(&unlock).unwrap();
+
+    let next = opened(&ceph.uri("v"));
+    assert!(ceph.blocklisted().unwrap().contains(&client), "{client}");
+    let mut late = [2; 512];
+    // SAFETY: the buffer lives to the end of the test.
+    unsafe { queue.submit(Tag(1), Op::Write { offset: 0 }, &parts(&mut late)) };
+    wait_until("it notices", SOON, || {
+        queue.poll(&mut Vec::new());
+        volume.state() == VolumeState::Fenced
+    })
+    .unwrap();
+    let mut queue = next.open_queue(0, 8).unwrap();
+    let mut back = [0; 512];
+    run(&mut *queue, Op::Read { offset: 0 }, &mut back).unwrap();
+    assert_eq!(back, [1; 512]);
+
+    // By force: who has the image is on the blocklist before the record says that another may have it.
+    let VolumeUri::Rbd(uri) = ceph.uri("v").parse().unwrap() else { panic!("an image") };
+    let image = ImageRecord::connect(&uri, SOON).unwrap();
+    let client = image.read().unwrap().client.unwrap();
+    let stale = Some(Seen { owner: Some("host/other"), next_epoch: Epoch(1) });
+    let fence = |seen| image.fence(Input::Fence { term: None, nominee: Some("host/new"), seen });
+    assert!(fence(stale).is_err() && !ceph.blocklisted().unwrap().contains(&client));
+    let fenced = fence(None).unwrap();
+    assert_eq!(fenced.record.owner.unwrap().name, "host/new");
+    assert!(ceph.blocklisted().unwrap().contains(&client), "{client}");
+    assert!(refused(&ceph.uri("v"), &OpenOptions::new("host/vm")).contains("was fenced"));
 }
 
 #[test]
@@ -313,6 +405,12 @@ fn a_cluster_that_is_away_parks_requests_and_goes_on() {
     let mut queue = volume.open_queue(0, 64).unwrap();
     run(&mut *queue, Op::Write { offset: 0 }, &mut [1; 512]).unwrap();
     ceph.osd.freeze().unwrap();
+    // A guest may change its memory as soon as a request is submitted: what is written is what was there then.
+    let submitted = pattern(4 << 20, 99);
+    let mut changing = submitted.clone();
+    // SAFETY: the buffer lives to the end of the test.
+    unsafe { queue.submit(Tag(7), Op::Write { offset: 60 * MIB }, &parts(&mut changing)) };
+    changing.fill(0);
     // More than what may be out.
     let mut data: Vec<_> = (0..12).map(|n| pattern(4 << 20, n)).collect();
     for (n, data) in data.iter_mut().enumerate() {
@@ -326,6 +424,16 @@ fn a_cluster_that_is_away_parks_requests_and_goes_on() {
         assert_eq!(collect(&mut *queue, 1, Duration::from_secs(1)), []);
     }
     assert_eq!(volume.state(), VolumeState::Reconnecting);
+    // What waits, waits in the guest's memory: a request that is not out costs none here.
+    let before = resident_bytes();
+    for n in 0..100 {
+        // SAFETY: the buffer lives to the end of the test.
+        unsafe {
+            queue.submit(Tag(8), Op::Write { offset: n % 15 * 4 * MIB }, &parts(&mut data[0]))
+        };
+    }
+    let grown = resident_bytes().saturating_sub(before);
+    assert!(grown < 100 * MIB, "400 MiB of requests cost {grown} bytes");
     // A queue that is given up does not wait, and takes nothing of the guest's with it.
     let mut gone = volume.open_queue(1, 8).unwrap();
     let mut read = vec![9u8; 4096];
@@ -336,14 +444,17 @@ fn a_cluster_that_is_away_parks_requests_and_goes_on() {
     assert!(begun.elapsed() < Duration::from_secs(1));
 
     ceph.osd.thaw().unwrap();
-    let done = collect(&mut *queue, 12, SOON);
-    assert!(done.len() == 12 && done.iter().all(|one| one.result.is_ok()), "{done:?}");
+    let done = collect(&mut *queue, 113, SOON);
+    assert!(done.len() == 113 && done.iter().all(|one| one.result.is_ok()), "{done:?}");
     assert_eq!(volume.state(), VolumeState::Connected);
     assert_eq!(read, [9u8; 4096], "nobody waited for this answer");
     let mut back = vec![0; 4 << 20];
-    for (n, data) in data.iter().enumerate() {
-        run(&mut *queue, Op::Read { offset: n as u64 * 4 * MIB }, &mut back).unwrap();
-        assert!(&back == data, "write {n}");
+    run(&mut *queue, Op::Read { offset: 60 * MIB }, &mut back).unwrap();
+    assert!(back == submitted, "what was written is not what was submitted");
+    // The first buffer was written everywhere, after all others.
+    for n in 0..12 {
+        run(&mut *queue, Op::Read { offset: n * 4 * MIB }, &mut back).unwrap();
+        assert!(back == data[0], "write {n}");
     }
     ceph.osd.freeze().unwrap();
     // SAFETY: the buffer lives to the end of the test.

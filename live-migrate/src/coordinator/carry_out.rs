@@ -8,6 +8,7 @@ use std::time::Duration;
 use baton_fault_point as fault_point;
 
 use super::agents::{Agent, AgentError, VmView};
+use super::clients;
 use super::core::Core;
 use super::fault::while_storage_is_away;
 use super::keeper::Reports;
@@ -436,6 +437,12 @@ impl Work {
             fault_point::at("settle.sent");
             match answer {
                 Ok(next_epoch) => {
+                    if let Err(error) =
+                        clients::keep_former_out(&self.core, &self.row, member).await
+                    {
+                        self.endure(&mut patience, error).await;
+                        continue;
+                    }
                     return self.reports.tell(Input::Settled(place, next_epoch)).await;
                 }
                 Err(error) => match error.refusal() {
@@ -495,18 +502,24 @@ impl Work {
                         ),
                     },
                 }),
-                Err(error) if error.is_missing() => Ok(()),
+                // Nobody ended it: that is no proof that it is dead.
+                Err(error) if error.is_missing() => Ok(false),
                 Ok(vm) => {
                     if self.row.goes_again() && host == self.row.to {
                         self.end_machine(agent, &vm).await?;
                     }
-                    agent.stop_backend(&self.row.vm).await
+                    agent.stop_backend(&self.row.vm).await.map(|_| true)
                 }
                 Err(error) => Err(error),
             }
         };
         let input = match stopped.await {
-            Ok(()) => Input::LoserGone,
+            Ok(ended) => {
+                if ended {
+                    clients::bury(&self.core, &self.row, host).await;
+                }
+                Input::LoserGone
+            }
             Err(error) => Input::LoserLeft(error.trouble().clone()),
         };
         self.reports.tell(input).await;

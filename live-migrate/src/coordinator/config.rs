@@ -34,6 +34,15 @@ pub struct Storage {
     pub admin: Endpoint,
 }
 
+/// A Ceph cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cluster {
+    /// Its configuration, the same path as in volume URIs.
+    pub conf: PathBuf,
+    /// The coordinator's user, without `client.`.
+    pub id: String,
+}
+
 /// The configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -47,6 +56,8 @@ pub struct Config {
     pub hosts: Vec<Host>,
     /// Storage servers.
     pub storages: Vec<Storage>,
+    /// Ceph clusters.
+    pub cephs: Vec<Cluster>,
     /// For one answer of an agent or a storage server.
     pub call_timeout: Duration,
     /// For a destination's agent to answer at all, before a handoff is refused.
@@ -112,6 +123,8 @@ struct Raw {
     #[serde(default)]
     storage: Vec<RawStorage>,
     #[serde(default)]
+    ceph: Vec<RawCeph>,
+    #[serde(default)]
     log: RawLog,
     #[serde(default)]
     danger_zone: RawDanger,
@@ -138,6 +151,13 @@ struct RawHost {
 struct RawStorage {
     data: OneOrMore,
     admin: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawCeph {
+    conf: PathBuf,
+    id: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -220,6 +240,19 @@ impl TryFrom<Raw> for Config {
             let admin = endpoint("storage.admin", &admin, tls.is_some())?;
             storages.push(Storage { data, admin });
         }
+        let mut cephs: Vec<Cluster> = Vec::new();
+        for RawCeph { conf, id } in raw.ceph {
+            let shown = conf.display().to_string();
+            if !conf.is_absolute() || cephs.iter().any(|other| other.conf == conf) {
+                let why = "the absolute path of a cluster's configuration, each once";
+                return Err(value("ceph.conf", &shown, why));
+            }
+            if id.is_empty() {
+                let why = "the coordinator's user in the cluster, without `client.`";
+                return Err(value("ceph.id", &id, why));
+            }
+            cephs.push(Cluster { conf, id });
+        }
         let death = match (raw.danger_zone.die_before_write, raw.danger_zone.die_after_write) {
             (None, None) => None,
             _ if !raw.danger_zone.enabled => {
@@ -244,6 +277,7 @@ impl TryFrom<Raw> for Config {
             journal: raw.journal.unwrap_or_else(|| DEFAULT_JOURNAL.into()),
             hosts,
             storages,
+            cephs,
             call_timeout: millis("call_timeout_ms", raw.call_timeout_ms, 10_000)?,
             agent_patience: millis("agent_patience_ms", raw.agent_patience_ms, 3_000)?,
             ready_timeout: millis("ready_timeout_ms", raw.ready_timeout_ms, 30_000)?,
@@ -309,6 +343,8 @@ mod tests {
                 format!("{GOOD}[[storage]]\ndata = [\"s:1\"]\nadmin = \"unix:/x\"\n"),
                 "another storage",
             ),
+            (format!("{GOOD}[[ceph]]\nconf = \"ceph.conf\"\nid = \"x\"\n"), "ceph.conf"),
+            (format!("{GOOD}[[ceph]]\nconf = \"/c\"\nid = \"\"\n"), "ceph.id"),
             (format!("{GOOD}[danger_zone]\ndie_after_write = 1\n"), "danger_zone"),
             (format!("{GOOD}[log]\nlevel = \"loud\"\n"), "loud"),
         ] {

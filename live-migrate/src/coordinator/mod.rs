@@ -10,6 +10,8 @@
 //! | [`keeper`] | one handoff: writes its row, has what is due carried out |
 //! | `carry_out` | one action: calls until it is done, reports what it learns |
 //! | [`storages`], [`agents`] | who is called |
+//! | [`record`] | access records as they are read |
+//! | [`ceph`], `clients` | access records of images in Ceph, and who is kept out by name |
 //! | [`prepare`] | a new handoff: who, what and whether |
 //! | `cooperative` | a new one of volumes that no storage fences |
 //! | `movable` | whether its disks can move together |
@@ -24,6 +26,8 @@
 pub mod agents;
 mod api;
 mod carry_out;
+pub mod ceph;
+mod clients;
 pub mod config;
 mod cooperative;
 pub mod core;
@@ -36,6 +40,7 @@ mod movable;
 mod orphan;
 pub mod plan;
 pub mod prepare;
+pub mod record;
 pub mod server;
 mod sides;
 pub mod storages;

@@ -413,10 +413,15 @@ async fn member(
     };
     let (data, volume) = place_of(&disk.volume).map_err(not_movable)?;
     let server = core.storages.at(&data).ok_or_else(|| {
-        not_movable(format!(
-            "no storage server {} is configured; add a [[storage]] section",
-            data.join(",")
-        ))
+        not_movable(match data.first().and_then(|data| data.strip_prefix("ceph:")) {
+            Some(conf) => format!(
+                "no Ceph cluster with the configuration {conf} is configured; add a [[ceph]] section"
+            ),
+            None => format!(
+                "no storage server {} is configured; add a [[storage]] section",
+                data.join(",")
+            ),
+        })
     })?;
     let found = server.show(&volume).await.map_err(|error| {
         if error.refusal() == "baton:no-such-volume" {

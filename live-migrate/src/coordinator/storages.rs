@@ -1,14 +1,18 @@
-//! The storage servers' admin API, as the coordinator uses it.
+//! The storage servers' admin API, as the coordinator uses it, and Ceph clusters
+//! behind the same calls.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use baton_protocol::handoff::Try;
+use baton_remote_client::VolumeUri;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::ceph::{self, Ceph};
 use super::config::Config;
-use super::plan::{Grant, Member, Row, Seen, Trouble, Winner};
+use super::plan::{Grant, Member, Row, Trouble, Winner};
+pub use super::record::{DecidedView, HandoffView, OwnerView, RecordView, VolumeView};
 use crate::client::{CallError, Client, Method};
 use crate::identity::{Identity, Role};
 use crate::problem::Problem;
@@ -51,136 +55,28 @@ pub struct StorageServer {
     /// As it is told of.
     pub name: String,
     data: Vec<String>,
-    client: Client,
+    way: Way,
     timeout: Duration,
+}
+
+/// How a storage is spoken to.
+#[derive(Clone, Debug)]
+enum Way {
+    /// A storage server's admin API.
+    Admin(Client),
+    /// A cluster of Ceph, through its own library.
+    Ceph(Ceph),
 }
 
 /// All of them.
 #[derive(Clone, Debug)]
 pub struct Storages(Vec<StorageServer>);
 
-/// An access record, as the API shows it.
-#[derive(Clone, Debug, Default, Deserialize)]
-pub struct RecordView {
-    /// Id of the volume, as `anchor` names it.
-    #[serde(default)]
-    pub volume: String,
-    /// Counts changes.
-    #[serde(default)]
-    pub version: u64,
-    /// Only requests with it are admitted.
-    #[serde(default)]
-    pub epoch: u64,
-    /// The next that nobody had.
-    #[serde(default)]
-    pub next_epoch: u64,
-    /// Where it stands.
-    #[serde(default)]
-    pub phase: String,
-    /// Who owns the volume.
-    pub owner: Option<OwnerView>,
-    /// Who may not claim.
-    pub barred: Option<String>,
-    /// Highest term seen.
-    #[serde(default)]
-    pub coordinator_term: u64,
-    /// Under way.
-    pub handoff: Option<HandoffView>,
-    /// The last one that is over.
-    pub decided: Option<DecidedView>,
-}
-
-/// Owner of a volume.
-#[derive(Clone, Debug, Deserialize)]
-pub struct OwnerView {
-    /// Host and VM.
-    pub name: String,
-    /// Incarnation.
-    #[serde(default)]
-    pub session: Value,
-}
-
-/// A handoff under way.
-#[derive(Clone, Debug, Deserialize)]
-pub struct HandoffView {
-    /// Which.
-    pub id: String,
-    /// Which try.
-    pub attempt: u32,
-    /// Owner name of the destination.
-    #[serde(default)]
-    pub to: String,
-    /// Id of the volume that decides.
-    #[serde(default)]
-    pub anchor: String,
-    /// Its seal is known.
-    #[serde(default)]
-    pub sealed: bool,
-}
-
-/// A handoff that is over.
-#[derive(Clone, Debug, Deserialize)]
-pub struct DecidedView {
-    /// Which.
-    pub id: String,
-    /// Which try.
-    pub attempt: u32,
-    /// How it ended.
-    pub winner: Winner,
-}
-
 #[derive(Debug, Deserialize)]
 struct ProofView {
     side: Winner,
     grant: u64,
     mac: String,
-}
-
-/// A volume and who may use it.
-#[derive(Clone, Debug)]
-pub struct VolumeView {
-    /// Never used again.
-    pub id: u64,
-    /// Owner name.
-    pub owner: Option<String>,
-    /// Barred name.
-    pub barred: Option<String>,
-    /// Of the record.
-    pub phase: String,
-    /// Of the record.
-    pub epoch: u64,
-    /// Of the record: what an ARM that is planned now shows.
-    pub next_epoch: u64,
-}
-
-impl RecordView {
-    /// What it says of this try.
-    #[must_use]
-    pub fn seen(&self, row: &Row) -> Seen {
-        let id = row.id.to_string();
-        if let Some(decided) = &self.decided
-            && (&decided.id, decided.attempt) == (&id, row.attempt)
-        {
-            return match decided.winner {
-                Winner::Source => Seen::OverSource,
-                Winner::Destination => Seen::OverDestination,
-            };
-        }
-        match &self.handoff {
-            Some(handoff) if (&handoff.id, handoff.attempt) == (&id, row.attempt) => {
-                match self.phase.as_str() {
-                    "armed" => Seen::Armed,
-                    "sealed" => Seen::Sealed,
-                    "active" => Seen::Active,
-                    "reclaimed" => Seen::Reclaimed,
-                    "frozen" if handoff.sealed => Seen::FrozenSealed,
-                    "frozen" => Seen::Frozen,
-                    _ => Seen::Nothing,
-                }
-            }
-            _ => Seen::Nothing,
-        }
-    }
 }
 
 /// What RECLAIM was answered.
@@ -211,6 +107,12 @@ pub fn place_of(uri: &str) -> Result<(Vec<String>, String), String> {
     {
         return Ok((vec![format!("unix:{socket}")], volume.to_owned()));
     }
+    if let Ok(VolumeUri::Rbd(image)) = uri.parse()
+        && image.snapshot.is_none()
+    {
+        let (cluster, volume) = ceph::place(&image);
+        return Ok((vec![cluster], volume));
+    }
     Err(format!("`{uri}` is not on a storage server and cannot move with its VM"))
 }
 
@@ -225,16 +127,24 @@ impl Storages {
             StorageServer {
                 name: storage.data.first().cloned().unwrap_or_default(),
                 data: storage.data.clone(),
-                client: Client::new(
+                way: Way::Admin(Client::new(
                     who,
                     storage.admin.clone(),
                     credentials.cloned(),
                     config.call_timeout,
-                ),
+                )),
                 timeout: config.call_timeout,
             }
         };
-        Self(config.storages.iter().map(server).collect())
+        let servers = config.storages.iter().map(server);
+        let clusters = config.cephs.iter().map(|cluster| {
+            let name = ceph::name_of(&cluster.conf);
+            let (conf, id) = (cluster.conf.clone(), cluster.id.clone());
+            let timeout = config.call_timeout;
+            let way = Way::Ceph(Ceph { conf, id, timeout });
+            StorageServer { data: vec![name.clone()], name, way, timeout }
+        });
+        Self(servers.chain(clusters).collect())
     }
 
     /// The one that serves at one of these addresses.
@@ -263,7 +173,8 @@ impl Storages {
     /// Highest term any reachable server has heard.
     pub async fn term_seen(&self) -> u64 {
         let mut highest = 0;
-        for server in &self.0 {
+        // Nobody can tell which images a cluster of Ceph has records for.
+        for server in self.0.iter().filter(|server| server.ceph().is_none()) {
             match server.call(Method::GET, "/v1/volumes", None).await {
                 Ok(list) => {
                     let volumes = list["volumes"].as_array().cloned().unwrap_or_default();
@@ -281,11 +192,28 @@ impl Storages {
 }
 
 impl StorageServer {
+    fn ceph(&self) -> Option<&Ceph> {
+        match &self.way {
+            Way::Ceph(ceph) => Some(ceph),
+            Way::Admin(_) => None,
+        }
+    }
+
+    fn admin(&self) -> Result<&Client, StorageError> {
+        match &self.way {
+            Way::Admin(client) => Ok(client),
+            Way::Ceph(_) => Err(self.foreign("nothing, since it is a cluster of Ceph")),
+        }
+    }
+
     /// Shows a volume.
     ///
     /// # Errors
     /// [`StorageError`].
     pub async fn show(&self, volume: &str) -> Result<VolumeView, StorageError> {
+        if let Some(ceph) = self.ceph() {
+            return ceph.show(volume).await;
+        }
         let answer = self.call(Method::GET, &format!("/v1/volumes/{volume}"), None).await?;
         let access = &answer["access"];
         let text = |value: &Value| value.as_str().map(str::to_owned);
@@ -309,6 +237,9 @@ impl StorageServer {
         volume: &str,
         known: Option<&(String, u64)>,
     ) -> Result<(String, RecordView), StorageError> {
+        if let Some(ceph) = self.ceph() {
+            return ceph.access(volume, known.map(|(_, version)| *version), WATCH).await;
+        }
         let (query, more) = match known {
             Some((boot, version)) => {
                 (format!("?boot_id={boot}&version={version}&wait_ms={}", WATCH.as_millis()), WATCH)
@@ -317,7 +248,7 @@ impl StorageServer {
         };
         let path = format!("/v1/volumes/{volume}/access{query}");
         let within = self.timeout + more;
-        let answer = self.client.call_within(Method::GET, &path, None, within).await;
+        let answer = self.admin()?.call_within(Method::GET, &path, None, within).await;
         let answer = answer.map_err(|error| self.judge(error))?;
         let boot = answer["boot_id"].as_str().unwrap_or_default().to_owned();
         Ok((boot, self.record(answer["record"].clone())?))
@@ -328,6 +259,9 @@ impl StorageServer {
     /// # Errors
     /// [`StorageError`].
     pub async fn arm(&self, row: &Row, member: &Member, term: u64) -> Result<(), StorageError> {
+        if let Some(ceph) = self.ceph() {
+            return ceph.arm(row, (&member.volume, member.next_epoch), term).await;
+        }
         let members = row.members_digest();
         let anchor = row.anchor().map_or(0, |anchor| anchor.id);
         let plan = json!({
@@ -355,6 +289,9 @@ impl StorageServer {
         volume: &str,
         term: u64,
     ) -> Result<Reclaimed, StorageError> {
+        if let Some(ceph) = self.ceph() {
+            return ceph.reclaim(of, volume, term).await;
+        }
         match self.post(volume, "reclaim", &attempt(of, term)).await {
             Ok(answer) if answer["outcome"] == "source" => {
                 Ok(Reclaimed::Source(self.grant(&answer)?))
@@ -374,6 +311,9 @@ impl StorageServer {
     /// # Errors
     /// [`StorageError`].
     pub async fn abdicate(&self, of: Try, volume: &str, term: u64) -> Result<(), StorageError> {
+        if let Some(ceph) = self.ceph() {
+            return ceph.abdicate(of, volume, term).await;
+        }
         self.post(volume, "abdicate", &attempt(of, term)).await.map(drop)
     }
 
@@ -382,6 +322,9 @@ impl StorageServer {
     /// # Errors
     /// [`StorageError`].
     pub async fn proof(&self, of: Try, volume: &str) -> Result<Option<Grant>, StorageError> {
+        if let Some(ceph) = self.ceph() {
+            return ceph.proof(of, volume).await;
+        }
         let path = format!("/v1/volumes/{volume}/proof?id={}&attempt={}", of.id, of.attempt);
         match self.call(Method::GET, &path, None).await {
             Ok(answer) => self.grant(&answer).map(Some),
@@ -401,6 +344,9 @@ impl StorageServer {
         volume: &str,
         term: u64,
     ) -> Result<Option<u64>, StorageError> {
+        if let Some(ceph) = self.ceph() {
+            return ceph.settle(of, proof, volume, term).await;
+        }
         let mut body = attempt(of, term);
         if let Some(grant) = proof {
             body["session"] = format!("{:016x}", grant.session).into();
@@ -430,6 +376,9 @@ impl StorageServer {
         nominee: Option<&str>,
         seen: &RecordView,
     ) -> Result<u64, StorageError> {
+        if let Some(ceph) = self.ceph() {
+            return ceph.fence(volume, term, nominee, seen).await;
+        }
         let owner = seen.owner.as_ref().map(|owner| owner.name.as_str());
         let seen = json!({"owner": owner, "next_epoch": seen.next_epoch});
         let mut body = json!({"term": term, "reason": reason, "seen": seen});
@@ -445,7 +394,35 @@ impl StorageServer {
     /// # Errors
     /// [`StorageError`].
     pub async fn audit(&self, volume: &str) -> Result<Value, StorageError> {
+        if self.ceph().is_some() {
+            // An image keeps its record and no history of it.
+            return Ok(json!({"entries": []}));
+        }
         self.call(Method::GET, &format!("/v1/volumes/{volume}/audit"), None).await
+    }
+
+    /// Keeps those out for good that had the volume before, where the storage does not
+    /// do so by itself; whom.
+    ///
+    /// # Errors
+    /// [`StorageError`].
+    pub async fn keep_former_out(&self, volume: &str) -> Result<Vec<String>, StorageError> {
+        match self.ceph() {
+            Some(ceph) => ceph.keep_former_out(volume).await,
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Forgets an owner's processes that are proven dead, where they are kept out one by
+    /// one; whom.
+    ///
+    /// # Errors
+    /// [`StorageError`].
+    pub async fn bury(&self, volume: &str, owner: &str) -> Result<Vec<String>, StorageError> {
+        match self.ceph() {
+            Some(ceph) => ceph.bury(volume, owner).await,
+            None => Ok(Vec::new()),
+        }
     }
 
     async fn post(&self, volume: &str, what: &str, body: &Value) -> Result<Value, StorageError> {
@@ -458,7 +435,7 @@ impl StorageServer {
         path: &str,
         body: Option<&Value>,
     ) -> Result<Value, StorageError> {
-        self.client.call(method, path, body).await.map_err(|error| self.judge(error))
+        self.admin()?.call(method, path, body).await.map_err(|error| self.judge(error))
     }
 
     fn judge(&self, error: CallError) -> StorageError {
@@ -519,6 +496,9 @@ mod tests {
         assert_eq!(place_of("baton://a:1,b:2/v"), Ok(two));
         let unix = (vec!["unix:/s".to_owned()], "v".to_owned());
         assert_eq!(place_of("baton+unix:///v?socket=/s"), Ok(unix));
+        let image = (vec!["ceph:/c".to_owned()], "rbd/v".to_owned());
+        assert_eq!(place_of("rbd://rbd/v?conf=/c&id=vm"), Ok(image));
+        assert!(place_of("rbd://rbd/v@snap").is_err());
         assert!(place_of("file:///x").is_err());
         assert!(place_of("").is_err());
     }

@@ -123,7 +123,7 @@ pub enum RbdError {
     },
     /// Another VM's.
     #[error(
-        "image `{spec}` belongs to `{owner}`; end that one's backend, or, if it is surely dead, give the image up with `rbd image-meta remove {spec} baton.claim`"
+        "image `{spec}` belongs to `{owner}`; end that one's backend, or, if its host is surely dead, take the image from it with `baton handoff fence`"
     )]
     NotOwner {
         /// Which image.
@@ -131,6 +131,19 @@ pub enum RbdError {
         /// Host and VM.
         owner: String,
     },
+    /// The access record says no.
+    #[error("image `{spec}` cannot be had: {refusal}")]
+    Refused {
+        /// Which image.
+        spec: String,
+        /// Why.
+        refusal: baton_protocol::access::Refusal,
+    },
+    /// The access record cannot be read.
+    #[error(
+        "the note `baton.access` of image `{0}` is not this image's, or of a newer Baton: upgrade, or, if no backend uses the image, remove it with `rbd image-meta remove {0} baton.access`"
+    )]
+    Note(String),
     /// `rbd config` has the last word, and says something unsafe.
     #[error(
         "{of} `{name}` sets `{key}` for its clients, which is not safe here; undo it with `rbd config {level} remove {name} {key}`"
@@ -145,11 +158,6 @@ pub enum RbdError {
         /// Setting.
         key: &'static str,
     },
-    /// There is no handoff yet.
-    #[error(
-        "`{0}` cannot be handed over: Baton has no handoff for Ceph RBD yet; leave out --standby, and move the VM with its backend stopped"
-    )]
-    Standby(String),
     /// A step that has no sentence of its own.
     #[error("Ceph failed to {what} for image `{spec}`")]
     Ceph {

@@ -7,7 +7,7 @@
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::{io, ptr};
 
-use super::library::{self, Api, Handle, LOCK_EXCLUSIVE, Updated, Watcher};
+use super::library::{self, Api, COMPARE_EQUAL, Handle, LOCK_EXCLUSIVE, Updated, Watcher};
 
 /// A negative error number of Ceph as the system's.
 pub(super) fn check(code: c_int) -> io::Result<()> {
@@ -17,6 +17,12 @@ pub(super) fn check(code: c_int) -> io::Result<()> {
 /// A text for C. Ceph's names and paths have no zero bytes: the URI refuses them.
 fn c_text(text: &str) -> io::Result<CString> {
     CString::new(text).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+/// A text that C has put into a buffer.
+fn text_in(buffer: &[u8]) -> String {
+    let text = buffer.split(|byte| *byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(text).into_owned()
 }
 
 fn or_null(text: Option<&CString>) -> *const c_char {
@@ -85,6 +91,60 @@ impl Cluster {
         check(unsafe {
             (self.api.rados.rados_blocklist_add)(self.handle, client.as_ptr().cast_mut(), seconds)
         })?;
+        self.barrier()
+    }
+
+    /// Ends an entry of the blocklist. Needs more than the profile `rbd`.
+    pub(super) fn unlist(&self, client: &str) -> io::Result<()> {
+        let command = serde_json::json!({
+            "prefix": "osd blocklist", "blocklistop": "rm", "addr": client,
+        });
+        let command = c_text(&command.to_string())?;
+        let mut commands = [command.as_ptr()];
+        let (mut out, mut out_len) = (ptr::null_mut(), 0);
+        let (mut said, mut said_len) = (ptr::null_mut(), 0);
+        // SAFETY: a connected handle, one command, no input, and places for two buffers.
+        let done = unsafe {
+            (self.api.rados.rados_mon_command)(
+                self.handle,
+                commands.as_mut_ptr(),
+                commands.len(),
+                ptr::null(),
+                0,
+                &raw mut out,
+                &raw mut out_len,
+                &raw mut said,
+                &raw mut said_len,
+            )
+        };
+        for buffer in [out, said].into_iter().filter(|buffer| !buffer.is_null()) {
+            // SAFETY: from the library, and not used any more.
+            unsafe { (self.api.rados.rados_buffer_free)(buffer) };
+        }
+        match check(done) {
+            // It has ended already.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Names the cluster.
+    pub(super) fn fsid(&self) -> io::Result<String> {
+        let mut buffer = [0u8; 64];
+        // SAFETY: a connected handle and a buffer of that length.
+        check(unsafe {
+            (self.api.rados.rados_cluster_fsid)(
+                self.handle,
+                buffer.as_mut_ptr().cast(),
+                buffer.len(),
+            )
+        })?;
+        Ok(text_in(&buffer))
+    }
+
+    /// Waits until every request of ours goes to servers that know what the
+    /// monitors have decided by now: a blocklist, above all.
+    pub(super) fn barrier(&self) -> io::Result<()> {
         // SAFETY: a connected handle.
         check(unsafe { (self.api.rados.rados_wait_for_latest_osdmap)(self.handle) })
     }
@@ -169,10 +229,7 @@ fn note(
     loop {
         let mut len = buffer.len();
         match check(get(key.as_ptr(), buffer.as_mut_ptr().cast(), &raw mut len)) {
-            Ok(()) => {
-                let text = buffer.split(|byte| *byte == 0).next().unwrap_or_default();
-                return Ok(Some(String::from_utf8_lossy(text).into_owned()));
-            }
+            Ok(()) => return Ok(Some(text_in(&buffer))),
             Err(error) => match error.raw_os_error() {
                 Some(libc::ENOENT) => return Ok(None),
                 Some(libc::ERANGE) if len > buffer.len() => buffer.resize(len, 0),
@@ -225,8 +282,7 @@ impl Image {
         check(unsafe {
             (self.rbd.rbd_get_id)(self.handle, buffer.as_mut_ptr().cast(), buffer.len())
         })?;
-        let text = buffer.split(|byte| *byte == 0).next().unwrap_or_default();
-        Ok(String::from_utf8_lossy(text).into_owned())
+        Ok(text_in(&buffer))
     }
 
     /// Takes the exclusive lock, to be given up only by [`Image::unlock`] or the end.
@@ -314,16 +370,58 @@ impl Image {
         })
     }
 
-    pub(super) fn set_note(&self, key: &str, value: &str) -> io::Result<()> {
-        let (key, value) = (c_text(key)?, c_text(value)?);
-        // SAFETY: an image's handle and two texts.
-        check(unsafe { (self.rbd.rbd_metadata_set)(self.handle, key.as_ptr(), value.as_ptr()) })
+    /// Changes a note of the image `id` if it is still `old`; whether it was.
+    /// librbd keeps notes in its header object and cannot compare; RADOS can.
+    pub(super) fn swap_note(
+        &self,
+        id: &str,
+        key: &str,
+        old: Option<&str>,
+        new: &str,
+    ) -> io::Result<bool> {
+        let rados = &self.pool.cluster.api.rados;
+        let object = c_text(&format!("rbd_header.{id}"))?;
+        let key = c_text(&format!("metadata_{key}"))?;
+        let old = old.unwrap_or_default();
+        let (keys, values, lengths) = ([key.as_ptr()], [new.as_ptr().cast()], [new.len()]);
+        let mut compared = 0;
+        // SAFETY: the texts and places live until the operation has been carried
+        // out and released; an absent note compares as an empty one.
+        let swapped = unsafe {
+            let op = (rados.rados_create_write_op)();
+            (rados.rados_write_op_omap_cmp)(
+                op,
+                key.as_ptr(),
+                COMPARE_EQUAL,
+                old.as_ptr().cast(),
+                old.len(),
+                &raw mut compared,
+            );
+            (rados.rados_write_op_omap_set)(
+                op,
+                keys.as_ptr(),
+                values.as_ptr(),
+                lengths.as_ptr(),
+                keys.len(),
+            );
+            let pool = self.pool.handle;
+            let done =
+                (rados.rados_write_op_operate)(op, pool, object.as_ptr(), ptr::null_mut(), 0);
+            (rados.rados_release_write_op)(op);
+            done
+        };
+        match check(swapped) {
+            Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => Ok(false),
+            other => other.map(|()| true),
+        }
     }
 
-    pub(super) fn remove_note(&self, key: &str) -> io::Result<()> {
-        let key = c_text(key)?;
-        // SAFETY: an image's handle and a text.
-        check(unsafe { (self.rbd.rbd_metadata_remove)(self.handle, key.as_ptr()) })
+    /// Names the image for ever, and no other of any cluster.
+    pub(super) fn place(&self, id: &str, namespace: Option<&str>) -> io::Result<String> {
+        // SAFETY: a pool's handle.
+        let pool = unsafe { (self.pool.cluster.api.rados.rados_ioctx_get_id)(self.pool.handle) };
+        let fsid = self.pool.cluster.fsid()?;
+        Ok(format!("{fsid}/{pool}/{}/{id}", namespace.unwrap_or_default()))
     }
 
     /// Has `updated` called with `argument` whenever the image may have changed.

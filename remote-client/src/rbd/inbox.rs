@@ -91,6 +91,7 @@ impl Flight {
     /// Buffers of a WRITE are valid.
     pub(super) unsafe fn send(self: Box<Self>, image: &Image) -> io::Result<()> {
         let rbd = self.rbd;
+        self.inbox.volume.sent();
         let flight = Box::into_raw(self);
         let mut completion = std::ptr::null_mut();
         // SAFETY: the library hands the address back to `completed`, once.
@@ -108,6 +109,7 @@ impl Flight {
         if sent.is_err() {
             // SAFETY: the library does not have it.
             let flight = unsafe { Box::from_raw(flight) };
+            flight.inbox.volume.came_back();
             flight.inbox.volume.give(flight.piece.cost());
         }
         sent
@@ -228,6 +230,7 @@ impl Inbox {
             self.tell(&mut back);
         }
         drop(back);
+        self.volume.came_back();
         self.volume.give(cost);
     }
 

@@ -36,6 +36,8 @@ pub(super) struct Watcher {
 pub(super) const LOCK_EXCLUSIVE: c_int = 0;
 /// `RBD_WRITE_ZEROES_FLAG_THICK_PROVISION`: the range keeps its space.
 pub(super) const ZEROES_KEEP_SPACE: c_int = 1;
+/// `LIBRADOS_CMPXATTR_OP_EQ`.
+pub(super) const COMPARE_EQUAL: u8 = 1;
 /// `RBD_FEATURE_EXCLUSIVE_LOCK`.
 pub(super) const FEATURE_EXCLUSIVE_LOCK: u64 = 1 << 2;
 
@@ -72,6 +74,19 @@ functions! { Rados:
     rados_buffer_free(*mut c_char);
     rados_blocklist_add(Handle, *mut c_char, u32) -> c_int;
     rados_wait_for_latest_osdmap(Handle) -> c_int;
+    rados_mon_command(
+        Handle, *mut *const c_char, usize, *const c_char, usize, *mut *mut c_char, *mut usize, *mut *mut c_char,
+        *mut usize
+    ) -> c_int;
+    rados_cluster_fsid(Handle, *mut c_char, usize) -> c_int;
+    rados_ioctx_get_id(Handle) -> i64;
+    rados_create_write_op() -> Handle;
+    rados_release_write_op(Handle);
+    rados_write_op_omap_cmp(Handle, *const c_char, u8, *const c_char, usize, *mut c_int);
+    rados_write_op_omap_set(
+        Handle, *const *const c_char, *const *const c_char, *const usize, usize
+    );
+    rados_write_op_operate(Handle, Handle, *const c_char, *mut c_void, c_int) -> c_int;
     rados_ioctx_create(Handle, *const c_char, *mut Handle) -> c_int;
     rados_ioctx_set_namespace(Handle, *const c_char);
     rados_ioctx_destroy(Handle);
@@ -92,8 +107,6 @@ functions! { Rbd:
     rbd_watchers_list(Handle, *mut Watcher, *mut usize) -> c_int;
     rbd_watchers_list_cleanup(*mut Watcher, usize);
     rbd_metadata_get(Handle, *const c_char, *mut c_char, *mut usize) -> c_int;
-    rbd_metadata_set(Handle, *const c_char, *const c_char) -> c_int;
-    rbd_metadata_remove(Handle, *const c_char) -> c_int;
     rbd_pool_metadata_get(Handle, *const c_char, *mut c_char, *mut usize) -> c_int;
     rbd_update_watch(Handle, *mut u64, Updated, *mut c_void) -> c_int;
     rbd_update_unwatch(Handle, u64) -> c_int;

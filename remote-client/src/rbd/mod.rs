@@ -6,6 +6,8 @@
 //!      queue, queue, ... +---- image ---- librbd, its threads
 //!        ^                                   |
 //!        +------------- inbox <--------------+
+//!
+//!      access thread --- register --- note on the image: record, clients
 //! ```
 //!
 //! One image is open once for all queues. A queue's thread submits and takes
@@ -13,15 +15,22 @@
 
 mod claim;
 mod error;
+mod handover;
 mod image;
 mod inbox;
 mod library;
 mod opening;
 mod queue;
+mod record;
+mod register;
 mod request;
+mod seat;
 mod volume;
+mod watch;
 
 pub use error::RbdError;
+pub use record::{ImageRecord, RecordError};
+pub use seat::{Former, Seat};
 pub(crate) use volume::RbdVolume;
 
 use crate::engine::Capabilities;
@@ -29,4 +38,4 @@ use crate::fence::Fence;
 
 /// What this driver can do.
 pub(crate) const CAPABILITIES: Capabilities =
-    Capabilities { fence: Fence::Blocklist, handoff: false };
+    Capabilities { fence: Fence::Blocklist, handoff: true };

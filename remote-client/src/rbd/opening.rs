@@ -1,4 +1,5 @@
-//! Connects to a cluster, opens an image, and makes it this owner's.
+//! Connects to a cluster, opens an image, and makes it this owner's, unless it
+//! stands by.
 //!
 //! Every step may wait for the cluster, so all of it runs in a thread of its
 //! own, which is left behind when the time is over; what it still gets by then
@@ -9,18 +10,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::claim::{CLAIM_NOTE, Claim, Step, next};
+use baton_protocol::access::{AccessRecord, Input, Refusal};
+use baton_protocol::{Epoch, SessionId};
+
 use super::error::RbdError;
 use super::image::{Cluster, Image};
 use super::library::{Api, FEATURE_EXCLUSIVE_LOCK};
+use super::register::{Register, SeatError};
 use crate::open::{OpenError, OpenOptions};
 use crate::uri::RbdUri;
 
-/// Ten years, s. The entry of a client that may only be frozen must not end
-/// before the client does: what it has queued is accepted from then on.
-const FENCE_S: u32 = 315_360_000;
 /// What opening and claiming may take after the monitors have answered.
 const IMAGE_WAIT: Duration = Duration::from_secs(15);
 
@@ -36,10 +37,10 @@ const SETTINGS: [(&str, &str); 8] = [
     // A discard of any size does what it says; 4096 is the least that is allowed.
     ("rbd_discard_granularity_bytes", "4096"),
     ("rbd_skip_partial_discard", "false"),
-    // Whoever's lock is broken was fenced by `claim` before, for good. The
-    // library's own entry would replace that one and end after an hour; and
-    // with an expiry set for it, Pacific's monitors refuse it (EINVAL: the
-    // number is sent as a text).
+    // Whoever's lock is broken was fenced by `Register::enter` before, for good.
+    // The library's own entry would be for an hour, which the monitors of 16.2
+    // do not let replace a longer one; and with an expiry set for it they refuse
+    // it (EINVAL: the number is sent as a text).
     ("rbd_blocklist_on_break_lock", "false"),
     // A request that is given up may still be carried out later.
     ("rados_osd_op_timeout", "0"),
@@ -51,30 +52,35 @@ const IMAGE_SETTINGS: usize = 6;
 /// An open image, and what is known of it.
 #[derive(Debug)]
 pub(super) struct Opened {
-    pub(super) image: Image,
-    /// Unique in the pool.
-    pub(super) id: String,
+    pub(super) image: Arc<Image>,
+    pub(super) register: Register,
+    /// As it is now, without keys.
+    pub(super) record: AccessRecord,
+    /// The epoch of the claim; `None`: it is only read, or stands by.
+    pub(super) claimed: Option<Epoch>,
     pub(super) size_bytes: u64,
     /// Not locked and not claimed.
     pub(super) read_only: bool,
+    pub(super) opened_after: Duration,
+}
+
+/// Makes a client of its own that only reads the image's access record, for when
+/// the cluster refuses the one that was used.
+pub(super) fn observer(
+    uri: &RbdUri,
+    options: &OpenOptions,
+) -> impl Fn() -> Option<Register> + use<> {
+    let (uri, options) = (uri.clone(), options.clone());
+    move || {
+        let opening = Opening::new(&uri, &options).ok()?;
+        opening.register(&Arc::new(opening.image(true).ok()?)).ok()
+    }
 }
 
 /// Opens within a bounded time.
 pub(super) fn open(uri: &RbdUri, options: &OpenOptions) -> Result<Opened, OpenError> {
-    if options.standby {
-        return Err(RbdError::Standby(uri.spec()).into());
-    }
-    let api = Api::loaded()?;
-    // Ceph's time-out has whole seconds.
-    let connect = options.connect_timeout.max(Duration::from_secs(1));
-    let opening = Opening {
-        api,
-        uri: uri.clone(),
-        owner: options.owner.clone(),
-        read_only: options.read_only || uri.snapshot.is_some(),
-        connect,
-        connected: Arc::new(AtomicBool::new(false)),
-    };
+    let opening = Opening::new(uri, options)?;
+    let connect = opening.connect;
     let connected = Arc::clone(&opening.connected);
     let (answer, answered) = mpsc::sync_channel(1);
     thread::Builder::new()
@@ -94,17 +100,66 @@ pub(super) fn open(uri: &RbdUri, options: &OpenOptions) -> Result<Opened, OpenEr
     }
 }
 
-struct Opening {
+#[derive(Debug)]
+pub(super) struct Opening {
     api: &'static Api,
     uri: RbdUri,
     owner: String,
+    session: SessionId,
     read_only: bool,
+    standby: bool,
+    handoff: bool,
     connect: Duration,
+    /// For one request; `None`: for ever, since what is given up may still happen.
+    patience: Option<Duration>,
     connected: Arc<AtomicBool>,
 }
 
 impl Opening {
+    pub(super) fn new(uri: &RbdUri, options: &OpenOptions) -> Result<Self, RbdError> {
+        Ok(Self {
+            api: Api::loaded()?,
+            uri: uri.clone(),
+            owner: options.owner.clone(),
+            session: options.session,
+            read_only: options.read_only || uri.snapshot.is_some(),
+            standby: options.standby,
+            handoff: options.handoff,
+            // Ceph's time-out has whole seconds.
+            connect: options.connect_timeout.max(Duration::from_secs(1)),
+            patience: None,
+            connected: Arc::new(AtomicBool::new(false)),
+        })
+    }
+
+    /// No request waits longer.
+    pub(super) fn with_patience(self, patience: Duration) -> Self {
+        Self { patience: Some(patience), ..self }
+    }
+
+    pub(super) fn register(&self, image: &Arc<Image>) -> Result<Register, RbdError> {
+        let register = Register::new(Arc::clone(image), self.uri.namespace.as_deref());
+        register.map_err(|e| self.failed("read the identity", e))
+    }
+
     fn run(&self) -> Result<Opened, RbdError> {
+        let begun = Instant::now();
+        let image = Arc::new(self.image(self.read_only)?);
+        let register = self.register(&image)?;
+        let (record, claimed) = if self.read_only {
+            (AccessRecord::new(register.volume()), None)
+        } else {
+            self.take(&image, &register)?
+        };
+        let size_bytes = image.size_bytes().map_err(|e| self.failed("read the size", e))?;
+        if size_bytes < baton_protocol::units::SECTOR_BYTES {
+            return Err(RbdError::Empty(self.uri.spec()));
+        }
+        let (read_only, opened_after) = (self.read_only, begun.elapsed());
+        Ok(Opened { image, register, record, claimed, size_bytes, read_only, opened_after })
+    }
+
+    pub(super) fn image(&self, read_only: bool) -> Result<Image, RbdError> {
         let uri = &self.uri;
         let cluster = self.cluster()?;
         self.connected.store(true, Ordering::Relaxed);
@@ -121,7 +176,7 @@ impl Opening {
                 return Err(overridden("pool", "pool", uri.pool.clone(), key));
             }
         }
-        let image = pool.image(&uri.image, uri.snapshot.as_deref(), self.read_only);
+        let image = pool.image(&uri.image, uri.snapshot.as_deref(), read_only);
         let image = image.map_err(|e| match e.raw_os_error() {
             Some(libc::ENOENT) if uri.snapshot.is_some() => RbdError::NoSnapshot(uri.spec()),
             Some(libc::ENOENT) => RbdError::NoImage(uri.spec()),
@@ -134,15 +189,7 @@ impl Opening {
                 return Err(overridden("image", "image", uri.spec(), key));
             }
         }
-        if !self.read_only {
-            self.claim(&image)?;
-        }
-        let size_bytes = image.size_bytes().map_err(|e| self.failed("read the size", e))?;
-        let id = image.id().map_err(|e| self.failed("read the identity", e))?;
-        if size_bytes < baton_protocol::units::SECTOR_BYTES {
-            return Err(RbdError::Empty(uri.spec()));
-        }
-        Ok(Opened { image, id, size_bytes, read_only: self.read_only })
+        Ok(image)
     }
 
     fn cluster(&self) -> Result<Cluster, RbdError> {
@@ -154,6 +201,12 @@ impl Opening {
         cluster.read_conf(conf.as_deref()).map_err(no_conf)?;
         for (key, value) in SETTINGS {
             cluster.set(key, value).map_err(|_| RbdError::Setting(key))?;
+        }
+        if let Some(patience) = self.patience {
+            let patience_s = patience.as_secs_f64().to_string();
+            for key in ["rados_osd_op_timeout", "rados_mon_op_timeout"] {
+                cluster.set(key, &patience_s).map_err(|_| RbdError::Setting(key))?;
+            }
         }
         let wait_s = self.connect.as_secs_f64().ceil().to_string();
         let timeout = "client_mount_timeout";
@@ -167,60 +220,54 @@ impl Opening {
         Ok(cluster)
     }
 
-    /// Makes the image this owner's, and this client the one that may write it.
-    fn claim(&self, image: &Image) -> Result<(), RbdError> {
-        let spec = || self.uri.spec();
+    /// Makes the image this owner's, and this client the one that may write it,
+    /// unless it stands by. The record, and the epoch of the claim.
+    fn take(
+        &self,
+        image: &Image,
+        register: &Register,
+    ) -> Result<(AccessRecord, Option<Epoch>), RbdError> {
         let features = image.features().map_err(|e| self.failed("read the features", e))?;
         if features & FEATURE_EXCLUSIVE_LOCK == 0 {
-            return Err(RbdError::NoLock(spec()));
+            return Err(RbdError::NoLock(self.uri.spec()));
         }
-        let lock = image.lock_owner().map_err(|e| self.failed("look at the lock", e))?;
-        let alive = image.watchers().map_err(|e| self.failed("look for other clients", e))?;
-        let claim = self.claim_on(image)?;
-        match next(&self.owner, claim.as_ref(), lock.as_deref(), &alive) {
-            Step::Acquire => {}
-            Step::InUse(client) => return Err(RbdError::InUse { spec: spec(), client }),
-            Step::NotOwner(owner) => return Err(RbdError::NotOwner { spec: spec(), owner }),
-            Step::TakeOver(client) => {
-                tracing::warn!(
-                    image = spec(),
-                    client,
-                    "an earlier backend of this VM has not given the image back; it is fenced"
-                );
-                let cluster = &image.pool.cluster;
-                let fenced = cluster.blocklist(&client, FENCE_S);
-                fenced.map_err(|e| self.failed("fence the earlier client", e))?;
-                let broken = image.break_lock(&client);
-                broken.map_err(|e| self.failed("break the earlier client's lock", e))?;
-            }
+        if self.standby {
+            let seat = register.read().map_err(|e| self.unseated(e))?;
+            return Ok((seat.record.without_keys(), None));
         }
-        image.lock().map_err(|e| match e.raw_os_error() {
-            // Somebody was faster, and keeps it.
-            Some(libc::EROFS | libc::EBUSY) => {
-                let other = image.lock_owner().ok().flatten();
-                RbdError::InUse { spec: spec(), client: other.unwrap_or_else(|| "?".to_owned()) }
+        let (name, session, client) = (&self.owner, self.session, register.client());
+        let claim = Input::Claim { name, session };
+        match register.change(|seat| seat.step(claim, Some(client))) {
+            Ok(_) => {}
+            // Only to reclaim or to activate brings it back.
+            Err(SeatError::Refused(Refusal::InHandoff(_), seat)) if self.handoff => {
+                return Ok((seat.record.without_keys(), None));
             }
-            _ => self.failed("take the exclusive lock", e),
+            Err(error) => return Err(self.unseated(error)),
+        }
+        let entered = register.enter(session);
+        let seat = entered.map_err(|error| {
+            let released = register.change(|seat| {
+                let epoch = seat.record.epoch;
+                seat.step(Input::Release { session, epoch }, None)
+            });
+            drop(released);
+            self.unseated(error)
         })?;
-        // Another owner may have come and gone between the look and the lock.
-        if let Some(claim) = self.claim_on(image)?
-            && claim.owner != self.owner
-        {
-            let _ = image.unlock();
-            return Err(RbdError::NotOwner { spec: spec(), owner: claim.owner });
-        }
-        let client = image.pool.cluster.address();
-        let client = client.map_err(|e| self.failed("tell this client's address", e))?;
-        let claim = Claim { client, owner: self.owner.clone() };
-        let noted = image.set_note(CLAIM_NOTE, &claim.to_string());
-        noted.map_err(|e| self.failed("note the owner", e))
+        Ok((seat.record.without_keys(), Some(seat.record.epoch)))
     }
 
-    fn claim_on(&self, image: &Image) -> Result<Option<Claim>, RbdError> {
-        let note = image.note(CLAIM_NOTE).map_err(|e| self.failed("read the owner", e))?;
-        // One of a later version is somebody's as well.
-        let unknown = |text: &str| Claim { client: String::new(), owner: text.to_owned() };
-        Ok(note.map(|text| text.parse().unwrap_or_else(|()| unknown(&text))))
+    pub(super) fn unseated(&self, error: SeatError) -> RbdError {
+        let spec = self.uri.spec();
+        match error {
+            SeatError::Refused(Refusal::NotOwner { owner, .. }, _) => {
+                RbdError::NotOwner { spec, owner }
+            }
+            SeatError::Refused(refusal, _) => RbdError::Refused { spec, refusal },
+            SeatError::InUse(client) => RbdError::InUse { spec, client },
+            SeatError::Note => RbdError::Note(spec),
+            SeatError::Ceph(what, source) => self.failed(what, source),
+        }
     }
 
     /// What has no sentence of its own; but a refusal has.

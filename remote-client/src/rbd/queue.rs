@@ -23,6 +23,15 @@ use crate::volume::{Completion, Op, Tag, VolumeQueue};
 /// A request older than this means that the cluster does not answer.
 pub(super) const SLOW_AFTER: Duration = Duration::from_secs(5);
 
+/// Whether pieces are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hold {
+    Free,
+    /// As soon as the submitter rests and all it submitted was sent.
+    Wanted,
+    Held,
+}
+
 #[derive(Debug)]
 pub(super) struct RbdQueue {
     index: u16,
@@ -45,6 +54,15 @@ pub(super) struct RbdQueue {
     due: Option<Instant>,
     /// Said to be slow.
     down: bool,
+    hold: Hold,
+    /// Of the course that `hold` follows.
+    serial: u64,
+    /// Nothing was submitted since the submitter said that it rests.
+    resting: bool,
+    /// That it is held in this course was told.
+    told_rest: bool,
+    /// The next answer is the first since the queue was let go.
+    first_due: bool,
 }
 
 // SAFETY: the buffers of requests are followed only while their submitter
@@ -63,7 +81,8 @@ impl RbdQueue {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(inbox.event(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
         epoll.add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, 1))?;
-        Ok(Self {
+        let (serial, held) = shared.course();
+        let mut queue = Self {
             index,
             shared: Arc::clone(shared),
             image,
@@ -78,7 +97,34 @@ impl RbdQueue {
             timer,
             due: None,
             down: false,
-        })
+            hold: if held { Hold::Held } else { Hold::Free },
+            serial,
+            resting: true,
+            told_rest: false,
+            first_due: false,
+        };
+        queue.follow();
+        Ok(queue)
+    }
+
+    /// Does as the volume's course says.
+    fn follow(&mut self) {
+        let (serial, held) = self.shared.course();
+        if self.serial != serial {
+            (self.serial, self.told_rest) = (serial, false);
+            if !held {
+                self.first_due |= self.hold != Hold::Free;
+                self.hold = Hold::Free;
+            } else if self.hold == Hold::Free {
+                self.hold = Hold::Wanted;
+            }
+        }
+        if self.hold == Hold::Wanted && self.resting && self.waiting.is_empty() {
+            self.hold = Hold::Held;
+        }
+        if self.hold == Hold::Held && !std::mem::replace(&mut self.told_rest, true) {
+            self.shared.rested(self.index, self.serial);
+        }
     }
 
     fn keep(&mut self, request: Request) -> usize {
@@ -97,6 +143,7 @@ impl RbdQueue {
     /// Sends what waits, as far as there is room.
     fn pump(&mut self) {
         while !self.shared.is_over()
+            && self.hold != Hold::Held
             && let Some(&slot) = self.waiting.front()
         {
             let piece = self.held.take().or_else(|| self.request(slot).next_piece());
@@ -131,6 +178,9 @@ impl RbdQueue {
             self.done.push(Completion { tag: request.tag, result });
             self.requests[slot] = None;
             self.free.push(slot);
+            if std::mem::take(&mut self.first_due) {
+                self.shared.first_answer();
+            }
         }
     }
 
@@ -159,7 +209,11 @@ impl RbdQueue {
         self.back = back;
     }
 
+    /// What is held does not wait for the cluster.
     fn oldest(&self) -> Option<Instant> {
+        if self.hold == Hold::Held {
+            return None;
+        }
         self.requests.iter().flatten().map(|request| request.since).min()
     }
 
@@ -212,6 +266,8 @@ impl VolumeQueue for RbdQueue {
                 self.done.push(Completion { tag, result: Ok(()) });
             }
             Ok(len) => {
+                self.resting = false;
+                self.follow();
                 let slot = self.keep(Request::new(tag, op, data, len, Instant::now()));
                 self.waiting.push_back(slot);
                 self.pump();
@@ -222,9 +278,17 @@ impl VolumeQueue for RbdQueue {
 
     fn poll(&mut self, completions: &mut Vec<Completion>) {
         self.take_back();
+        self.follow();
         self.pump();
+        // What a hold waited for may have been sent now.
+        self.follow();
         self.watch_time();
         completions.append(&mut self.done);
+    }
+
+    fn rest(&mut self) {
+        self.resting = true;
+        self.follow();
     }
 
     fn wake_fd(&self) -> BorrowedFd<'_> {

@@ -2,20 +2,28 @@
 //!
 //! A thread of its own does what may have to wait for the cluster: it reads the
 //! size when the image has changed, and closes the image. It sleeps until then.
+//! Where the volume takes part in handoffs, another one looks after its access
+//! record ([`super::handover`]).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::c_void;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::claim::CLAIM_NOTE;
+use baton_protocol::access::Input;
+use baton_protocol::{Epoch, SessionId, VolumeId};
+
+use super::handover::Handover;
 use super::image::Image;
 use super::inbox::{Budget, Inbox};
 use super::opening::{self, Opened};
 use super::queue::RbdQueue;
+use super::register::Register;
+use super::watch::Watch;
+use crate::handoff::HandoffPort;
 use crate::open::{OpenError, OpenOptions};
 use crate::uri::RbdUri;
 use crate::volume::{
@@ -34,6 +42,18 @@ const DISCARD_BYTES: u32 = 64 << 10;
 enum End {
     Fenced = 1,
     Lost = 2,
+    /// The other side of a handoff has won: as fenced, by ourselves.
+    Parked = 3,
+}
+
+/// The volume's place in its VM's handoffs: what does not change.
+#[derive(Debug)]
+struct Part {
+    owner: String,
+    session: SessionId,
+    volume: VolumeId,
+    claimed: Option<Epoch>,
+    opened_after: Duration,
 }
 
 /// What the queues, the library's threads and the volume's own thread share.
@@ -47,17 +67,26 @@ pub(super) struct Shared {
     /// The image may have changed.
     updated: AtomicBool,
     budget: Budget,
+    /// Pieces that are at the cluster, of queues that are closed, too.
+    out: AtomicUsize,
+    part: Part,
+    /// Whether the queues are held, in the lowest bit; above it, a number that
+    /// rises with every change.
+    course: AtomicU64,
     hub: Mutex<Hub>,
     /// For the volume's thread.
     news: Condvar,
+    /// For the access thread.
+    pub(super) work: Condvar,
     /// For `close`.
     done: Condvar,
 }
 
-struct Hub {
+pub(super) struct Hub {
     /// Until the volume is closed.
     image: Option<Arc<Image>>,
-    queues: BTreeMap<u16, Weak<Inbox>>,
+    pub(super) queues: BTreeMap<u16, Weak<Inbox>>,
+    pub(super) handover: Handover,
     /// Queues to which the cluster does not answer.
     down: BTreeSet<u16>,
     told: VolumeState,
@@ -65,6 +94,19 @@ struct Hub {
     /// Asked for; true: with giving the image back.
     closing: Option<bool>,
     closed: bool,
+}
+
+impl Hub {
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.is_some()
+    }
+
+    /// Has every queue look.
+    fn wake_queues(&self) {
+        for inbox in self.queues.values().filter_map(Weak::upgrade) {
+            inbox.notify();
+        }
+    }
 }
 
 impl std::fmt::Debug for Hub {
@@ -77,7 +119,7 @@ impl std::fmt::Debug for Hub {
 }
 
 impl Shared {
-    fn hub(&self) -> MutexGuard<'_, Hub> {
+    pub(super) fn hub(&self) -> MutexGuard<'_, Hub> {
         // Nothing in a critical section can leave the hub half changed.
         self.hub.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -103,6 +145,63 @@ impl Shared {
         self.over.load(Ordering::Acquire) != 0
     }
 
+    pub(super) fn is_fenced(&self) -> bool {
+        self.over.load(Ordering::Acquire) == End::Fenced as u8
+    }
+
+    pub(super) fn owner(&self) -> &str {
+        &self.part.owner
+    }
+
+    pub(super) fn session(&self) -> SessionId {
+        self.part.session
+    }
+
+    pub(super) fn volume_id(&self) -> VolumeId {
+        self.part.volume
+    }
+
+    pub(super) fn claimed_epoch(&self) -> Option<Epoch> {
+        self.part.claimed
+    }
+
+    pub(super) fn opened_after(&self) -> Duration {
+        self.part.opened_after
+    }
+
+    /// A number that rises with every change, and whether the queues are held.
+    pub(super) fn course(&self) -> (u64, bool) {
+        let course = self.course.load(Ordering::Acquire);
+        (course >> 1, course & 1 == 1)
+    }
+
+    pub(super) fn turn(&self, hub: &mut Hub, held: bool) {
+        let (serial, _) = self.course();
+        self.course.store((serial + 1) << 1 | u64::from(held), Ordering::Release);
+        hub.wake_queues();
+    }
+
+    pub(super) fn sent(&self) {
+        self.out.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// A piece is back. The last one may be what a seal waits for.
+    pub(super) fn came_back(&self) {
+        if self.out.fetch_sub(1, Ordering::SeqCst) == 1 && self.course().1 {
+            drop(self.hub());
+            self.work.notify_all();
+        }
+    }
+
+    /// Nothing of this client's is at the cluster.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.out.load(Ordering::SeqCst) == 0
+    }
+
+    pub(super) fn give_up_for_good(&self) {
+        self.end(End::Parked);
+    }
+
     fn end(&self, end: End) {
         let first =
             self.over.compare_exchange(0, end as u8, Ordering::AcqRel, Ordering::Acquire).is_ok();
@@ -121,15 +220,32 @@ impl Shared {
                 "the image, its snapshot or its pool is gone; its I/O waits for ever, and a \
                  person must look"
             ),
+            // Said by who decided it.
+            End::Parked => {}
         }
         self.tell();
         self.wake_queues();
+    }
+
+    /// The image may have changed.
+    pub(super) fn updated(&self) {
+        self.updated.store(true, Ordering::Release);
+        self.tell();
     }
 
     /// Has the volume's thread look. Not between its look and its sleep.
     fn tell(&self) {
         drop(self.hub());
         self.news.notify_all();
+        self.work.notify_all();
+    }
+
+    /// The end of this client, if that is what an error of the cluster says
+    /// that was not about a guest's request.
+    pub(super) fn judge_client(&self, error: &io::Error) {
+        if error.raw_os_error() == Some(libc::ESHUTDOWN) {
+            self.end(End::Fenced);
+        }
     }
 
     /// Looks at what the library answered for what says that this client's time is over.
@@ -144,10 +260,7 @@ impl Shared {
     }
 
     pub(super) fn wake_queues(&self) {
-        let open: Vec<_> = self.hub().queues.values().filter_map(Weak::upgrade).collect();
-        for inbox in open {
-            inbox.notify();
-        }
+        self.hub().wake_queues();
     }
 
     pub(super) fn set_down(&self, index: u16, down: bool) {
@@ -161,6 +274,8 @@ impl Shared {
     pub(super) fn queue_closed(&self, index: u16) {
         let mut hub = self.hub();
         hub.queues.remove(&index);
+        hub.handover.closed(index);
+        self.work.notify_all();
         if hub.down.remove(&index) {
             self.news.notify_all();
         }
@@ -170,8 +285,8 @@ impl Shared {
         match self.over.load(Ordering::Acquire) {
             0 if hub.down.is_empty() => VolumeState::Connected,
             0 => VolumeState::Reconnecting,
-            over if over == End::Fenced as u8 => VolumeState::Fenced,
-            _ => VolumeState::Lost,
+            over if over == End::Lost as u8 => VolumeState::Lost,
+            _ => VolumeState::Fenced,
         }
     }
 
@@ -192,6 +307,7 @@ impl Shared {
                 }
                 hub = self.hub();
             } else if self.updated.swap(false, Ordering::AcqRel)
+                && !self.is_over()
                 && let Some(image) = hub.image.clone()
             {
                 drop(hub);
@@ -218,15 +334,22 @@ impl Shared {
         }
     }
 
-    fn give_up(&self, image: &Image, give_back: bool) {
-        if give_back && !self.read_only() && !self.is_over() {
-            // Before the lock goes with the image.
-            if let Err(error) = image.remove_note(CLAIM_NOTE) {
-                tracing::warn!(
-                    image = self.spec(), %error,
-                    "the image stays claimed by this VM, which a later backend of it ends"
-                );
+    /// Before the lock goes with the image.
+    fn give_back(&self, register: &Register) {
+        let session = self.session();
+        let released = register.change(|seat| {
+            let owner = seat.record.owner.as_ref().map(|owner| owner.session);
+            if owner != Some(session) {
+                return Ok(seat.clone());
             }
+            seat.step(Input::Release { session, epoch: seat.record.epoch }, None)
+        });
+        if let Err(error) = released {
+            tracing::warn!(
+                image = self.spec(),
+                ?error,
+                "the image stays this VM's, whose next backend gets it"
+            );
         }
     }
 }
@@ -236,35 +359,29 @@ fn whole_sectors(bytes: u64) -> u64 {
     bytes / SECTOR_BYTES * SECTOR_BYTES
 }
 
-/// Called by the library when the image may have changed. Only the volume's
-/// thread may ask the cluster how.
-unsafe extern "C" fn updated(shared: *mut c_void) {
-    // SAFETY: kept until the watch has ended.
-    let shared = unsafe { &*shared.cast::<Shared>() };
-    shared.updated.store(true, Ordering::Release);
-    shared.tell();
-}
-
 /// An open image.
 #[derive(Debug)]
 pub(crate) struct RbdVolume {
     shared: Arc<Shared>,
+    hands_over: bool,
 }
 
 impl RbdVolume {
-    /// Opens the image, and claims it unless it is only read.
+    /// Opens the image, and claims it unless it is only read or stands by.
     pub(crate) fn open(uri: &RbdUri, options: &OpenOptions) -> Result<Self, OpenError> {
         let opened = opening::open(uri, options)?;
-        Self::start(uri, opened).map_err(OpenError::System)
+        Self::start(uri, options, opened).map_err(OpenError::System)
     }
 
-    fn start(uri: &RbdUri, opened: Opened) -> io::Result<Self> {
+    fn start(uri: &RbdUri, options: &OpenOptions, opened: Opened) -> io::Result<Self> {
+        let Opened { image, register, record, claimed, size_bytes, read_only, opened_after } =
+            opened;
         let mut id = [0; 20];
-        for (to, from) in id.iter_mut().zip(opened.id.bytes()) {
+        for (to, from) in id.iter_mut().zip(register.id().bytes()) {
             *to = from;
         }
-        let size_bytes = whole_sectors(opened.size_bytes);
-        let image = Arc::new(opened.image);
+        let size_bytes = whole_sectors(size_bytes);
+        let held = claimed.is_none() && !read_only;
         let shared = Arc::new(Shared {
             spec: uri.spec(),
             geometry: Geometry {
@@ -272,16 +389,26 @@ impl RbdVolume {
                 size_bytes,
                 block_bytes: 512,
                 discard_bytes: DISCARD_BYTES,
-                read_only: opened.read_only,
+                read_only,
             },
             size_bytes: AtomicU64::new(size_bytes),
             over: AtomicU8::new(0),
             // It may have grown before the watch.
             updated: AtomicBool::new(true),
             budget: Budget::default(),
+            out: AtomicUsize::new(0),
+            part: Part {
+                owner: options.owner.clone(),
+                session: options.session,
+                volume: register.volume(),
+                claimed,
+                opened_after,
+            },
+            course: AtomicU64::new(u64::from(held)),
             hub: Mutex::new(Hub {
                 image: Some(Arc::clone(&image)),
                 queues: BTreeMap::new(),
+                handover: Handover::new(record),
                 down: BTreeSet::new(),
                 told: VolumeState::Connected,
                 listener: None,
@@ -289,58 +416,46 @@ impl RbdVolume {
                 closed: false,
             }),
             news: Condvar::new(),
+            work: Condvar::new(),
             done: Condvar::new(),
         });
         let watch = Watch::begin(&image, &shared)?;
+        drop(image);
+        let hands_over = options.handoff && !read_only;
+        let access = if hands_over {
+            let observer = opening::observer(uri, options);
+            Some(look_after_access(Arc::clone(&shared), register.clone(), observer)?)
+        } else {
+            None
+        };
         let watched = Arc::clone(&shared);
         thread::Builder::new().name("rbd-control".to_owned()).spawn(move || {
             // Also when the thread panics: `close` must not wait in vain.
             let _closed = SayClosed(&watched);
-            // Of the volume, which drops its own when it is closed.
-            drop(image);
             let (image, give_back) = watched.watch();
             let Some(image) = image else { return };
-            watched.give_up(&image, give_back);
+            if let Some(access) = access {
+                watched.work.notify_all();
+                let _ = access.join();
+            }
+            if give_back && !watched.read_only() && !watched.is_over() {
+                watched.give_back(&register);
+            }
             watch.end(&image);
             // Closes it, unless a queue is still there.
-            drop(image);
+            drop((register, image));
         })?;
-        Ok(Self { shared })
+        Ok(Self { shared, hands_over })
     }
 }
 
-/// The library's way to say that the image may have changed.
-struct Watch {
-    number: u64,
-    /// One reference, the library's.
-    shared: *const Shared,
-}
-
-// SAFETY: it is the address of a value that all threads may use.
-unsafe impl Send for Watch {}
-
-impl Watch {
-    fn begin(image: &Image, shared: &Arc<Shared>) -> io::Result<Self> {
-        let shared = Arc::into_raw(Arc::clone(shared));
-        // SAFETY: the reference is given back only when no call can come any more.
-        let begun = unsafe { image.watch(updated, shared.cast_mut().cast()) };
-        match begun {
-            Ok(number) => Ok(Self { number, shared }),
-            Err(error) => {
-                // SAFETY: as made above, and the library does not have it.
-                drop(unsafe { Arc::from_raw(shared) });
-                Err(error)
-            }
-        }
-    }
-
-    fn end(self, image: &Image) {
-        // Else a call may still come, and the reference stays for it.
-        if image.unwatch(self.number).is_ok() {
-            // SAFETY: as made by `begin`, and the library has forgotten it.
-            drop(unsafe { Arc::from_raw(self.shared) });
-        }
-    }
+fn look_after_access(
+    shared: Arc<Shared>,
+    register: Register,
+    observer: impl Fn() -> Option<Register> + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let name = "rbd-access".to_owned();
+    thread::Builder::new().name(name).spawn(move || shared.attend(&register, observer))
 }
 
 struct SayClosed<'a>(&'a Shared);
@@ -376,18 +491,23 @@ impl Volume for RbdVolume {
         Ok(Box::new(queue))
     }
 
+    fn handoff(&self) -> Option<&dyn HandoffPort> {
+        self.hands_over.then_some(&*self.shared as &dyn HandoffPort)
+    }
+
     fn set_listener(&self, listener: EventListener) {
         self.shared.hub().listener = Some(listener);
     }
 
     /// Without `give_back` the lock goes all the same, with this client; the
-    /// claim stays, so that only this VM's next backend gets the image.
+    /// record stays as it is, so that only this VM's next backend gets the image.
     fn close(&self, give_back: bool) {
         let mut hub = self.shared.hub();
         if hub.closing.is_none() {
             hub.closing = Some(give_back);
         }
         self.shared.news.notify_all();
+        self.shared.work.notify_all();
         // What the cluster does not take back now, ends with this process.
         let waited = self.shared.done.wait_timeout_while(hub, CLOSE_WAIT, |hub| !hub.closed);
         let (hub, waited) = waited.unwrap_or_else(PoisonError::into_inner);
