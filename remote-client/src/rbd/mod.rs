@@ -24,9 +24,16 @@ mod volume;
 pub use error::RbdError;
 pub(crate) use volume::RbdVolume;
 
-use crate::engine::Capabilities;
+use crate::engine::{Capabilities, Support};
 use crate::fence::Fence;
 
 /// What this driver can do.
-pub(crate) const CAPABILITIES: Capabilities =
-    Capabilities { fence: Fence::Blocklist, handoff: false };
+pub(crate) const CAPABILITIES: Capabilities = Capabilities {
+    fence: Fence::Blocklist,
+    handoff: false,
+    queues: Support::Yes,
+    discard: Support::If("64 KiB and more"),
+    growth: Support::Yes,
+    waits: Support::Yes,
+    encrypted: Support::If("as Ceph's configuration says"),
+};
