@@ -22,13 +22,44 @@ pub enum Engine {
     File,
 }
 
-/// What a driver can do.
+/// What a driver can do. The table in docs/engines.md is made of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
     /// How a host that shall not write any more is kept from it.
     pub fence: Fence,
     /// A VM with such volumes can be handed over to another host while it runs.
     pub handoff: bool,
+    /// A disk may have several queues.
+    pub queues: Support,
+    /// A discard gives space back.
+    pub discard: Support,
+    /// A guest that runs is told of a larger volume.
+    pub growth: Support,
+    /// Requests wait while the storage does not answer, and are no error.
+    pub waits: Support,
+    /// What is sent is encrypted.
+    pub encrypted: Support,
+}
+
+/// Whether a driver has a feature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Support {
+    /// It has.
+    Yes,
+    /// It has not.
+    No,
+    /// On this condition.
+    If(&'static str),
+}
+
+impl fmt::Display for Support {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Yes => "yes",
+            Self::No => "no",
+            Self::If(condition) => condition,
+        })
+    }
 }
 
 impl Engine {
@@ -116,7 +147,7 @@ mod tests {
     #[test]
     fn no_handoff_without_a_fence() {
         for engine in Engine::ALL {
-            let Capabilities { fence, handoff } = *engine.capabilities();
+            let Capabilities { fence, handoff, .. } = *engine.capabilities();
             assert!(!handoff || fence != Fence::None, "{engine}");
         }
     }

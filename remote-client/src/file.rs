@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::engine::Capabilities;
+use crate::engine::{Capabilities, Support};
 use crate::fence::Fence;
 use crate::open::OpenError;
 use crate::volume::{
@@ -27,7 +27,15 @@ use crate::volume::{
 };
 
 /// What this driver can do.
-pub(crate) const CAPABILITIES: Capabilities = Capabilities { fence: Fence::None, handoff: false };
+pub(crate) const CAPABILITIES: Capabilities = Capabilities {
+    fence: Fence::None,
+    handoff: false,
+    queues: Support::Yes,
+    discard: Support::Yes,
+    growth: Support::No,
+    waits: Support::No,
+    encrypted: Support::No,
+};
 
 const SECTOR_BYTES: u64 = baton_protocol::units::SECTOR_BYTES;
 

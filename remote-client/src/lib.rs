@@ -20,7 +20,7 @@ pub mod uri;
 pub mod volume;
 
 pub use baton::Timing;
-pub use engine::{Capabilities, Engine};
+pub use engine::{Capabilities, Engine, Support};
 pub use fence::Fence;
 pub use gate::Gate;
 pub use handoff::{HandoffEvent, HandoffListener, HandoffPort, Opening};

@@ -282,6 +282,8 @@ fn a_gate_keeps_back_what_a_host_would_send() {
     let standby = OpenOptions { standby: true, ..options() };
     let there = open(&server.uri(""), &standby).expect("a look");
     assert_eq!(there.geometry().size_bytes, BYTES);
+    let says = baton_remote_client::Engine::Nbd.capabilities();
+    assert_eq!((says.handoff, there.gate().is_some()), (true, true));
     let mut there_queue = there.open_queue(0, 4).expect("queue");
     let here = opened(&server.uri(""));
     let mut here_queue = here.open_queue(0, 4).expect("queue");

@@ -27,8 +27,16 @@ pub(crate) mod volume;
 
 pub use session::Timing;
 
-use crate::engine::Capabilities;
+use crate::engine::{Capabilities, Support};
 use crate::fence::Fence;
 
 /// What this driver can do.
-pub(crate) const CAPABILITIES: Capabilities = Capabilities { fence: Fence::Storage, handoff: true };
+pub(crate) const CAPABILITIES: Capabilities = Capabilities {
+    fence: Fence::Storage,
+    handoff: true,
+    queues: Support::Yes,
+    discard: Support::Yes,
+    growth: Support::Yes,
+    waits: Support::Yes,
+    encrypted: Support::No,
+};

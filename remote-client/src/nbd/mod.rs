@@ -37,12 +37,19 @@ mod wire;
 
 pub(crate) use handshake::EXPORT_BYTES_MAX;
 
-use crate::engine::Capabilities;
+use crate::engine::{Capabilities, Support};
 use crate::fence::Fence;
 
 /// What this driver can do.
-pub(crate) const CAPABILITIES: Capabilities =
-    Capabilities { fence: Fence::Cooperative, handoff: true };
+pub(crate) const CAPABILITIES: Capabilities = Capabilities {
+    fence: Fence::Cooperative,
+    handoff: true,
+    queues: Support::If("if the server says CAN_MULTI_CONN"),
+    discard: Support::If("if the server has TRIM"),
+    growth: Support::If("at the next reconnect"),
+    waits: Support::Yes,
+    encrypted: Support::No,
+};
 
 #[cfg(fuzzing)]
 pub mod fuzz;

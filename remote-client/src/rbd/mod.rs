@@ -33,9 +33,16 @@ pub use record::{ImageRecord, RecordError};
 pub use seat::{Former, Seat};
 pub(crate) use volume::RbdVolume;
 
-use crate::engine::Capabilities;
+use crate::engine::{Capabilities, Support};
 use crate::fence::Fence;
 
 /// What this driver can do.
-pub(crate) const CAPABILITIES: Capabilities =
-    Capabilities { fence: Fence::Blocklist, handoff: true };
+pub(crate) const CAPABILITIES: Capabilities = Capabilities {
+    fence: Fence::Blocklist,
+    handoff: true,
+    queues: Support::Yes,
+    discard: Support::If("64 KiB and more"),
+    growth: Support::Yes,
+    waits: Support::Yes,
+    encrypted: Support::If("as Ceph's configuration says"),
+};
