@@ -8,6 +8,7 @@ mod events;
 mod facts;
 mod inventory;
 mod machine;
+mod term;
 mod zombie;
 
 use std::io;
@@ -63,6 +64,7 @@ pub(crate) struct Agent {
     config: Config,
     facts: HostFacts,
     inventory: Inventory,
+    terms: term::Terms,
     supervisor: Supervisor,
     machines: machine::Machines,
     events: events::Events,
@@ -108,6 +110,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
             .map_err(|source| StartError::Directory { path: path.clone(), source })?;
     }
     let inventory = Inventory::open(&config)?;
+    let terms = term::Terms::open(&config.state_dir)?;
     let door = Door::open(&config.listen, credentials.as_ref()).await?;
     let address = door.address().clone();
     let (hear, heard) = tokio::sync::mpsc::channel(zombie::HEARD_MAX);
@@ -127,6 +130,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
         config,
         facts,
         inventory,
+        terms,
         supervisor,
         machines,
         events,
