@@ -486,7 +486,6 @@ fn explore(mutant: Option<Mutant>, most: usize) -> (Option<(String, String)>, Ve
         .checker()
         .finish_when(HasDiscoveries::AnyFailures)
         .target_state_count(most)
-        .threads(2)
         .spawn_bfs()
         .join();
     let found = checker.discoveries();
@@ -519,16 +518,19 @@ fn two_leaders_never_write_under_one_term() {
 
 #[test]
 fn every_mutant_is_caught() {
+    let one_writer = "one process writes under a term";
+    let one_leader = "no two lead under one term";
+    let never_back = "a storage server never goes back to an older term";
     for (mutant, names) in [
-        (Mutant::NoLeader, "nothing is written behind who has read the journal"),
-        (Mutant::NoTail, "each write is done once, in its order"),
-        (Mutant::NoCounter, "one process writes under a term"),
-        (Mutant::AnyTerm, "a storage server never goes back to an older term"),
-        (Mutant::NoAgain, "who leads is not refused"),
+        (Mutant::NoLeader, &["nothing is written behind who has read the journal"][..]),
+        (Mutant::NoTail, &["each write is done once, in its order"]),
+        // Whichever of two leaders of one term is first.
+        (Mutant::NoCounter, &[one_writer, one_leader, never_back]),
+        (Mutant::AnyTerm, &[never_back]),
+        (Mutant::NoAgain, &["who leads is not refused"]),
     ] {
         let (broken, _) = explore(Some(mutant), 10 * STATES_MAX);
         let (name, how) = broken.unwrap_or_else(|| panic!("{mutant:?} is not caught"));
-        let also = mutant == Mutant::NoCounter && name == "no two lead under one term";
-        assert!(name == names || also, "{mutant:?} breaks `{name}`: {how}");
+        assert!(names.contains(&name.as_str()), "{mutant:?} breaks `{name}`: {how}");
     }
 }
