@@ -8,7 +8,8 @@
 #   --cost           valgrind, which counts what a request costs
 #   --libvirt        libvirtd for QEMU and virsh, without the system's own daemon: tests start theirs
 #   --ceph           a monitor, an OSD and the client library of Ceph, for tests that start a cluster of their own
-#   --etcd           etcd and its client, for tests that start a cluster of their own
+#   --etcd           etcd and its client, for tests that start a cluster of their own. Where systemd runs, the package
+#                    starts a member on port 2379, too: systemctl disable --now etcd
 #   --test           all six, for the harness is tested on the peers, and a C++ compiler for the fuzzer's runtime
 #   --check          change nothing; list what is missing and exit 1 if anything is
 #   (no purpose)     everything
@@ -41,7 +42,7 @@ for arg in "$@"; do
     --ceph) want_ceph=1 ;;
     --etcd) want_etcd=1 ;;
     -h | --help)
-        sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
     *)
