@@ -42,6 +42,18 @@ pub(crate) enum What {
     /// Move the right to a VM's volumes, step by step
     #[command(subcommand)]
     Handoff(HandoffCommand),
+    /// See which of several coordinators leads
+    #[command(subcommand)]
+    Coordinator(CoordinatorCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CoordinatorCommand {
+    /// List the coordinators of --coordinator: who leads, who follows, who does not answer
+    List {
+        #[command(flatten)]
+        common: Coordinated,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -208,15 +220,17 @@ pub(crate) struct Patience {
 
 #[derive(Debug, Args)]
 pub(crate) struct Coordinated {
-    /// Where the coordinator is: https://HOST:PORT, http://127.0.0.1:PORT or unix:/PATH
+    /// Where the coordinator is: https://HOST:PORT, http://127.0.0.1:PORT or unix:/PATH; of several, all of them, with
+    /// commas between: the one that leads is found, and waited for while there is none
     #[arg(
         long,
-        value_name = "URL",
+        value_name = "URL,...",
         env = "BATON_COORDINATOR",
-        default_value = "http://127.0.0.1:7720"
+        default_value = "http://127.0.0.1:7720",
+        value_delimiter = ','
     )]
-    pub(crate) coordinator: Endpoint,
-    /// Its name in its certificate, for https
+    pub(crate) coordinator: Vec<Endpoint>,
+    /// Name in its certificate, for https; several coordinators have one
     #[arg(long, value_name = "NAME", env = "BATON_COORDINATOR_NAME", default_value = "coordinator", value_parser = host)]
     pub(crate) coordinator_name: String,
     /// Certificate of the authority, PEM, for https

@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 use baton_protocol::handoff::HandoffId;
 use serde_json::{Value, json};
 
-use crate::args::{Coordinated, HandoffCommand, Patience, Route, VmCommand, Which, duration};
+use crate::args::{
+    Coordinated, CoordinatorCommand, HandoffCommand, Patience, Route, VmCommand, Which, duration,
+};
 use crate::coordinator::{Coordinator, CoordinatorError, new_id};
-use crate::{EXIT_REFUSED, Failure, phases, print_text, report, vm_view};
+use crate::{EXIT_REFUSED, EXIT_UNREACHABLE, Failure, phases, print_text, report, vm_view};
 
 /// `handoff cancel` and `finish`: who owns the volumes.
 pub(crate) const EXIT_DESTINATION: u8 = 10;
@@ -18,10 +20,22 @@ pub(crate) const EXIT_UNKNOWN: u8 = 20;
 
 /// Between two looks at a migration.
 const LOOK: Duration = Duration::from_millis(100);
-/// Looks that fail in a row before the command gives up; the migration goes on.
-const SILENT_MAX: u32 = 100;
+/// Without an answer for so long the command gives up; the migration goes on.
+const SILENT_MAX: Duration = Duration::from_secs(10);
 /// A little longer than a handoff may take to prepare, to see how it ended.
 const SETTLING: Duration = Duration::from_secs(60);
+
+pub(crate) fn coordinator(command: CoordinatorCommand) -> Result<u8, Failure> {
+    match command {
+        CoordinatorCommand::List { common } => {
+            let answer = Coordinator::new(&common)?.everyone();
+            show(&common, &answer, vm_view::coordinators)?;
+            let leads = |one: &Value| one["role"] == "leader";
+            let led = answer["coordinators"].as_array().is_some_and(|all| all.iter().any(leads));
+            Ok(if led { 0 } else { EXIT_UNREACHABLE })
+        }
+    }
+}
 
 pub(crate) fn vm(command: VmCommand) -> Result<u8, Failure> {
     match command {
@@ -219,11 +233,12 @@ fn follow(
 ) -> Result<Value, Failure> {
     let path = format!("/v1/vms/{vm}/handoffs/{id}");
     let live = std::io::stderr().is_terminal() && !quiet;
-    let (mut shown, mut silent) = (String::new(), 0);
+    let (mut shown, mut silent) = (String::new(), None);
     loop {
+        let asked = Instant::now();
         match coordinator.get(&path) {
             Ok(row) => {
-                silent = 0;
+                silent = None;
                 let line = phases::progress(&row);
                 if line != shown && !quiet {
                     progress(&line, live);
@@ -237,8 +252,11 @@ fn follow(
                 }
             }
             // The coordinator restarts: the migration goes on.
-            Err(_) if silent < SILENT_MAX => silent += 1,
-            Err(error) => return Err(error.into()),
+            Err(error) => {
+                if silent.get_or_insert(asked).elapsed() > SILENT_MAX {
+                    return Err(error.into());
+                }
+            }
         }
         std::thread::sleep(LOOK);
     }

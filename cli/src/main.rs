@@ -87,6 +87,7 @@ fn coordinator_exit_code(error: &CoordinatorError) -> u8 {
             CallError::Unreachable { .. } | CallError::Silent { .. } | CallError::Distrust { .. },
         ) => EXIT_UNREACHABLE,
         CoordinatorError::NoHandoff(_) => EXIT_REFUSED,
+        CoordinatorError::NoLeader { .. } => EXIT_UNREACHABLE,
         CoordinatorError::Credentials(_)
         | CoordinatorError::Identity(_)
         | CoordinatorError::NoCredentials(_) => EXIT_USAGE,
@@ -138,6 +139,7 @@ fn main() -> ExitCode {
         What::Volume(command) => run(command).map(|()| 0),
         What::Vm(command) => handoff::vm(command),
         What::Handoff(command) => handoff::handoff(command),
+        What::Coordinator(command) => handoff::coordinator(command),
     };
     match done {
         Ok(code) => ExitCode::from(code),

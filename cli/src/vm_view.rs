@@ -37,6 +37,23 @@ pub(crate) fn vms(answer: &Value) -> String {
     out
 }
 
+/// Coordinators, one line each.
+pub(crate) fn coordinators(answer: &Value) -> String {
+    let header = ["ADDRESS", "NAME", "ROLE", "TERM", "LEADER"].map(str::to_owned);
+    let (mut rows, mut troubles) = (vec![header], String::new());
+    for one in items(&answer["coordinators"]) {
+        let address = text(&one["address"]);
+        if let Some(trouble) = one["trouble"].as_str() {
+            troubles.push_str(&format!("{address}: {}\n", text(&trouble.into())));
+        }
+        let leader = &one["leader"]["name"];
+        let [name, role, term, leader] =
+            [&one["name"], &one["role"], &one["term"], leader].map(text);
+        rows.push([address, name, role, term, leader]);
+    }
+    table(rows, [Left, Left, Left, Right, Left]) + &troubles
+}
+
 /// One handoff.
 pub(crate) fn handoff(row: &Value) -> String {
     let mut facts = vec![

@@ -1,6 +1,6 @@
 //! What the end-to-end tests, the demo and the benchmark are made of.
 //!
-//! Starts real processes (`daemon`, `baton`, `qsd`, `cluster`, `ceph`), real guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them
+//! Starts real processes (`daemon`, `baton`, `qsd`, `cluster`, `ceph`, `etcd`), real guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them
 //! (`migration`) and lets that go wrong (`splitbrain`, `faults`). Plays the other side of a vhost-user socket without a guest
 //! (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`), a storage server's client (`raw_wire`), or a bad network
 //! (`proxy`, `wire`), on ports of their own (`port`). Knows the command lines of Baton's programs;
@@ -12,6 +12,7 @@ pub mod blk;
 pub mod ceph;
 pub mod cluster;
 pub mod daemon;
+pub mod etcd;
 pub mod faults;
 pub mod guest;
 pub mod handoff;

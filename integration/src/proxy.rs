@@ -29,6 +29,8 @@ struct Weather {
     holding: AtomicBool,
     request_bytes: AtomicU64,
     seed: AtomicU64,
+    /// Replies are Baton's and taken apart; others pass as they come.
+    framed: bool,
     cut: Mutex<Vec<TcpStream>>,
 }
 
@@ -56,6 +58,15 @@ pub struct Proxy {
 impl Proxy {
     /// Listens on a port of its own and passes to `server`.
     pub fn start(server: SocketAddr, seed: u64) -> Result<Self> {
+        Self::begin(server, seed, true)
+    }
+
+    /// The same for a server of another protocol: replies pass as they come.
+    pub fn of_bytes(server: SocketAddr) -> Result<Self> {
+        Self::begin(server, 1, false)
+    }
+
+    fn begin(server: SocketAddr, seed: u64, framed: bool) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").context("cannot bind the proxy")?;
         let address = listener.local_addr()?;
         let weather = Arc::new(Weather {
@@ -64,6 +75,7 @@ impl Proxy {
             holding: AtomicBool::new(false),
             request_bytes: AtomicU64::new(0),
             seed: AtomicU64::new(seed | 1),
+            framed,
             cut: Mutex::default(),
         });
         let theirs = Arc::clone(&weather);
@@ -190,7 +202,8 @@ fn pass_replies(mut from: TcpStream, to: TcpStream, weather: &Arc<Weather>) {
     let (holding, changed) = &*shared;
     let mut arrival = 0;
     let mut lost = false;
-    while let Ok(frame) = read_frame(&mut from) {
+    let read = if weather.framed { read_frame } else { read_bytes };
+    while let Ok(frame) = read(&mut from) {
         if lost || weather.silent.load(Ordering::SeqCst) {
             lost = true;
             continue;
@@ -227,6 +240,17 @@ fn release((holding, changed): &(Mutex<Holding>, Condvar), mut to: TcpStream) {
         };
     }
     let _ = to.shutdown(Shutdown::Both);
+}
+
+fn read_bytes(from: &mut TcpStream) -> std::io::Result<Vec<u8>> {
+    let mut bytes = vec![0; 64 << 10];
+    match from.read(&mut bytes)? {
+        0 => Err(ErrorKind::UnexpectedEof.into()),
+        n => {
+            bytes.truncate(n);
+            Ok(bytes)
+        }
+    }
 }
 
 fn read_frame(from: &mut TcpStream) -> std::io::Result<Vec<u8>> {

@@ -147,6 +147,44 @@ fn a_coordinator_starts_from_its_example() {
     assert!(daemon.terminate(READY_TIMEOUT).unwrap().success());
 }
 
+/// Nobody is at its endpoints: it waits for etcd, and says so.
+#[test]
+fn one_of_several_coordinators_starts_from_its_example() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = TestDir::new("configs").unwrap();
+    let at = |name: &str| dir.join(name).display().to_string();
+    let made = Command::new(program("baton-agent").unwrap())
+        .args(["dev-ca", "--host", "host-a", "--coordinator", "coordinator", "--operator", "me"])
+        .args(["--dir", &at("tls")])
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    fs::write(dir.join("tls/password"), "p").unwrap();
+    fs::set_permissions(dir.join("tls/password"), fs::Permissions::from_mode(0o600)).unwrap();
+    let text = replaced(
+        &all_keys(&read("baton-coordinator-etcd.toml")),
+        &[
+            ("127.0.0.1:7720", "127.0.0.1:0".to_owned()),
+            ("/etc/baton/tls", at("tls")),
+            ("/etc/baton/etcd/client.pem", at("tls/coordinator-coordinator.pem")),
+            ("/etc/baton/etcd/client.key", at("tls/coordinator-coordinator.key")),
+            ("/etc/baton/etcd", at("tls")),
+            // Where nobody listens.
+            ("127.0.0.1:2379", "127.0.0.1:1".to_owned()),
+            ("127.0.0.1:22379", "127.0.0.1:2".to_owned()),
+            ("127.0.0.1:32379", "127.0.0.1:3".to_owned()),
+        ],
+    );
+    let file = at("baton-coordinator.toml");
+    fs::write(&file, text).unwrap();
+    let program = program("baton-coordinator").unwrap();
+    let mut daemon =
+        Daemon::start(dir.path(), "coordinator", &program, ["--config", &file]).unwrap();
+    daemon.wait_line("waiting for etcd", READY_TIMEOUT).unwrap();
+    daemon.wait_line("role=follower", READY_TIMEOUT).unwrap();
+    assert!(daemon.terminate(READY_TIMEOUT).unwrap().success());
+}
+
 /// The file printed in docs/operations.md, with nothing but its paths and its own address replaced.
 #[test]
 fn a_coordinator_starts_from_the_file_in_the_manual() {
@@ -179,7 +217,13 @@ fn every_toml_file_has_a_test_here() {
     names.sort();
     assert_eq!(
         names,
-        ["baton-agent.toml", "baton-coordinator.toml", "baton-storage.toml", "vm.toml"]
+        [
+            "baton-agent.toml",
+            "baton-coordinator-etcd.toml",
+            "baton-coordinator.toml",
+            "baton-storage.toml",
+            "vm.toml"
+        ]
     );
 }
 

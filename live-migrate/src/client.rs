@@ -125,6 +125,8 @@ pub enum CallError {
         title: String,
         /// What happened and what to do.
         detail: String,
+        /// Where the coordinator is that leads, from one that does not.
+        leader: Option<String>,
     },
     /// Not one of ours.
     #[error("{endpoint} does not answer as {who} would; check the address")]
@@ -146,6 +148,7 @@ struct Problem {
     title: String,
     #[serde(default)]
     detail: String,
+    leader: Option<String>,
 }
 
 /// Calls one daemon.
@@ -155,7 +158,12 @@ pub struct Client {
     endpoint: Endpoint,
     credentials: Option<Arc<Credentials>>,
     timeout: Duration,
+    /// As text, for the header.
+    term: Option<Arc<str>>,
 }
+
+/// Header with the term of the coordinator that calls an agent.
+pub const TERM_HEADER: &str = "baton-coordinator-term";
 
 impl Client {
     /// Calls `who` at `endpoint`; each answer may take `timeout`. Who answers is
@@ -167,7 +175,20 @@ impl Client {
         credentials: Option<Arc<Credentials>>,
         timeout: Duration,
     ) -> Self {
-        Self { who, endpoint, credentials, timeout }
+        Self { who, endpoint, credentials, timeout, term: None }
+    }
+
+    /// Says with every call that the coordinator of this term calls.
+    #[must_use]
+    pub fn of_term(mut self, term: u64) -> Self {
+        self.term = Some(term.to_string().into());
+        self
+    }
+
+    /// Where it calls.
+    #[must_use]
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
     }
 
     /// One call. An empty answer is `null`.
@@ -198,6 +219,9 @@ impl Client {
         timeout: Duration,
     ) -> Result<Value, CallError> {
         let what = (method, path);
+        let term = self.term.as_deref().map(|term| (TERM_HEADER, term));
+        let headers = term.as_slice();
+        let limits = (timeout, http::ANSWER_BYTES_MAX);
         let answer = match &self.endpoint {
             Endpoint::Tls(authority) => {
                 let credentials = self
@@ -212,20 +236,20 @@ impl Client {
                     .await
                     .map_err(|_| self.silent(CONNECT_TIMEOUT))?
                     .map_err(|source| self.distrust(source))?;
-                http::exchange(stream, authority, what, body, timeout).await
+                http::exchange_with(stream, authority, what, headers, body, limits).await
             }
             Endpoint::Loopback(address) => {
                 let stream = in_time(TcpStream::connect(address))
                     .await
                     .map_err(|source| self.unreachable(source))?;
-                http::exchange(stream, &address.to_string(), what, body, timeout).await
+                http::exchange_with(stream, &address.to_string(), what, headers, body, limits).await
             }
             Endpoint::Unix(path) => {
                 let connected = tokio::time::timeout(CONNECT_TIMEOUT, unix::connect(path)).await;
                 let stream = connected
                     .map_err(|_| self.silent(CONNECT_TIMEOUT))?
                     .map_err(|source| self.unreachable(source))?;
-                http::exchange(stream, "localhost", what, body, timeout).await
+                http::exchange_with(stream, "localhost", what, headers, body, limits).await
             }
         };
         match answer {
@@ -246,8 +270,8 @@ impl Client {
             return serde_json::from_slice(body).map_err(|error| self.foreign(error));
         }
         match serde_json::from_slice(body) {
-            Ok(Problem { kind, title, detail }) => {
-                Err(CallError::Refused { status: status.as_u16(), kind, title, detail })
+            Ok(Problem { kind, title, detail, leader }) => {
+                Err(CallError::Refused { status: status.as_u16(), kind, title, detail, leader })
             }
             Err(_) => Err(self.foreign(format!("status {status} without a reason"))),
         }

@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// A machine's status with a hundred disks is far below; what is longer is not for us.
-const ANSWER_BYTES_MAX: usize = 4 << 20;
+pub(crate) const ANSWER_BYTES_MAX: usize = 4 << 20;
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -24,7 +24,7 @@ pub(crate) enum ExchangeError {
     #[error("the connection failed before an answer was complete")]
     Connection(#[source] hyper::Error),
     /// The answer broke off or is longer than anything expected.
-    #[error("the answer broke off or is longer than {ANSWER_BYTES_MAX} bytes")]
+    #[error("the answer broke off or is too long")]
     Body(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The path or the host is not one.
     #[error("`{0}` cannot be asked for")]
@@ -34,6 +34,9 @@ pub(crate) enum ExchangeError {
     Silent(Duration),
 }
 
+/// One more header of a request.
+pub(crate) type Header<'a> = (&'static str, &'a str);
+
 /// Sends one request and reads the whole answer, within `timeout`.
 ///
 /// # Cancel safety
@@ -41,14 +44,36 @@ pub(crate) enum ExchangeError {
 pub(crate) async fn exchange<S>(
     stream: S,
     host: &str,
-    (method, path): (Method, &str),
+    what: (Method, &str),
     body: Option<&Value>,
     timeout: Duration,
 ) -> Result<(StatusCode, Bytes), ExchangeError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let request = hyper::Request::builder()
+    exchange_with(stream, host, what, &[], body, (timeout, ANSWER_BYTES_MAX)).await
+}
+
+/// [`exchange`], with more headers and another limit for the answer's bytes.
+///
+/// # Cancel safety
+/// As [`exchange`].
+pub(crate) async fn exchange_with<S>(
+    stream: S,
+    host: &str,
+    (method, path): (Method, &str),
+    headers: &[Header<'_>],
+    body: Option<&Value>,
+    (timeout, bytes_max): (Duration, usize),
+) -> Result<(StatusCode, Bytes), ExchangeError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let mut request = hyper::Request::builder();
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let request = request
         .method(method)
         .uri(path)
         .header(header::HOST, host)
@@ -63,7 +88,7 @@ where
         let ask = async {
             let response = sender.send_request(request).await.map_err(ExchangeError::Connection)?;
             let status = response.status();
-            let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX);
+            let body = Limited::new(response.into_body(), bytes_max);
             let body = body.collect().await.map_err(ExchangeError::Body)?.to_bytes();
             Ok((status, body))
         };

@@ -55,6 +55,12 @@ impl Kept {
         Ok(Self { daemon, dir, name, label, config: path, address })
     }
 
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// Starts it again.
     pub fn restart(&mut self, env: &Environment) -> Result<()> {
         self.daemon = launch(&self.dir, self.name, &self.label, &self.config, env)?;
@@ -69,7 +75,7 @@ impl Kept {
     /// Somebody who asks it, whichever process it is at that moment.
     #[must_use]
     pub fn client(&self) -> Client {
-        Client { address: self.address }
+        Client { address: self.address, timeout: HTTP_TIMEOUT }
     }
 }
 
@@ -77,13 +83,20 @@ impl Kept {
 #[derive(Clone, Copy, Debug)]
 pub struct Client {
     address: SocketAddr,
+    timeout: Duration,
 }
 
 impl Client {
+    /// The same, not waited for longer than this.
+    #[must_use]
+    pub fn within(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
     /// See [`Kept::call`].
     pub fn call(self, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
-        let config = ureq::Agent::config_builder().timeout_global(Some(HTTP_TIMEOUT));
-        let agent: ureq::Agent = config.http_status_as_error(false).build().into();
+        let config = ureq::Agent::config_builder().timeout_global(Some(self.timeout));
+        let agent: ureq::Agent = config.http_status_as_error(false).max_redirects(0).build().into();
         let url = format!("http://{}{path}", self.address);
         let mut response = match (method, body) {
             ("GET", _) => agent.get(&url).call()?,
@@ -200,10 +213,32 @@ pub fn coordinator(
     env: &Environment,
 ) -> Result<Kept> {
     let address = free_port()?;
-    let mut config = format!(
-        "listen = \"{address}\"\njournal = \"{}\"\ncall_timeout_ms = 1000\n",
-        dir.join("journal.redb").display()
-    );
+    let journal = format!("journal = \"{}\"\n", dir.join("journal.redb").display());
+    let config = configuration(address, &journal, fleet, hosts)?;
+    Kept::start(dir, "baton-coordinator", "coordinator", &config, address, env)
+}
+
+/// Starts one of several coordinators. `more` is the section `[etcd]` without its name, and what comes behind.
+pub fn one_of_several(
+    dir: &Path,
+    name: &str,
+    fleet: &Fleet,
+    hosts: [(&str, &AgentHost); 2],
+    more: &str,
+) -> Result<Kept> {
+    let address = free_port()?;
+    let mut config = configuration(address, "", fleet, hosts)?;
+    write!(config, "[etcd]\nname = \"{name}\"\n{more}")?;
+    Kept::start(dir, "baton-coordinator", name, &config, address, &Vec::new())
+}
+
+fn configuration(
+    address: SocketAddr,
+    keys: &str,
+    fleet: &Fleet,
+    hosts: [(&str, &AgentHost); 2],
+) -> Result<String> {
+    let mut config = format!("listen = \"{address}\"\n{keys}call_timeout_ms = 1000\n");
     for (name, host) in hosts {
         writeln!(config, "[[host]]\nname = \"{name}\"\nagent = \"http://{}\"", host.agent.address)?;
     }
@@ -211,5 +246,5 @@ pub fn coordinator(
         let (data, admin) = (server.data_address(), server.admin_address());
         writeln!(config, "[[storage]]\ndata = \"{data}\"\nadmin = \"http://{admin}\"")?;
     }
-    Kept::start(dir, "baton-coordinator", "coordinator", &config, address, env)
+    Ok(config)
 }

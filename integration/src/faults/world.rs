@@ -5,7 +5,7 @@
 //! guest whose VMM is gone is gone, and boots again where its volumes are. Backends are the agents' business.
 
 use super::case::{Actor, Case};
-use super::cluster::{AgentHost, Kept, coordinator};
+use super::cluster::{AgentHost, Kept, coordinator, one_of_several};
 use super::history::{self, Event};
 use super::injector::{Register, Who};
 use super::stub::{Stub, history_path};
@@ -100,6 +100,8 @@ pub struct World {
     /// Of the VMMs that were started on each host.
     numbers: [Vec<u64>; 2],
     last_restart: Instant,
+    /// Others coordinate.
+    retired: bool,
 }
 
 impl World {
@@ -141,6 +143,7 @@ impl World {
             vmms_started: 0,
             numbers: [Vec::new(), Vec::new()],
             last_restart: Instant::now(),
+            retired: false,
         };
         world.host(Side::Source).own()?;
         world.start_vmm(Side::Source)?;
@@ -152,6 +155,18 @@ impl World {
         fs::create_dir_all(dir)?;
         let named = [Side::Source, Side::Destination].map(|side| (side.host(), self.host(side)));
         coordinator(dir, &self.fleet, named, &hits_only(&self.hits))
+    }
+
+    /// Ends the coordinator for good: others coordinate from now on.
+    pub fn retire_coordinator(&mut self) -> Result<()> {
+        self.retired = true;
+        self.coordinator.daemon.kill()
+    }
+
+    /// Starts one of several coordinators on one etcd; see [`one_of_several`].
+    pub fn one_of_several(&self, name: &str, more: &str) -> Result<Kept> {
+        let named = [Side::Source, Side::Destination].map(|side| (side.host(), self.host(side)));
+        one_of_several(&self.dir, name, &self.fleet, named, more)
     }
 
     /// Starts a VMM on a host, whose backend runs; an earlier one is killed.
@@ -243,7 +258,7 @@ impl World {
                 let _ = host.agent.restart(&hits);
             }
         }
-        if dead(&mut self.coordinator.daemon) {
+        if !self.retired && dead(&mut self.coordinator.daemon) {
             let _ = self.coordinator.restart(&hits);
         }
         if mended {

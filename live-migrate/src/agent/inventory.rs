@@ -28,7 +28,7 @@ pub enum InventoryError {
         source: io::Error,
     },
     /// A file that is not ours.
-    #[error("{} is no definition of a VM; remove it, and send the VM again", path.display())]
+    #[error("{} is damaged; remove it, and have the coordinator send again what was in it", path.display())]
     Damaged {
         /// Which.
         path: PathBuf,

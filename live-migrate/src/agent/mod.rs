@@ -9,6 +9,7 @@ mod events;
 mod facts;
 mod inventory;
 mod machine;
+mod term;
 mod zombie;
 
 use std::io;
@@ -64,6 +65,7 @@ pub(crate) struct Agent {
     config: Config,
     facts: HostFacts,
     inventory: Inventory,
+    terms: term::Terms,
     supervisor: Supervisor,
     machines: machine::Machines,
     events: events::Events,
@@ -110,6 +112,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
             .map_err(|source| StartError::Directory { path: path.clone(), source })?;
     }
     let inventory = Inventory::open(&config)?;
+    let terms = term::Terms::open(&config.state_dir)?;
     let door = Door::open(&config.listen, credentials.as_ref()).await?;
     let address = door.address().clone();
     let (hear, heard) = tokio::sync::mpsc::channel(zombie::HEARD_MAX);
@@ -130,6 +133,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
         config,
         facts,
         inventory,
+        terms,
         supervisor,
         machines,
         events,

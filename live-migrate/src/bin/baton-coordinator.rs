@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use baton_live_migrate::coordinator::config::Config;
+use baton_live_migrate::coordinator::core::Down;
 use baton_live_migrate::coordinator::server::{self, StartError};
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
 /// Could not start, or failed while running.
 const FAILED: u8 = 1;
@@ -15,6 +17,8 @@ const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 /// A newer coordinator has taken over: do not start this one again.
 const SUPERSEDED: u8 = 5;
+/// One of several has led and leads no more: start it again, it follows then.
+const DEPOSED: u8 = 6;
 
 /// Plans handoffs of VMs' volumes between hosts, and cleans up behind them.
 #[derive(Debug, Parser)]
@@ -22,7 +26,8 @@ const SUPERSEDED: u8 = 5;
     name = "baton-coordinator",
     version,
     after_help = "Exit status: 0 stopped by a signal, 1 could not start or failed, 2 wrong flags \
-                  or configuration, 5 a newer coordinator has taken over."
+                  or configuration, 5 a newer coordinator has taken over (do not start this one again), \
+                  6 one of several on etcd leads no more (start it again: it follows then)."
 )]
 struct Flags {
     /// Configuration file
@@ -71,22 +76,47 @@ async fn serve(config: Config) -> ExitCode {
         }
         Err(error) => return fail(FAILED, &error),
     };
-    say(&format!("listening api={} term={}", coordinator.address, coordinator.term));
+    let term = coordinator.term.clone();
+    match *term.borrow() {
+        Some(term) => say(&format!("listening api={} term={term}", coordinator.address)),
+        None => say(&format!("listening api={} role=follower", coordinator.address)),
+    }
+    let leads = tokio::spawn(announce(coordinator.term.clone()));
     // Fails only without systemd.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let mut down = coordinator.down();
     let code = tokio::select! {
         _ = terminate.recv() => ExitCode::SUCCESS,
         _ = interrupt.recv() => ExitCode::SUCCESS,
-        why = down.wait_for(Option::is_some) => {
-            let why = why.ok().and_then(|why| *why).unwrap_or("it lost its term");
-            say(&format!("baton-coordinator: term {} is over: {why}; a newer coordinator has taken over, so this one ends", coordinator.term));
+        Some(Down { why, again }) = ended(&mut down) => {
+            let term = term.borrow().map_or_else(String::new, |term| format!("term {term} is over: "));
+            if again {
+                say(&format!("baton-coordinator: {term}{why}; this one ends, and follows when it is started again"));
+                // At once, so that nothing of the term goes on.
+                std::process::exit(DEPOSED.into());
+            }
+            say(&format!("baton-coordinator: {term}{why}; a newer coordinator has taken over, so this one ends"));
             ExitCode::from(SUPERSEDED)
         }
     };
+    leads.abort();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     coordinator.stop().await;
     code
+}
+
+/// Says when one of several leads.
+async fn announce(mut term: watch::Receiver<Option<u64>>) {
+    while term.changed().await.is_ok() {
+        if let Some(term) = *term.borrow_and_update() {
+            say(&format!("leading term={term}"));
+        }
+    }
+}
+
+/// Why it must end, once it must; `None`: nobody will say.
+async fn ended(down: &mut watch::Receiver<Option<Down>>) -> Option<Down> {
+    down.wait_for(Option::is_some).await.ok().and_then(|down| *down)
 }
 
 /// One sentence, with its causes.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use baton_protocol::handoff::Try;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use super::config::{Config, Host};
 use super::plan::{Standing, Trouble};
@@ -62,11 +63,15 @@ pub struct Agent {
     pub host: Host,
     client: Client,
     timeout: Duration,
+    superseded: watch::Sender<bool>,
 }
 
 /// All agents.
 #[derive(Clone, Debug)]
-pub struct Agents(Vec<Agent>);
+pub struct Agents {
+    all: Vec<Agent>,
+    superseded: watch::Sender<bool>,
+}
 
 /// A disk of a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -193,9 +198,10 @@ impl VmView {
 }
 
 impl Agents {
-    /// Of the configuration.
+    /// Of the configuration, for the coordinator of this term.
     #[must_use]
-    pub fn new(config: &Config, credentials: Option<&Arc<Credentials>>) -> Self {
+    pub fn new(config: &Config, credentials: Option<&Arc<Credentials>>, term: u64) -> Self {
+        let (superseded, _) = watch::channel(false);
         let agent = |host: &Host| Agent {
             host: host.clone(),
             client: Client::new(
@@ -203,21 +209,47 @@ impl Agents {
                 host.agent.clone(),
                 credentials.cloned(),
                 config.call_timeout,
-            ),
+            )
+            .of_term(term),
             timeout: config.call_timeout,
+            superseded: superseded.clone(),
         };
-        Self(config.hosts.iter().map(agent).collect())
+        Self { all: config.hosts.iter().map(agent).collect(), superseded }
+    }
+
+    /// Highest term that any of these hosts has heard. All are asked at once, by
+    /// somebody without a term.
+    pub async fn term_seen(config: &Config, credentials: Option<&Arc<Credentials>>) -> u64 {
+        let terms = config.hosts.iter().map(async |host| {
+            let who = Identity { role: Role::Host, name: host.name.clone() };
+            let (agent, within) = (host.agent.clone(), config.agent_patience);
+            let client = Client::new(who, agent, credentials.cloned(), within);
+            match client.call(Method::GET, "/v1/host", None).await {
+                Ok(facts) => facts["coordinator_term"].as_u64().unwrap_or(0),
+                Err(error) => {
+                    tracing::warn!(host = host.name, %error, "cannot ask for its term");
+                    0
+                }
+            }
+        });
+        futures_util::future::join_all(terms).await.into_iter().max().unwrap_or(0)
+    }
+
+    /// True once an agent has heard a higher term.
+    #[must_use]
+    pub fn superseded(&self) -> watch::Receiver<bool> {
+        self.superseded.subscribe()
     }
 
     /// All of them.
     pub fn iter(&self) -> impl Iterator<Item = &Agent> {
-        self.0.iter()
+        self.all.iter()
     }
 
     /// The one of a host.
     #[must_use]
     pub fn of(&self, host: &str) -> Option<&Agent> {
-        self.0.iter().find(|agent| agent.host.name == host)
+        self.all.iter().find(|agent| agent.host.name == host)
     }
 }
 
@@ -387,6 +419,13 @@ impl Agent {
 
     fn judge(&self, error: CallError) -> AgentError {
         match error {
+            CallError::Refused { kind, detail, .. } if kind == "baton:stale-term" => {
+                self.superseded.send_replace(true);
+                AgentError::Failed(Trouble {
+                    kind: "baton:agent-failed".to_owned(),
+                    detail: format!("agent of {}: {detail}", self.host.name),
+                })
+            }
             // A full disk is an answer, though the caller is not to blame for it.
             CallError::Refused { status, kind, detail, .. }
                 if status < 500 || kind == "baton:state-full" =>

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::etcd;
 use super::journal::Death;
 use crate::client::Endpoint;
 use crate::door::{self, Address};
@@ -43,6 +44,15 @@ pub struct Cluster {
     pub id: String,
 }
 
+/// Where the journal is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// In a file of this host: the only coordinator.
+    File(PathBuf),
+    /// In etcd: one of several.
+    Etcd(Box<etcd::settings::Settings>),
+}
+
 /// The configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -50,8 +60,8 @@ pub struct Config {
     pub listen: Address,
     /// Certificates.
     pub tls: Option<TlsFiles>,
-    /// The journal's file.
-    pub journal: PathBuf,
+    /// Where the journal is.
+    pub journal: Keep,
     /// Hosts by name.
     pub hosts: Vec<Host>,
     /// Storage servers.
@@ -118,6 +128,7 @@ struct Raw {
     ready_timeout_ms: Option<u64>,
     switch_timeout_ms: Option<u64>,
     tls: Option<RawTls>,
+    etcd: Option<etcd::settings::Raw>,
     #[serde(default)]
     host: Vec<RawHost>,
     #[serde(default)]
@@ -181,6 +192,7 @@ struct RawDanger {
     enabled: bool,
     die_before_write: Option<u64>,
     die_after_write: Option<u64>,
+    ignore_lease: Option<bool>,
 }
 
 impl Config {
@@ -207,6 +219,18 @@ impl TryFrom<Raw> for Config {
         let listen = raw.listen.unwrap_or_else(|| DEFAULT_LISTEN.to_owned());
         let listen: Address = parsed("listen", &listen)?;
         door::check(&listen, tls.is_some())?;
+        let journal = match (raw.journal, raw.etcd) {
+            (Some(file), Some(_)) => {
+                let why = "the journal is in etcd when there is [etcd]; leave one of the two out";
+                return Err(value("journal", &file.display().to_string(), why));
+            }
+            (_, Some(etcd)) => {
+                let mut settings = etcd.check(&listen, tls.is_some())?;
+                settings.ignore_lease = raw.danger_zone.ignore_lease == Some(true);
+                Keep::Etcd(Box::new(settings))
+            }
+            (file, None) => Keep::File(file.unwrap_or_else(|| DEFAULT_JOURNAL.into())),
+        };
         let mut hosts: Vec<Host> = Vec::new();
         for RawHost { name, agent, migration_uri } in raw.host {
             if !is_name(&name) || hosts.iter().any(|host| host.name == name) {
@@ -254,7 +278,7 @@ impl TryFrom<Raw> for Config {
             cephs.push(Cluster { conf, id });
         }
         let death = match (raw.danger_zone.die_before_write, raw.danger_zone.die_after_write) {
-            (None, None) => None,
+            (None, None) if raw.danger_zone.ignore_lease.is_none() => None,
             _ if !raw.danger_zone.enabled => {
                 return Err(value(
                     "danger_zone.enabled",
@@ -264,6 +288,7 @@ impl TryFrom<Raw> for Config {
             }
             (Some(write), _) => Some(Death { write, after: false }),
             (_, Some(write)) => Some(Death { write, after: true }),
+            (None, None) => None,
         };
         let log_json = match raw.log.format.as_deref() {
             None | Some("text") => false,
@@ -274,7 +299,7 @@ impl TryFrom<Raw> for Config {
         Ok(Self {
             listen,
             tls,
-            journal: raw.journal.unwrap_or_else(|| DEFAULT_JOURNAL.into()),
+            journal,
             hosts,
             storages,
             cephs,
@@ -308,11 +333,14 @@ fn millis(key: &str, given: Option<u64>, default: u64) -> Result<Duration, Confi
     }
 }
 
-fn parsed<T: std::str::FromStr<Err = String>>(key: &str, text: &str) -> Result<T, ConfigError> {
+pub(super) fn parsed<T: std::str::FromStr<Err = String>>(
+    key: &str,
+    text: &str,
+) -> Result<T, ConfigError> {
     text.parse().map_err(|why: String| value(key, text, &why))
 }
 
-fn value(key: &str, value: &str, why: &str) -> ConfigError {
+pub(super) fn value(key: &str, value: &str, why: &str) -> ConfigError {
     ConfigError::Value { key: key.to_owned(), value: value.to_owned(), why: why.to_owned() }
 }
 
@@ -346,6 +374,12 @@ mod tests {
             (format!("{GOOD}[[ceph]]\nconf = \"ceph.conf\"\nid = \"x\"\n"), "ceph.conf"),
             (format!("{GOOD}[[ceph]]\nconf = \"/c\"\nid = \"\"\n"), "ceph.id"),
             (format!("{GOOD}[danger_zone]\ndie_after_write = 1\n"), "danger_zone"),
+            (
+                format!("journal = \"/j\"\n{GOOD}[etcd]\nendpoints = [\"http://a:1\"]\n"),
+                "leave one of the two out",
+            ),
+            (format!("{GOOD}[etcd]\nendpoints = [\"a\"]\n"), "etcd.endpoints"),
+            (format!("{GOOD}[danger_zone]\nignore_lease = true\n"), "danger_zone"),
             (format!("{GOOD}[log]\nlevel = \"loud\"\n"), "loud"),
         ] {
             let error = config(&text).expect_err(names).to_string();

@@ -12,7 +12,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::agents::{AgentError, Agents, VmView};
-use super::config::Config;
+use super::config::{Config, Keep};
 use super::journal::{Change, Journal, JournalError};
 use super::keeper::{self, Handle};
 use super::plan::{Row, State, Trouble};
@@ -20,6 +20,8 @@ use super::storages::Storages;
 
 /// Rows kept after their end; the oldest go first.
 const ROWS_MAX: usize = 2_000;
+/// Rows taken out with one write.
+const FORGET_MAX: usize = 100;
 /// Places where requests about one VM wait for each other.
 const STRIPES: usize = 64;
 
@@ -41,7 +43,16 @@ pub struct Core {
     handoffs: Mutex<Handoffs>,
     vms: Mutex<HashMap<String, Value>>,
     stripes: [tokio::sync::Mutex<()>; STRIPES],
-    down: watch::Sender<Option<&'static str>>,
+    down: watch::Sender<Option<Down>>,
+}
+
+/// Why a coordinator must end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Down {
+    /// For people.
+    pub why: &'static str,
+    /// It may be started again: it follows then.
+    pub again: bool,
 }
 
 #[derive(Debug, Default)]
@@ -97,12 +108,13 @@ impl Core {
 
     /// Ends the whole coordinator: another has taken over.
     pub(super) fn step_down(&self, why: &'static str) {
-        self.down.send_replace(Some(why));
+        let again = matches!(self.config.journal, Keep::Etcd(_));
+        self.down.send_replace(Some(Down { why, again }));
     }
 
     /// Why it must end, once it must.
     #[must_use]
-    pub fn down(&self) -> watch::Receiver<Option<&'static str>> {
+    pub fn down(&self) -> watch::Receiver<Option<Down>> {
         self.down.subscribe()
     }
 
@@ -133,8 +145,9 @@ impl Core {
             }
             all.surplus()
         };
-        if !forget.is_empty() {
-            let change = Change { forget, ..Change::default() };
+        // A transaction of etcd has a limit.
+        for forget in forget.chunks(FORGET_MAX) {
+            let change = Change { forget: forget.to_vec(), ..Change::default() };
             if let Err(error) = self.journal.write(change).await {
                 tracing::warn!(%error, "old handoffs stay in the journal");
             }

@@ -8,6 +8,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::agents::AgentError;
+use super::etcd::EtcdError;
 use super::journal::JournalError;
 use super::keeper::AskError;
 use super::plan::{Member, Progress, Refusal, Row, State, Trouble, Winner};
@@ -239,6 +240,27 @@ impl From<JournalError> for Fault {
                 "The journal's disk is full",
                 error,
             ),
+            JournalError::Etcd(EtcdError::NoSpace) => Self::new(
+                StatusCode::INSUFFICIENT_STORAGE,
+                "baton:journal-full",
+                "etcd has no space left",
+                error,
+            ),
+            JournalError::Etcd(EtcdError::TooLarge { .. }) => Self::new(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "baton:journal-too-large",
+                "This is too large for etcd",
+                error,
+            ),
+            JournalError::Etcd(EtcdError::Deposed) => stopping(),
+            JournalError::Etcd(EtcdError::Unreachable { .. } | EtcdError::Unknown { .. }) => {
+                Self::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "baton:journal-unreachable",
+                    "etcd cannot be reached",
+                    error,
+                )
+            }
             other => Self::new(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "baton:journal-failed",

@@ -6,7 +6,9 @@
 //! | module | is |
 //! |---|---|
 //! | [`plan`] | a handoff's row and the pure function that says what is due |
-//! | [`journal`] | rows, term and events, durable before anything is begun |
+//! | [`journal`] | rows, term and events, durable before anything is begun; in a file or in etcd |
+//! | [`etcd`] | several coordinators: which of them leads, and the journal that they share |
+//! | `front` | who answers: the one that leads, or a word about where it is |
 //! | [`keeper`] | one handoff: writes its row, has what is due carried out |
 //! | `carry_out` | one action: calls until it is done, reports what it learns |
 //! | [`storages`], [`agents`] | who is called |
@@ -31,8 +33,10 @@ mod clients;
 pub mod config;
 mod cooperative;
 pub mod core;
+pub mod etcd;
 pub mod fault;
 pub mod fence;
+pub mod front;
 pub mod journal;
 pub mod keeper;
 pub mod migrate;

@@ -170,28 +170,31 @@ impl Storages {
         })
     }
 
-    /// Highest term any reachable server has heard.
+    /// Highest term any reachable server has heard. All are asked at once.
     pub async fn term_seen(&self) -> u64 {
-        let mut highest = 0;
         // Nobody can tell which images a cluster of Ceph has records for.
-        for server in self.0.iter().filter(|server| server.ceph().is_none()) {
-            match server.call(Method::GET, "/v1/volumes", None).await {
-                Ok(list) => {
-                    let volumes = list["volumes"].as_array().cloned().unwrap_or_default();
-                    let terms =
-                        volumes.iter().filter_map(|v| v["access"]["coordinator_term"].as_u64());
-                    highest = terms.fold(highest, u64::max);
-                }
-                Err(error) => {
-                    tracing::warn!(storage = server.name, %error, "cannot ask for its term")
-                }
-            }
-        }
-        highest
+        let servers = self.0.iter().filter(|server| server.ceph().is_none());
+        let terms = servers.map(StorageServer::term_seen);
+        futures_util::future::join_all(terms).await.into_iter().max().unwrap_or(0)
     }
 }
 
 impl StorageServer {
+    /// Highest term it has heard; 0 if it does not answer.
+    async fn term_seen(&self) -> u64 {
+        match self.call(Method::GET, "/v1/volumes", None).await {
+            Ok(list) => {
+                let volumes = list["volumes"].as_array().map_or(&[][..], Vec::as_slice);
+                let terms = volumes.iter().filter_map(|v| v["access"]["coordinator_term"].as_u64());
+                terms.max().unwrap_or(0)
+            }
+            Err(error) => {
+                tracing::warn!(storage = self.name, %error, "cannot ask for its term");
+                0
+            }
+        }
+    }
+
     fn ceph(&self) -> Option<&Ceph> {
         match &self.way {
             Way::Ceph(ceph) => Some(ceph),

@@ -10,10 +10,12 @@ use serde_json::{Value, json};
 
 use super::agents::Agent;
 use super::core::Core;
-use super::journal::{Change, EVENTS_MAX, Event};
+use super::journal::{Change, EVENTS_MAX, Event, JournalError};
 
 /// One long poll.
 const WAIT: Duration = Duration::from_secs(20);
+/// Events of one write.
+const WRITTEN_MAX: usize = 64;
 /// After an agent that does not answer.
 const PAUSE: Duration = Duration::from_secs(5);
 /// Kinds that are taken over; others are of an agent of the future.
@@ -52,11 +54,10 @@ pub(super) fn listen(core: &Arc<Core>) {
 /// Time of the last event of each host that is in the log already: an agent tells
 /// again what it has kept when its coordinator is started again.
 async fn known(core: &Core) -> HashMap<String, u64> {
-    let journal = core.journal.clone();
     let limit = usize::try_from(EVENTS_MAX).unwrap_or(usize::MAX);
-    let read = tokio::task::spawn_blocking(move || journal.events_after(0, limit)).await;
+    let read = core.journal.events_after(0, limit).await;
     let mut last: HashMap<String, u64> = HashMap::new();
-    for event in read.ok().and_then(Result::ok).map(|(events, _)| events).unwrap_or_default() {
+    for event in read.map(|(events, _)| events).unwrap_or_default() {
         if KINDS.contains(&event.kind.as_str())
             && let Some(host) = event.data["host"].as_str()
         {
@@ -84,23 +85,31 @@ async fn follow(core: Arc<Core>, agent: Agent, mut taken_until: u64) {
         let host = &agent.host.name;
         let events: Vec<Event> =
             told.events.into_iter().filter(new).map(|tiding| event(host, tiding)).collect();
-        let last = events.iter().map(|event| event.at_unix_us).max();
         if !events.is_empty() {
             for event in &events {
                 let (subject, detail) = (&event.subject, &event.data["detail"]);
                 tracing::warn!(host, subject, %detail, "an agent acted by itself");
             }
-            let change = Change { events, ..Change::default() };
-            if let Err(error) = core.journal.write(change).await {
+            if let Err(error) = write(&core, events, &mut taken_until).await {
                 // Asked for again.
                 tracing::warn!(%error, host, "what an agent did is not in the journal");
                 tokio::time::sleep(PAUSE).await;
                 continue;
             }
         }
-        taken_until = taken_until.max(last.unwrap_or(0));
         (boot, since) = (told.boot, told.latest);
     }
+}
+
+/// A few at a time: a transaction of etcd has a limit.
+async fn write(core: &Core, events: Vec<Event>, taken_until: &mut u64) -> Result<(), JournalError> {
+    for events in events.chunks(WRITTEN_MAX) {
+        let last = events.iter().map(|event| event.at_unix_us).max().unwrap_or(0);
+        let change = Change { events: events.to_vec(), ..Change::default() };
+        core.journal.write(change).await?;
+        *taken_until = last.max(*taken_until);
+    }
+    Ok(())
 }
 
 fn event(host: &str, tiding: Tiding) -> Event {

@@ -305,11 +305,11 @@ async fn hear_out(mut stream: TcpStream) {
     let _ = tokio::io::copy(&mut stream.take(FAREWELL_BYTES_MAX), &mut tokio::io::sink()).await;
 }
 
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-fn certificates(
+pub(crate) fn certificates(
     what: &'static str,
     path: &Path,
 ) -> Result<Vec<CertificateDer<'static>>, CredentialsError> {
@@ -329,7 +329,7 @@ fn empty(what: &'static str, path: &Path) -> CredentialsError {
     CredentialsError::File { what, path: path.to_owned(), source: "there is none in it".into() }
 }
 
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, CredentialsError> {
+pub(crate) fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, CredentialsError> {
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| CredentialsError::File {
         what: "the key",
         path: path.to_owned(),

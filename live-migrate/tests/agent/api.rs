@@ -53,6 +53,28 @@ async fn a_vm_that_was_sent_is_remembered() {
     assert_eq!(refused(agent.get("/v1/vms/db").await).1, "baton:no-such-vm");
 }
 
+/// One that was deposed and does not know it yet.
+#[tokio::test]
+async fn what_a_coordinator_of_a_lower_term_asks_for_is_refused_and_not_done() {
+    let mut agent = Agent::start().await;
+    let define = json!({"role": "owner"});
+    let path = "/v1/vms/web/backend";
+    let asked = agent.client().of_term(7).call(Method::GET, "/v1/events", None).await;
+    asked.expect("a look tells the term, too");
+    agent.end(Signal::SIGKILL);
+    agent.run().await;
+    let old = agent.client().of_term(6);
+    let (status, kind, detail) = refused(old.call(Method::PUT, path, Some(&define)).await);
+    assert_eq!((status, kind.as_str()), (409, "baton:stale-term"));
+    assert!(detail.contains("term 7") && detail.contains("nothing was done"), "{detail}");
+    let web = agent.get("/v1/vms/web").await.expect("an operator has no term");
+    assert_eq!(web["backend"]["run"], "stopped", "{web}");
+    assert_eq!(agent.get("/v1/host").await.expect("facts")["coordinator_term"], 7);
+    agent.client().of_term(7).call(Method::PUT, path, Some(&define)).await.expect("obeyed");
+    refused(old.call(Method::DELETE, path, None).await);
+    agent.client().of_term(8).call(Method::DELETE, path, None).await.expect("obeyed");
+}
+
 #[tokio::test]
 async fn the_configuration_has_the_last_word() {
     let agent = Agent::start().await;

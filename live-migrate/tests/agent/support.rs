@@ -118,10 +118,14 @@ impl Agent {
         path: &str,
         body: Option<Value>,
     ) -> Result<Value, CallError> {
+        self.client().call(method, path, body.as_ref()).await
+    }
+
+    /// Somebody without a term.
+    pub(crate) fn client(&self) -> Client {
         let endpoint = format!("unix:{}", self.path("agent.sock").display());
         let who = "baton://host/host-a".parse().expect("identity");
-        let client = Client::new(who, endpoint.parse().expect("endpoint"), None, LIMIT);
-        client.call(method, path, body.as_ref()).await
+        Client::new(who, endpoint.parse().expect("endpoint"), None, LIMIT)
     }
 
     pub(crate) async fn get(&self, path: &str) -> Result<Value, CallError> {

@@ -48,7 +48,7 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     discard: Support::If("if the server has TRIM"),
     growth: Support::If("at the next reconnect"),
     waits: Support::Yes,
-    encrypted: Support::No,
+    encrypted: Support::If("with `nbds://`"),
 };
 
 #[cfg(fuzzing)]

@@ -21,13 +21,14 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post, put};
 use axum::{Json, Router};
-use serde::Deserialize;
-use utoipa::OpenApi;
+use serde::{Deserialize, Serialize};
+use utoipa::{OpenApi, ToSchema};
 
 use super::Agent;
 use super::definition::VmDefinition;
 use super::events::EventList;
 use super::facts::HostFacts;
+use crate::client::TERM_HEADER;
 use crate::door::Peer;
 use crate::identity::Role;
 use crate::problem::Problem;
@@ -131,19 +132,37 @@ pub(super) fn router(agent: Arc<Agent>) -> Router {
             )
         })
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .layer(middleware::from_fn(let_in))
+        .layer(middleware::from_fn_with_state(Arc::clone(&agent), let_in))
         .with_state(agent)
 }
 
-async fn let_in(ConnectInfo(peer): ConnectInfo<Peer>, request: Request, next: Next) -> Response {
-    if let Err(problem) = peer.require(&CALLERS) {
-        tracing::warn!(%peer, path = request.uri().path(), "refused");
+async fn let_in(
+    State(agent): State<Arc<Agent>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let may = peer.require(&CALLERS).and_then(|()| match term_of(&request)? {
+        Some(term) => agent.terms.hear(term),
+        // An operator.
+        None => Ok(()),
+    });
+    if let Err(problem) = may {
+        let detail = &problem.detail;
+        tracing::warn!(%peer, method = %request.method(), path = request.uri().path(), detail, "refused");
         return problem.into_response();
     }
     if request.method() != axum::http::Method::GET {
         tracing::info!(%peer, method = %request.method(), path = request.uri().path(), "asked");
     }
     next.run(request).await
+}
+
+/// Of the coordinator that calls, if it is one.
+fn term_of(request: &Request) -> Result<Option<u64>, Problem> {
+    let Some(term) = request.headers().get(TERM_HEADER) else { return Ok(None) };
+    let term = term.to_str().ok().and_then(|term| term.parse().ok());
+    term.map(Some).ok_or_else(|| Problem::bad_request(format!("{TERM_HEADER} is no term")))
 }
 
 fn body<T>(request: Result<Json<T>, JsonRejection>) -> Result<T, Problem> {
@@ -166,10 +185,19 @@ fn find(agent: &Agent, name: &str) -> Result<VmDefinition, Problem> {
     })
 }
 
+/// A host.
+#[derive(Debug, Serialize, ToSchema)]
+struct HostView {
+    #[serde(flatten)]
+    facts: HostFacts,
+    /// Highest term of a coordinator that was heard here.
+    coordinator_term: u64,
+}
+
 /// Shows what this host is.
-#[utoipa::path(get, path = "/v1/host", responses((status = 200, body = HostFacts)))]
-async fn host(State(agent): State<Arc<Agent>>) -> Json<HostFacts> {
-    Json(agent.facts.clone())
+#[utoipa::path(get, path = "/v1/host", responses((status = 200, body = HostView)))]
+async fn host(State(agent): State<Arc<Agent>>) -> Json<HostView> {
+    Json(HostView { facts: agent.facts.clone(), coordinator_term: agent.terms.highest() })
 }
 
 /// Which events.

@@ -90,10 +90,7 @@ async fn next(mut tail: Tail) -> Option<(Result<SseEvent, Infallible>, Tail)> {
             return Some((Ok(event), tail));
         }
         tail.latest.borrow_and_update();
-        // It waits for a commit that is under way.
-        let (journal, cursor) = (tail.journal.clone(), tail.cursor);
-        let read = tokio::task::spawn_blocking(move || journal.events_after(cursor, BATCH));
-        match read.await.ok()? {
+        match tail.journal.events_after(tail.cursor, BATCH).await {
             Ok((events, oldest)) => {
                 if tail.resumed && tail.cursor.saturating_add(1) < oldest {
                     tail.ready.push_back(lost(tail.cursor + 1, oldest - 1));

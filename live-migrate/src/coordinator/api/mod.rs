@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::Next;
 use axum::response::Response;
@@ -23,8 +23,10 @@ use axum::routing::{MethodRouter, get, post, put};
 use axum::{Json, Router, middleware};
 use utoipa::OpenApi;
 
+use super::config::Keep;
 use super::core::Core;
 use super::fault::Fault;
+use super::front::{LeaderView, Leadership};
 use crate::door::Peer;
 use crate::identity::Role;
 use crate::problem::Problem;
@@ -54,6 +56,7 @@ type Api = Arc<Core>;
         vms::migrate,
         events::events,
         metrics::metrics,
+        leader,
         health,
         document
     )
@@ -64,7 +67,7 @@ struct Document;
 /// router's segment cannot end in `:verb`, so one route takes several.
 type Route = (&'static str, &'static [(&'static str, &'static str)], fn() -> MethodRouter<Api>);
 
-const ROUTES: [Route; 12] = [
+const ROUTES: [Route; 13] = [
     (
         "/v1/vms/{vm}/handoffs/{id}",
         &[
@@ -84,6 +87,7 @@ const ROUTES: [Route; 12] = [
     ("/v1/vms/{vm}/why", &[("get", "/v1/vms/{vm}/why")], || get(vms::why)),
     ("/v1/vms/{vm}/migrations", &[("post", "/v1/vms/{vm}/migrations")], || post(vms::migrate)),
     ("/v1/events", &[("get", "/v1/events")], || get(events::events)),
+    ("/v1/leader", &[("get", "/v1/leader")], || get(leader)),
     ("/metrics", &[("get", "/metrics")], || get(metrics::metrics)),
     ("/healthz", &[("get", "/healthz")], || get(health)),
     ("/openapi.json", &[("get", "/openapi.json")], || get(document)),
@@ -161,6 +165,25 @@ fn body<T>(body: Result<Json<T>, JsonRejection>) -> Result<T, Fault> {
 
 fn query<T>(query: Result<axum::extract::Query<T>, QueryRejection>) -> Result<T, Fault> {
     query.map(|query| query.0).map_err(|error| Fault::bad_request(error.body_text()))
+}
+
+/// Who leads. Of several coordinators every one answers this, `/healthz` and
+/// `/metrics`; all else is answered by the one that leads, and by the others with
+/// 307 and its address, or with 503 while there is none.
+#[utoipa::path(get, path = "/v1/leader", responses((status = 200, body = Leadership), (status = 403, body = Fault)))]
+async fn leader(
+    State(core): State<Api>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+) -> Result<Json<Leadership>, Fault> {
+    may_look(&peer)?;
+    let (name, api) = match &core.config.journal {
+        Keep::Etcd(settings) => (settings.name.clone(), settings.advertise.to_string()),
+        // The only one; whoever asks knows where it is.
+        Keep::File(_) => ("coordinator".to_owned(), String::new()),
+    };
+    let term = core.term;
+    let leader = Some(LeaderView { name: name.clone(), api, term });
+    Ok(Json(Leadership { role: "leader", name, term: Some(term), leader, trouble: None }))
 }
 
 /// `ok` while the coordinator serves.

@@ -1,0 +1,465 @@
+//! Three coordinators on three real members of etcd, with all of Baton running and a guest whose every answer is judged:
+//! whoever of them dies, freezes or is cut off in the middle of a handoff, another goes on with it, and one that leads no
+//! more changes nothing.
+
+#[path = "support/stage.rs"]
+mod stage;
+
+use anyhow::{Context, Result, bail};
+use baton_integration::etcd::{Etcd, skip_without_etcd};
+use baton_integration::faults::cluster::{Client, Kept, VM};
+use baton_integration::handoff::Fleet;
+use baton_integration::proxy::Proxy;
+use baton_integration::workspace::program;
+use serde_json::{Value, json};
+use stage::Stage;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// For a step that several processes have to take, on a busy machine.
+const SOON: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(20);
+/// Of the leader's lease.
+const TTL: Duration = Duration::from_secs(3);
+const COORDINATORS: usize = 3;
+
+/// A stage with three coordinators, each of which reaches each member of etcd through a proxy of its own.
+struct Trio {
+    stage: Stage,
+    etcd: Etcd,
+    proxies: Vec<Vec<Proxy>>,
+    coordinators: Vec<Kept>,
+    /// Processes that leads no more and ended by themselves.
+    deposed: usize,
+}
+
+impl Trio {
+    fn start(name: &str, more: &str) -> Self {
+        let mut stage = Stage::new(name);
+        // The one of one's own.
+        stage.world.retire_coordinator().unwrap();
+        let etcd = Etcd::start(stage.dir.path(), 3).unwrap();
+        let (mut proxies, mut coordinators) = (Vec::new(), Vec::new());
+        for n in 0..COORDINATORS {
+            let own: Vec<Proxy> =
+                etcd.clients().into_iter().map(|client| Proxy::of_bytes(client).unwrap()).collect();
+            let endpoints: Vec<String> =
+                own.iter().map(|proxy| format!("http://{}", proxy.address())).collect();
+            let section =
+                format!("endpoints = {endpoints:?}\nlease_ttl_s = {}\n{more}", TTL.as_secs());
+            coordinators.push(stage.world.one_of_several(&format!("c{n}"), &section).unwrap());
+            proxies.push(own);
+        }
+        Self { stage, etcd, proxies, coordinators, deposed: 0 }
+    }
+
+    /// Starts again who has died, as a supervisor would.
+    fn mend(&mut self) {
+        for kept in &mut self.coordinators {
+            if !kept.daemon.is_running().unwrap() {
+                self.deposed +=
+                    usize::from(kept.daemon.log().contains("this one ends, and follows"));
+                kept.restart(&Vec::new()).unwrap();
+            }
+        }
+    }
+
+    fn until<T>(&mut self, what: &str, mut ask: impl FnMut(&mut Self) -> Result<Option<T>>) -> T {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let answer = ask(self);
+            if let Ok(Some(answer)) = answer {
+                return answer;
+            }
+            if Instant::now() > deadline {
+                let logs: Vec<String> = self.coordinators.iter().map(|c| c.daemon.log()).collect();
+                panic!("in vain: {what}: {:?}\n{}", answer.err(), logs.join("\n----\n"));
+            }
+            self.mend();
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Who leads and its term; `not`, who may still think that it does, is not asked.
+    fn leading(&self, not: Option<usize>) -> Result<(usize, u64)> {
+        for n in (0..COORDINATORS).filter(|n| Some(*n) != not) {
+            if let Ok(answer) = quick(self.coordinators[n].client(), "/v1/leader")
+                && answer["role"] == "leader"
+            {
+                return Ok((n, answer["term"].as_u64().context("a term")?));
+            }
+        }
+        bail!("nobody leads")
+    }
+
+    fn leader(&mut self) -> (usize, u64) {
+        self.until("somebody leads", |trio| trio.leading(None).map(Some))
+    }
+
+    fn leader_but(&mut self, not: usize) -> (usize, u64) {
+        self.until("somebody else leads", |trio| trio.leading(Some(not)).map(Some))
+    }
+
+    /// Asks whoever leads.
+    fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+        not: Option<usize>,
+    ) -> Result<Value> {
+        let (n, _) = self.leading(not)?;
+        self.coordinators[n].call(method, path, body)
+    }
+
+    fn prepare(&mut self, not: Option<usize>) -> String {
+        let id = Fleet::attempt().id;
+        let (from, to) = (self.stage.at.host(), self.stage.at.other().host());
+        let body = json!({"from": from, "to": to});
+        self.until("it is ready", |trio| {
+            let path = path(&id, "?wait=READY&timeout=1s");
+            let row = trio.ask("PUT", &path, Some(&body), not)?;
+            Ok((row["state"] == "READY").then_some(()))
+        });
+        id
+    }
+
+    fn row(&self, id: &str, not: Option<usize>) -> Result<Value> {
+        self.ask("GET", &path(id, ""), None, not)
+    }
+
+    /// Until nothing is left to do.
+    fn end(&mut self, id: &str, verb: &str, not: Option<usize>) -> Value {
+        self.until(&format!("{verb} is done"), |trio| {
+            let row = trio.ask("POST", &path(id, &format!(":{verb}?timeout=500ms")), None, not)?;
+            Ok((row["over"] == true).then_some(row))
+        })
+    }
+
+    /// The guest goes on where it is.
+    fn goes_on(&mut self) {
+        let at = self.stage.at;
+        self.stage.world.vmm(at).unwrap().wait_progress(20, SOON).unwrap();
+    }
+
+    fn kill(&mut self, n: usize) {
+        self.coordinators[n].daemon.kill().unwrap();
+    }
+
+    /// Everything under the prefix but the leader's key, which comes and goes.
+    fn journal(&self) -> Vec<(String, String)> {
+        let all = self.etcd.values("/baton/").unwrap();
+        all.into_iter().filter(|(key, _)| key != "/baton/leader").collect()
+    }
+}
+
+fn path(id: &str, more: &str) -> String {
+    format!("/v1/vms/{VM}/handoffs/{id}{more}")
+}
+
+/// An answer at once, or none: a frozen process takes connections and says nothing.
+fn quick(client: Client, path: &str) -> Result<Value> {
+    client.within(Duration::from_millis(700)).call("GET", path, None)
+}
+
+/// Where a handoff stands when its coordinator is killed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum At {
+    Ready,
+    ReadyThenCancel,
+    Sealed,
+    Active,
+}
+
+#[test]
+fn a_leader_that_is_killed_in_a_handoff_has_a_successor_who_ends_it() {
+    if skip_without_etcd("a_leader_that_is_killed_in_a_handoff_has_a_successor_who_ends_it") {
+        return;
+    }
+    let mut trio = Trio::start("etcd-kill", "");
+    let mut last = trio.leader();
+    for at in [At::Ready, At::Sealed, At::ReadyThenCancel, At::Active] {
+        let from = trio.stage.at;
+        let id = trio.prepare(None);
+        let saved = match at {
+            At::Ready | At::ReadyThenCancel => None,
+            At::Sealed => {
+                let saved = trio.stage.leave().unwrap();
+                trio.until("it is sealed", |trio| {
+                    Ok((trio.row(&id, None)?["state"] == "SEALED").then_some(()))
+                });
+                Some(saved)
+            }
+            At::Active => {
+                trio.stage.switch().unwrap();
+                trio.stage.world.vmm(from.other()).unwrap().wait_progress(10, SOON).unwrap();
+                None
+            }
+        };
+        let killed = Instant::now();
+        trio.kill(last.0);
+        // The switch needs no coordinator.
+        match (at, &saved) {
+            (At::Sealed, Some(saved)) => trio.stage.arrive(saved).unwrap(),
+            (At::Ready, _) => trio.stage.switch().unwrap(),
+            _ => {}
+        }
+        if at != At::ReadyThenCancel {
+            trio.stage.world.vmm(from.other()).unwrap().wait_progress(10, SOON).unwrap();
+        }
+        // It may be the same one, which was started again.
+        let term = last.1;
+        let next = trio.until("a successor leads", |trio| {
+            Ok(trio.leading(None).ok().filter(|(_, next)| *next > term))
+        });
+        eprintln!(
+            "{at:?}: {} leads {} ms after the kill of {}",
+            next.0,
+            killed.elapsed().as_millis(),
+            last.0
+        );
+        last = next;
+        let verb = if at == At::ReadyThenCancel { "cancel" } else { "finish" };
+        let row = trio.end(&id, verb, None);
+        let outcome = if at == At::ReadyThenCancel { "source" } else { "destination" };
+        assert_eq!(row["outcome"], outcome, "{at:?}: {row:#}");
+        trio.stage.land();
+        assert_eq!(trio.stage.at == from, at == At::ReadyThenCancel, "{at:?}");
+    }
+    assert!(trio.stage.judge() > 40);
+}
+
+#[test]
+fn the_coordinators_go_on_while_etcd_loses_its_leader() {
+    if skip_without_etcd("the_coordinators_go_on_while_etcd_loses_its_leader") {
+        return;
+    }
+    let mut trio = Trio::start("etcd-leader", "");
+    let before = trio.leader();
+    let id = trio.prepare(None);
+    let member = trio.etcd.leader().unwrap();
+    trio.etcd.kill(member).unwrap();
+    trio.stage.switch().unwrap();
+    let from = trio.stage.at;
+    trio.stage.world.vmm(from.other()).unwrap().wait_progress(10, SOON).unwrap();
+    let row = trio.end(&id, "finish", None);
+    assert_eq!(row["outcome"], "destination", "{row:#}");
+    trio.stage.land();
+    // A lease outlives the choice of another leader of etcd; one that does not, on a busy machine, is no harm.
+    eprintln!("before: {before:?}, after: {:?}", trio.leader());
+    trio.etcd.restart(member).unwrap();
+    assert!(trio.stage.judge() > 20);
+}
+
+/// The machines run on, nothing new begins and says why, and what was under way ends when etcd is back.
+#[test]
+fn without_a_majority_of_etcd_nothing_begins_and_nothing_is_lost() {
+    if skip_without_etcd("without_a_majority_of_etcd_nothing_begins_and_nothing_is_lost") {
+        return;
+    }
+    let mut trio = Trio::start("etcd-majority", "");
+    let (leader, term) = trio.leader();
+    let id = trio.prepare(None);
+    let kept = trio.etcd.values("/baton/handoffs/").unwrap();
+    for member in [0, 1] {
+        trio.etcd.freeze(member).unwrap();
+    }
+    // The switch has no need of it either.
+    let from = trio.stage.at;
+    trio.stage.switch().unwrap();
+    trio.stage.world.vmm(from.other()).unwrap().wait_progress(10, SOON).unwrap();
+    let exit = trio.coordinators[leader].daemon.wait_exit(SOON).unwrap();
+    assert_eq!(exit.code(), Some(6), "{}", trio.coordinators[leader].daemon.log());
+    trio.mend();
+    let new = Fleet::attempt().id;
+    let body = json!({"from": from.host(), "to": from.other().host()});
+    for kept in &trio.coordinators {
+        // It takes a follower a moment to see that it does not know any more.
+        let deadline = Instant::now() + SOON;
+        let said = loop {
+            let error =
+                kept.call("PUT", &path(&new, ""), Some(&body)).expect_err("no handoff begins");
+            let said = format!("{error:#}");
+            if said.contains("etcd cannot be reached") || Instant::now() > deadline {
+                break said;
+            }
+            std::thread::sleep(POLL);
+        };
+        for part in ["503", "baton:no-leader", "etcd cannot be reached", "VMs run on"] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+    }
+    trio.stage.world.vmm(from.other()).unwrap().wait_progress(20, SOON).unwrap();
+    for member in [0, 1] {
+        trio.etcd.thaw(member).unwrap();
+    }
+    let (_, next) = trio.leader();
+    assert!(next > term, "term {next} after {term}");
+    assert!(trio.row(&new, None).is_err(), "what was refused has not begun");
+    let row = trio.end(&id, "finish", None);
+    assert_eq!(row["outcome"], "destination", "{row:#}");
+    assert_eq!(kept.len(), trio.etcd.values("/baton/handoffs/").unwrap().len());
+    trio.stage.land();
+    assert_ne!(trio.stage.at, from);
+    assert!(trio.stage.judge() > 20);
+}
+
+/// The one that leads is cut off from etcd, with a write of its journal on the way, which arrives when another leads.
+#[test]
+fn a_leader_that_is_cut_off_from_etcd_ends_and_its_late_writes_are_refused() {
+    if skip_without_etcd("a_leader_that_is_cut_off_from_etcd_ends_and_its_late_writes_are_refused")
+    {
+        return;
+    }
+    // It would end in time. This one does not know what time it is: only etcd, the servers and the agents are left.
+    let more = "[danger_zone]\nenabled = true\nignore_lease = true\n";
+    let mut trio = Trio::start("etcd-cut", more);
+    let (old, _) = trio.leader();
+    let id = trio.prepare(None);
+    for proxy in &trio.proxies[old] {
+        proxy.hold_requests();
+    }
+    // To be journalled: it waits there.
+    let client = trio.coordinators[old].client();
+    let sent: u64 = trio.proxies[old].iter().map(Proxy::request_bytes).sum();
+    let late = {
+        let path = path(&id, ":cancel?timeout=5s");
+        std::thread::spawn(move || client.call("POST", &path, None))
+    };
+    trio.until("its write is on the way", |trio| {
+        let now: u64 = trio.proxies[old].iter().map(Proxy::request_bytes).sum();
+        Ok((now > sent + 1000).then_some(()))
+    });
+    let (new, _) = trio.leader_but(old);
+    assert_ne!(old, new);
+    // It ends the handoff the other way.
+    trio.stage.switch().unwrap();
+    let from = trio.stage.at;
+    trio.stage.world.vmm(from.other()).unwrap().wait_progress(10, SOON).unwrap();
+    let row = trio.end(&id, "finish", Some(old));
+    assert_eq!(row["outcome"], "destination", "{row:#}");
+    let before = trio.journal();
+    for proxy in &trio.proxies[old] {
+        proxy.release_requests();
+    }
+    let exit = trio.coordinators[old].daemon.wait_exit(SOON).unwrap();
+    assert_eq!(exit.code(), Some(6), "{}", trio.coordinators[old].daemon.log());
+    assert!(late.join().unwrap().is_err(), "the cancel was not carried out");
+    assert_eq!(trio.journal(), before, "a late write has changed the journal");
+    trio.stage.land();
+    assert_ne!(trio.stage.at, from);
+    assert!(trio.stage.judge() > 20);
+}
+
+/// A leader is frozen in the middle of a handoff, with requests before it that it has not read, and thawed when another
+/// has ended the handoff. It takes no notice of its lease.
+#[test]
+fn a_leader_that_was_frozen_and_thaws_can_do_nothing() {
+    if skip_without_etcd("a_leader_that_was_frozen_and_thaws_can_do_nothing") {
+        return;
+    }
+    let more = "[danger_zone]\nenabled = true\nignore_lease = true\n";
+    let mut trio = Trio::start("etcd-frozen", more);
+    let (old, term) = trio.leader();
+    let id = trio.prepare(None);
+    trio.coordinators[old].daemon.freeze().unwrap();
+    let client = trio.coordinators[old].client().within(SOON);
+    let ask = |path: String, body: Option<Value>| {
+        std::thread::spawn(move || client.call("POST", &path, body.as_ref()))
+    };
+    let fence = json!({"dead_host": "host-b", "reason": "a test", "force": true});
+    let late = [
+        ask(path(&id, ":cancel"), None),
+        // Has no row in the journal: only the servers can refuse it.
+        ask(format!("/v1/vms/{VM}:fence"), Some(fence)),
+    ];
+    let (_, next) = trio.leader_but(old);
+    assert!(next > term);
+    trio.stage.switch().unwrap();
+    let from = trio.stage.at;
+    trio.stage.world.vmm(from.other()).unwrap().wait_progress(10, SOON).unwrap();
+    let row = trio.end(&id, "finish", Some(old));
+    assert_eq!(row["outcome"], "destination", "{row:#}");
+    let records = |trio: &Trio| -> Vec<Value> {
+        (0..2).map(|n| trio.stage.world.fleet.record(n).unwrap()).collect()
+    };
+    let (journal, before) = (trio.journal(), records(&trio));
+    assert!(
+        before.iter().all(|record| record["coordinator_term"].as_u64() == Some(next)),
+        "{before:#?}"
+    );
+    trio.coordinators[old].daemon.thaw().unwrap();
+    let exit = trio.coordinators[old].daemon.wait_exit(SOON).unwrap();
+    let log = trio.coordinators[old].daemon.log();
+    assert_eq!(exit.code(), Some(6), "{log}");
+    for late in late {
+        let answer = late.join().unwrap();
+        assert!(answer.is_err(), "it was obeyed: {answer:?}");
+    }
+    assert_eq!(records(&trio), before, "an access record has changed");
+    assert_eq!(trio.journal(), journal, "the journal has changed");
+    trio.goes_on_there();
+    trio.stage.land();
+    assert_ne!(trio.stage.at, from);
+    assert!(trio.stage.judge() > 20);
+}
+
+impl Trio {
+    /// The guest, which has been moved, goes on.
+    fn goes_on_there(&mut self) {
+        let at = self.stage.at.other();
+        self.stage.world.vmm(at).unwrap().wait_progress(20, SOON).unwrap();
+    }
+}
+
+/// The command finds the one that leads among the addresses it was given, also when the first is frozen or dead.
+#[test]
+fn the_command_goes_on_to_the_leader_by_itself() {
+    if skip_without_etcd("the_command_goes_on_to_the_leader_by_itself") {
+        return;
+    }
+    let mut trio = Trio::start("etcd-cli", "");
+    let (leader, _) = trio.leader();
+    let url = |trio: &Trio, n: usize| format!("http://{}", trio.coordinators[n].address());
+    let follower = (leader + 1) % COORDINATORS;
+    let third = (leader + 2) % COORDINATORS;
+    let says = |coordinators: &str, args: &[&str]| {
+        let output = Command::new(program("baton").unwrap())
+            .args(args)
+            .env("BATON_COORDINATOR", coordinators)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let text =
+            [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        (output.status.code(), text.concat())
+    };
+    // Of a follower alone it learns where the leader is, as soon as that one knows.
+    let (code, text) = says(&url(&trio, follower), &["vm", "list"]);
+    assert!(code == Some(0) && text.contains(VM), "{code:?} {text}");
+
+    trio.coordinators[leader].daemon.freeze().unwrap();
+    let all = [leader, follower, third].map(|n| url(&trio, n)).join(",");
+    let begun = Instant::now();
+    let to = trio.stage.at.other().host();
+    // It waits for the next leader.
+    let (code, text) = says(&all, &["handoff", "prepare", VM, "--to", to, "--wait"]);
+    eprintln!("{:?}: {text}", begun.elapsed());
+    assert!(code == Some(0) && text.contains("READY"), "{code:?} {text}");
+    trio.kill(leader);
+    let (code, text) = says(&all, &["handoff", "cancel", VM]);
+    assert_eq!(code, Some(0), "{text}");
+    let (code, text) = says(&all, &["coordinator", "list"]);
+    assert!(code == Some(0) && text.contains("leader") && text.contains("follower"), "{text}");
+    assert!(text.contains("cannot reach"), "the dead one is named: {text}");
+
+    for member in 0..3 {
+        trio.etcd.kill(member).unwrap();
+    }
+    for n in [follower, third] {
+        let _ = trio.coordinators[n].daemon.kill();
+    }
+    let (code, text) = says(&url(&trio, third), &["vm", "list"]);
+    assert!(code == Some(3) && text.contains("cannot reach"), "{code:?} {text}");
+    trio.goes_on();
+}
