@@ -49,6 +49,9 @@ pub struct Flags {
     /// Read with plain threads where io_uring would be used.
     #[arg(long)]
     pub no_io_uring: bool,
+    /// Copy large reads into a buffer before they are sent, also when they are in memory.
+    #[arg(long)]
+    pub no_mapped_reads: bool,
     /// Look for more work so long before a worker sleeps, in microseconds, 0 to 100: saves
     /// wake-ups and costs CPU time [default: 0, which is off].
     #[arg(long, value_name = "N")]
@@ -104,6 +107,7 @@ struct RawPool {
 struct RawWorkers {
     count: Option<usize>,
     io_uring: Option<bool>,
+    mapped_reads: Option<bool>,
     poll_us: Option<u64>,
 }
 
@@ -146,6 +150,8 @@ pub struct Config {
     pub workers: usize,
     /// Use io_uring where the kernel allows it.
     pub io_uring: bool,
+    /// Send large reads that are in memory from where they are.
+    pub mapped_reads: bool,
     /// Longest time that a worker looks for more work before it sleeps, in us; 0: it
     /// sleeps at once.
     pub poll_us: u64,
@@ -234,6 +240,9 @@ impl RawConfig {
         if flags.no_io_uring {
             workers.io_uring = Some(false);
         }
+        if flags.no_mapped_reads {
+            workers.mapped_reads = Some(false);
+        }
         workers.poll_us = flags.poll_us.or(workers.poll_us);
         log.format = flags.log_format.or(log.format);
         log.level = flags.log_level.or(log.level);
@@ -256,6 +265,7 @@ impl TryFrom<RawConfig> for Config {
             pool_bytes: pool.size.map(pool_bytes).transpose()?,
             workers: within("worker count", workers.count, cores.min(8), 1..=WORKERS_MAX)?,
             io_uring: workers.io_uring.unwrap_or(true),
+            mapped_reads: workers.mapped_reads.unwrap_or(true),
             poll_us: within("polling time in microseconds", workers.poll_us, 0, 0..=POLL_US_MAX)?,
             connections_max: within("connection limit", limits.connections, 4096, 1..=1_000_000)?,
             silent_max: within(
@@ -348,7 +358,12 @@ mod tests {
         assert_eq!(config.listen.to_string(), DEFAULT_LISTEN);
         assert_eq!(config.admin_listen.to_string(), DEFAULT_ADMIN_LISTEN);
         assert!(config.admin_listen.ip().is_loopback());
-        assert!(config.io_uring && !config.cold_reads && config.pool_bytes.is_none());
+        assert!(
+            config.io_uring
+                && config.mapped_reads
+                && !config.cold_reads
+                && config.pool_bytes.is_none()
+        );
         assert!((1..=8).contains(&config.workers));
         assert_eq!(config.poll_us, 0, "off");
     }
@@ -366,6 +381,7 @@ mod tests {
             "--pool-size",
             "2G",
             "--no-io-uring",
+            "--no-mapped-reads",
             "--poll-us",
             "30",
             "--log-format",
@@ -376,6 +392,7 @@ mod tests {
         assert_eq!(config.listen.port(), 2);
         assert_eq!(config.pool_bytes, Some(2 << 30));
         assert_eq!((config.workers, config.io_uring, config.poll_us), (3, false, 30));
+        assert!(!config.mapped_reads);
         assert_eq!(config.log_format, LogFormat::Json);
     }
 

@@ -23,6 +23,8 @@ pub struct WorkerMetrics {
     pub read_bytes: AtomicU64,
     /// Payload bytes of WRITEs that were run.
     pub written_bytes: AtomicU64,
+    /// Reads that were sent from the page cache without a copy in between.
+    pub mapped_reads: AtomicU64,
     /// Reads that had to wait for the disk.
     pub cold_reads: AtomicU64,
     /// Connections closed because the peer broke the protocol.

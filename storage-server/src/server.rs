@@ -139,6 +139,7 @@ pub async fn start(config: Config) -> Result<Server, StartError> {
             runtime: tokio::runtime::Handle::current(),
             io_uring,
             cold_reads: config.cold_reads,
+            mapped_reads: config.mapped_reads,
             poll_us: config.poll_us,
         })?);
     }

@@ -5,6 +5,7 @@ mod common;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -251,4 +252,60 @@ fn logs_can_be_json() {
     create(daemon.admin, "d", SIZE);
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.wait().code(), Some(0));
+}
+
+/// Makes every `io_uring_setup` of the command fail, as container runtimes do.
+fn forbid_io_uring(command: &mut Command) {
+    let op = |code: u32, k: u32| libc::sock_filter {
+        code: u16::try_from(code).expect("a code"),
+        jt: 0,
+        jf: 0,
+        k,
+    };
+    let setup = u32::try_from(libc::SYS_io_uring_setup).expect("a number");
+    let eperm = libc::SECCOMP_RET_ERRNO | u32::try_from(libc::EPERM).expect("a number");
+    let program = [
+        // The number of the system call is the first word of what a filter sees.
+        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
+        libc::sock_filter { jf: 1, ..op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, setup) },
+        op(libc::BPF_RET | libc::BPF_K, eperm),
+        op(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
+    ];
+    let install = move || {
+        let mut program = program;
+        let filter = libc::sock_fprog { len: 4, filter: program.as_mut_ptr() };
+        // SAFETY: two system calls of the child, the second of which reads the four entries.
+        let done = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+                && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter)
+                    == 0
+        };
+        if done { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: it only makes system calls, which is allowed after a fork.
+    unsafe { command.pre_exec(install) };
+}
+
+#[test]
+fn where_io_uring_is_forbidden_threads_read_and_it_is_said_once() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = dir.path().join("config.toml");
+    let text = "[danger_zone]\nenabled = true\ncold_reads = true\n";
+    std::fs::write(&config, text).expect("written");
+    let mut command = daemon_command(dir.path());
+    command.arg("--config").arg(&config).args(["--workers", "3"]);
+    forbid_io_uring(&mut command);
+    let mut daemon = Daemon::from(command);
+    create(daemon.admin, "d", SIZE);
+    let mut owner = Client::welcomed(daemon.data, "d", "h", 1);
+    assert_eq!(owner.write(0, &[5; 8192]), Status::Ok);
+    for _ in 0..100 {
+        assert_eq!(owner.read(0, 8192), [5; 8192]);
+    }
+    assert!(common::metric(daemon.admin, "baton_cold_reads_total") >= 100);
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait().code(), Some(0));
+    let log = daemon.said();
+    let said = log.lines().filter(|line| line.contains("io_uring cannot be used")).count();
+    assert_eq!(said, 1, "{log}");
 }

@@ -229,7 +229,8 @@ fn a_client_that_does_not_read_harms_nobody() {
         fixture.create("d", SIZE);
         fixture.create("e", SIZE);
         let mut lazy = fixture.owner("d", "lazy", 1);
-        let pattern: Vec<u8> = (0..1 << 20).map(|n: u32| n.to_le_bytes()[1]).collect();
+        let pattern: Vec<u8> =
+            (0..1 << 20).map(|n: u32| n.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
         assert_eq!(lazy.write(0, &pattern), Status::Ok);
         let mut asked = Vec::new();
         for _ in 0..200 {

@@ -14,6 +14,7 @@
 //! | `meta` | redb: volumes, access records, checkpointed map |
 //! | `mark` | whether redb is as new as it was |
 //! | `pool_file` | bytes and space of `pool.dat` |
+//! | `pool_map` | `pool.dat` as memory, for sending from the page cache |
 //! | `core` | what volumes share: mapping, unmapping, sync, checkpoint |
 //! | `volume`, `read_plan` | byte ranges of one volume |
 //! | `recovery` | opening a directory |
@@ -32,6 +33,7 @@ mod mark;
 mod meta;
 mod meta_file;
 mod pool_file;
+mod pool_map;
 mod probe;
 mod read_plan;
 mod recovery;

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::layout::EXTENT_BYTES;
+use super::pool_map::PoolMap;
 
 /// Below this, zeros are written: cheaper than changing the file's extents in the filesystem's journal.
 const ZERO_BY_WRITING_MAX: u64 = 64 << 10;
@@ -24,6 +25,7 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 #[derive(Debug)]
 pub(super) struct PoolFile {
     file: File,
+    map: PoolMap,
     len: AtomicU64,
     nowait: bool,
     punch: bool,
@@ -51,7 +53,7 @@ impl PoolFile {
             },
         };
         let len = AtomicU64::new(file.metadata()?.len());
-        Ok(Self { file, len, nowait, punch, zero_range, preallocate })
+        Ok(Self { file, map: PoolMap::default(), len, nowait, punch, zero_range, preallocate })
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -81,6 +83,11 @@ impl PoolFile {
                 Err(e) => return Err(e),
             }
         }
+    }
+
+    /// Where the bytes are in memory, if they are; see [`PoolMap::resident`].
+    pub(super) fn resident(&self, offset: u64, len: usize) -> Option<*const u8> {
+        self.map.resident(&self.file, offset, len)
     }
 
     pub(super) fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {

@@ -185,6 +185,21 @@ impl Volume {
         Ok(())
     }
 
+    /// Calls `pass_on` with where the bytes are in memory, if they all are: for a system call that copies from there.
+    /// The places are good inside the call only, and a call that meets a failing disk says EFAULT. `None`: some are a
+    /// hole, on disk only, or in more than one extent.
+    pub fn with_resident<T>(
+        &self,
+        offset: u64,
+        len: usize,
+        pass_on: impl FnOnce(*const u8) -> T,
+    ) -> Option<T> {
+        self.check(offset, len as u64).ok()?;
+        let piece = pieces(offset, len as u64).next().filter(|piece| piece.len == len)?;
+        let pin = self.pin(piece.extent)?;
+        self.core.pool.resident(pin.offset(piece.within), len).map(pass_on)
+    }
+
     /// Where the bytes are, for a caller that reads them itself. The places stay valid while the plan lives.
     pub fn plan_read(self: &Arc<Self>, offset: u64, len: usize) -> Result<ReadPlan, IoError> {
         self.check(offset, len as u64)?;

@@ -270,6 +270,33 @@ impl Conn {
         }
     }
 
+    /// Sends what there is, `head` behind it, and then `len` bytes from `payload`, which only the kernel looks at: one
+    /// call. Says how many bytes of head and payload went; zero if the socket or the payload's memory would not have it.
+    pub(super) fn send_from(&mut self, head: &[u8], payload: *const u8, len: usize) -> usize {
+        let waiting = self.output.unsent();
+        let part =
+            |base: *const u8, len| libc::iovec { iov_base: base.cast_mut().cast(), iov_len: len };
+        let mut parts = [
+            part(waiting.as_ptr(), waiting.len()),
+            part(head.as_ptr(), head.len()),
+            part(payload, len),
+        ];
+        // SAFETY: zeros are a message without anything.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        (message.msg_iov, message.msg_iovlen) = (parts.as_mut_ptr(), parts.len());
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: the header names three buffers that live over the call and are only read; the kernel checks the last.
+        let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, flags) };
+        let Ok(sent) = usize::try_from(sent) else {
+            // What it means is for `send` to say, which is next.
+            return 0;
+        };
+        self.active = true;
+        let before = sent.min(waiting.len());
+        self.output.sent(before);
+        sent - before
+    }
+
     /// Adds an answer without payload.
     pub(super) fn answer(&mut self, opcode: Opcode, seq: Seq, status: Status) {
         let header = self.header(opcode, seq, status, 0);

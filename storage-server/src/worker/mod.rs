@@ -9,6 +9,7 @@
 //! One recv takes many requests, all of them are served, one send answers them.
 //! A connection belongs to one worker for its life, so its state has no lock.
 //! A turn (what one recv brought) is admitted by the gate once per epoch.
+//! Large reads go from the page cache to the socket without passing the output.
 //!
 //! Memory of one connection: 32 KiB busy with small reads, up to 0.5 MiB with a
 //! stream of writes, and nothing idle;
@@ -73,6 +74,8 @@ pub(crate) struct Setup {
     pub(crate) io_uring: bool,
     /// Treat every read as one that would wait for the disk.
     pub(crate) cold_reads: bool,
+    /// Send large reads that are in memory from where they are.
+    pub(crate) mapped_reads: bool,
     /// Longest time to look for more work before sleeping, in us; 0: not at all.
     pub(crate) poll_us: u64,
 }

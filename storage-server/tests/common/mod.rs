@@ -39,15 +39,17 @@ pub struct Fixture {
 /// Which way reads go.
 #[derive(Clone, Copy, Debug)]
 pub enum Reads {
-    /// From memory.
+    /// From memory, large ones straight to the socket.
     Hot,
+    /// From memory, all through a buffer.
+    Copied,
     /// As if from the disk, by io_uring where the kernel allows it.
     Uring,
     /// As if from the disk, by plain threads.
     Threads,
 }
 
-pub const ALL_READS: [Reads; 3] = [Reads::Hot, Reads::Uring, Reads::Threads];
+pub const ALL_READS: [Reads; 4] = [Reads::Hot, Reads::Copied, Reads::Uring, Reads::Threads];
 
 pub fn config(dir: &Path, flags: &[&str]) -> Config {
     let data = dir.join("data");
@@ -64,7 +66,8 @@ impl Fixture {
 
     pub fn reading(reads: Reads) -> Self {
         Self::with(&[], |config| {
-            config.cold_reads = !matches!(reads, Reads::Hot);
+            config.cold_reads = matches!(reads, Reads::Uring | Reads::Threads);
+            config.mapped_reads = !matches!(reads, Reads::Copied);
             config.io_uring = matches!(reads, Reads::Uring);
         })
     }
@@ -358,6 +361,7 @@ pub struct Daemon {
     pub data: SocketAddr,
     pub admin: SocketAddr,
     pub ready: String,
+    said: Option<std::thread::JoinHandle<String>>,
 }
 
 pub fn daemon_command(dir: &Path) -> Command {
@@ -388,19 +392,27 @@ impl Daemon {
     pub fn from(mut command: Command) -> Self {
         let mut child = command.spawn().expect("the binary runs");
         let mut log = BufReader::new(child.stderr.take().expect("piped"));
-        let mut ready = String::new();
+        let (mut said, mut ready) = (String::new(), String::new());
         while !ready.starts_with("listening ") {
-            ready.clear();
+            said += &std::mem::take(&mut ready);
             assert_ne!(log.read_line(&mut ready).expect("a log"), 0, "it ended early");
         }
         // Keep the pipe from filling.
-        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+        let said = std::thread::spawn(move || {
+            log.read_to_string(&mut said).expect("a log");
+            said
+        });
         let address = |key: &str| {
             let value = ready.split(' ').find_map(|word| word.trim().strip_prefix(key));
             value.and_then(|value| value.parse().ok()).expect("an address")
         };
         let (data, admin) = (address("data="), address("admin="));
-        Self { child, data, admin, ready }
+        Self { child, data, admin, ready, said: Some(said) }
+    }
+
+    /// What it said besides that it listens; after its end.
+    pub fn said(&mut self) -> String {
+        self.said.take().expect("asked once").join().expect("no panic")
     }
 
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
