@@ -284,7 +284,7 @@ mod tests {
             }
         }
         let all = metrics.steps();
-        assert_eq!(all.len(), 13 * 3);
+        assert_eq!(all.len(), 14 * 3);
         assert!(all.iter().all(|(_, _, count)| *count == 1));
     }
 
