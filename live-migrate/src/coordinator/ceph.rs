@@ -186,6 +186,12 @@ impl Ceph {
             .await
     }
 
+    /// DISARM, at a member that nothing decides any more.
+    pub async fn disarm(&self, of: Try, volume: &str, term: u64) -> Result<(), StorageError> {
+        self.with(volume, move |image| image.change(Input::Disarm { attempt: of, term }).map(drop))
+            .await
+    }
+
     /// The anchor's proof; `None`: it has not decided.
     pub async fn proof(&self, of: Try, volume: &str) -> Result<Option<Grant>, StorageError> {
         self.with(volume, move |image| {
@@ -352,6 +358,7 @@ fn kind(refusal: &Refusal) -> &'static str {
         Refusal::Undecided => "baton:undecided",
         Refusal::UnknownFrozen => "baton:unknown-frozen",
         Refusal::NotAnchor { .. } => "baton:not-anchor",
+        Refusal::CannotDisarm(_) => "baton:cannot-disarm",
         Refusal::TooLate => "baton:too-late",
         Refusal::BadProof => "baton:bad-proof",
         Refusal::StaleEpoch { .. }

@@ -364,6 +364,9 @@ impl StorageServer {
     /// # Errors
     /// [`StorageError`].
     pub async fn disarm(&self, of: Try, volume: &str, term: u64) -> Result<(), StorageError> {
+        if let Some(ceph) = self.ceph() {
+            return ceph.disarm(of, volume, term).await;
+        }
         self.post(volume, "disarm", &attempt(of, term)).await.map(drop)
     }
 
