@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn requests_are_told_from_everything_else() {
-        let of = |line| asked(line).map(|asked| (asked.connection, asked.what));
+        let of = |line: &str| asked(line).map(|asked| (asked.connection, asked.what));
         let at = "2026-11-29 10:00:00.000001 ";
         let write = format!("{at}connection=3 Write id=7 offset=0x0 count=0x200 fua=0 ...");
         assert_eq!(of(&write), Some((3, "Write".to_owned())));
