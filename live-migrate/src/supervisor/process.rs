@@ -65,12 +65,12 @@ impl ProcessId {
     /// Waits for its end. True: the kernel told it, by the [descriptor](Self::descriptor)
     /// of this very process, of all its threads.
     pub(super) async fn ended(&self, descriptor: Option<&OwnedFd>) -> bool {
-        if let Some(process) = descriptor.and_then(|fd| fd.try_clone().ok())
+        if let Some(process) = descriptor.and_then(|fd| fd.try_clone().ok()) {
             // SAFETY: an owned descriptor is what it shows for as long as it lives.
-            && let Ok(process) =
-                unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }
-        {
-            return process.readable().await.is_ok();
+            let process = unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) };
+            if let Ok(process) = process {
+                return process.readable().await.is_ok();
+            }
         }
         while self.runs() {
             tokio::time::sleep(LOOK_EVERY).await;
