@@ -125,7 +125,7 @@ impl Keeper {
             let launch = self.launch();
             let adopted = found.is_some();
             let started = match found.take() {
-                Some(process) => Ok(Process::Other(process)),
+                Some(process) => Ok(Process::other(process)),
                 None => self.settings.manager.start(&launch).await,
             };
             let began = Instant::now();

@@ -62,14 +62,15 @@ impl ProcessId {
         }
     }
 
-    /// Waits for its end. True: the kernel told it, of all its threads and of no
-    /// other process.
-    pub(super) async fn ended(&self) -> bool {
-        if let Some(process) = self.descriptor()
+    /// Waits for its end. True: the kernel told it, by the [descriptor](Self::descriptor)
+    /// of this very process, of all its threads.
+    pub(super) async fn ended(&self, descriptor: Option<&OwnedFd>) -> bool {
+        if let Some(process) = descriptor.and_then(|fd| fd.try_clone().ok()) {
             // SAFETY: an owned descriptor is what it shows for as long as it lives.
-            && let Ok(process) = unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }
-        {
-            return process.readable().await.is_ok();
+            let process = unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) };
+            if let Ok(process) = process {
+                return process.readable().await.is_ok();
+            }
         }
         while self.runs() {
             tokio::time::sleep(LOOK_EVERY).await;
@@ -77,8 +78,9 @@ impl ProcessId {
         false
     }
 
-    /// pidfd_open(2): readable once it has ended.
-    fn descriptor(&self) -> Option<OwnedFd> {
+    /// pidfd_open(2): readable once it has ended. To be had while it runs: afterwards
+    /// there is only a number, which proves nothing.
+    pub(super) fn descriptor(&self) -> Option<OwnedFd> {
         // SAFETY: takes two numbers, gives a new descriptor or an error.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
         let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;

@@ -6,6 +6,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -84,14 +85,21 @@ impl Launch {
 #[derive(Debug)]
 pub(super) enum Process {
     Child(Child, Option<ProcessId>),
-    Other(ProcessId),
+    /// With its descriptor, if it ran when that was asked for.
+    Other(ProcessId, Option<OwnedFd>),
 }
 
 impl Process {
+    /// One that is no child of ours.
+    pub(super) fn other(id: ProcessId) -> Self {
+        let descriptor = id.descriptor();
+        Self::Other(id, descriptor)
+    }
+
     pub(super) fn id(&self) -> Option<&ProcessId> {
         match self {
             Self::Child(_, id) => id.as_ref(),
-            Self::Other(id) => Some(id),
+            Self::Other(id, _) => Some(id),
         }
     }
 
@@ -99,8 +107,13 @@ impl Process {
     pub(super) async fn ended(&mut self) -> Ending {
         match self {
             Self::Child(child, _) => child.wait().await.map_or(Ending::Unseen, Ending::Waited),
-            Self::Other(id) if id.ended().await => Ending::Told,
-            Self::Other(_) => Ending::Unseen,
+            Self::Other(id, descriptor) => {
+                if id.ended(descriptor.as_ref()).await {
+                    Ending::Told
+                } else {
+                    Ending::Unseen
+                }
+            }
         }
     }
 }
@@ -148,7 +161,7 @@ impl Manager {
                     tell(systemctl, &["show", "--property=MainPID", "--value", &launch.unit()])
                         .await?;
                 let pid = shown.trim().parse().ok().filter(|pid| *pid > 0);
-                pid.and_then(ProcessId::of).map(Process::Other).ok_or_else(|| {
+                pid.and_then(ProcessId::of).map(Process::other).ok_or_else(|| {
                     io::Error::other(format!("{} ended at once; see its journal", launch.unit()))
                 })
             }
