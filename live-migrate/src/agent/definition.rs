@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
+use baton_protocol::POLL_US_MAX;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -36,6 +37,11 @@ pub struct VmDefinition {
     /// `{vm}`, `{qmp}`, `{api}` and `{socket:DISK}` are replaced.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub incoming_command: Option<Vec<String>>,
+    /// How long its backend looks for more work before it sleeps, us, 0 to 100; the backend's default (0: not at all) if
+    /// absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 100)]
+    pub poll_us: Option<u64>,
 }
 
 /// Kind of monitor.
@@ -96,6 +102,9 @@ pub enum DefinitionError {
     /// A socket elsewhere than meant.
     #[error("the socket path {} is not absolute", .0.display())]
     Relative(PathBuf),
+    /// Polling for longer than is allowed.
+    #[error("poll_us is {0}; a backend looks for work for 0 to {POLL_US_MAX} microseconds")]
+    Poll(u64),
     /// A command that is none.
     #[error("incoming_command must have a program, and at most {ARGUMENTS_MAX} arguments")]
     Command,
@@ -131,6 +140,9 @@ impl VmDefinition {
         }
         if !(1..=DISKS_MAX).contains(&self.disks.len()) {
             return Err(DefinitionError::Disks(self.disks.len()));
+        }
+        if let Some(us) = self.poll_us.filter(|us| *us > POLL_US_MAX) {
+            return Err(DefinitionError::Poll(us));
         }
         let (mut names, mut volumes, mut sockets) =
             (HashSet::new(), HashSet::new(), HashSet::new());
@@ -174,6 +186,9 @@ impl VmDefinition {
         let owner = format!("{host}/{}", self.name);
         // Writing to a string does not fail.
         let _ = writeln!(out, "owner = {}", text(&owner));
+        if let Some(us) = self.poll_us {
+            let _ = writeln!(out, "poll_us = {us}");
+        }
         for disk in &self.disks {
             let _ = writeln!(out, "\n[[disk]]\nname = {}", text(&disk.name));
             let _ = writeln!(out, "volume = {}", text(&disk.volume));
@@ -266,7 +281,7 @@ mod tests {
         toml::from_str(text).expect("a definition")
     }
 
-    const ONE: &str = "name = \"web\"\nvmm = \"qemu\"\n[[disk]]\nname = \"root\"\nvolume = \"baton://s:1/v\"\n[[disk]]\nname = \"data\"\nvolume = \"baton://s:1/w\"\nsocket = \"/x/d.sock\"\nread_only = true\nnum_queues = 2\n";
+    const ONE: &str = "name = \"web\"\nvmm = \"qemu\"\npoll_us = 30\n[[disk]]\nname = \"root\"\nvolume = \"baton://s:1/v\"\n[[disk]]\nname = \"data\"\nvolume = \"baton://s:1/w\"\nsocket = \"/x/d.sock\"\nread_only = true\nnum_queues = 2\n";
 
     #[test]
     fn each_mistake_is_named() {
@@ -288,6 +303,7 @@ mod tests {
                 "name = \"web\"\nincoming_command = [\"q\", \"{socket:x}\"]",
                 "{socket:x}",
             ),
+            ("poll_us = 30", "poll_us = 101", "0 to 100"),
         ] {
             assert!(ONE.contains(from));
             let error = vm(&ONE.replacen(from, to, 1)).check().expect_err(to).to_string();
@@ -324,6 +340,7 @@ mod tests {
         };
         let parsed: toml::Table = toml::from_str(&text).expect("TOML");
         assert_eq!(parsed["owner"].as_str(), Some("host-a/web"));
+        assert_eq!(parsed["poll_us"].as_integer(), Some(30));
         let disks = parsed["disk"].as_array().expect("disks");
         assert_eq!(disks[0]["socket_path"].as_str(), Some("/run/web/root.sock"));
         assert_eq!(disks[1]["socket_path"].as_str(), Some("/x/d.sock"));
