@@ -103,6 +103,13 @@ fn a_running_backends_volume_is_not_written_over() {
     assert!(error.contains("owned by another client"), "{error}");
     assert_eq!(storage.show("v").unwrap()["allocated_bytes"], 0);
     drop(backend);
+
+    // A copy that is refused before it has begun keeps nothing.
+    storage.create("small", 4 << 20).unwrap();
+    let (status, error, _) = run(&uri(&from), &storage.uri("small", None), &state);
+    assert_eq!(status, Some(1), "{error}");
+    assert!(error.contains("less than the source"), "{error}");
+    assert_eq!(storage.show("small").unwrap()["access"]["owner"], Value::Null);
 }
 
 /// A copy that has begun, killed or stopped, keeps its volume; the next one goes on and gives it back.

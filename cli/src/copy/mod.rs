@@ -28,6 +28,7 @@ mod side;
 mod state;
 mod writer;
 
+use std::cell::Cell;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -114,17 +115,17 @@ pub(crate) fn run(copy: &Copy) -> Result<(), CopyError> {
         return Err(CopyError::Same);
     }
     let path = copy.state.clone().unwrap_or_else(|| state_path(copy));
-    let owner = match state::peek(&path)? {
-        Some(about) => about.owner,
-        None => owner(copy),
-    };
+    let before = state::peek(&path)?;
+    let begun_before = before.is_some();
+    let owner = before.map_or_else(|| owner(copy), |about| about.owner);
     let source = Side::open(Role::Source, &copy.source, &owner)?;
     make_file(&copy.destination, source.size_bytes())?;
     let destination = Side::open(Role::Destination, &copy.destination, &owner)?;
-    let opened = Opened { source, destination, path, owner };
+    let half = Cell::new(begun_before);
+    let opened = Opened { source, destination, path, owner, half };
     let done = opened.copy(copy, audience, &signals);
-    // Given back only when it is whole: a half-copied disk stays with the copy, so that no VM can start on it.
-    opened.destination.volume.close(done.is_ok());
+    // A half-copied disk stays with the copy, so that no VM can start on it.
+    opened.destination.volume.close(!opened.half.get());
     opened.source.volume.close(false);
     let (sums, digest) = done?;
     tell(copy, opened.source.size_bytes(), sums, digest.as_deref(), begun)
@@ -136,6 +137,8 @@ struct Opened {
     destination: Side,
     path: PathBuf,
     owner: String,
+    /// Some of the destination may be written, and not all.
+    half: Cell<bool>,
 }
 
 impl Opened {
@@ -148,6 +151,7 @@ impl Opened {
         self.check()?;
         let about = About::new(self.source.end(), self.destination.end(), self.owner.clone());
         let state = State::open(&self.path, about)?;
+        self.half.set(true);
         let pieces = Pieces { size_bytes: state.about().source.size_bytes };
         let phases = Phases {
             source: &self.source,
@@ -171,6 +175,7 @@ impl Opened {
             Some(whole.hex())
         };
         state.remove()?;
+        self.half.set(false);
         Ok((sums, digest))
     }
 
