@@ -11,12 +11,12 @@ use super::fault::Fault;
 use super::plan::{self, Member, Progress, Seen, Winner};
 use super::sides::{self, Found};
 
-/// A disk that no storage server of Baton's has, and how it is fenced.
+/// A disk whose storage keeps no access record, and how it is fenced.
 pub(super) fn elsewhere(view: &VmView) -> Option<(DiskView, Fence)> {
     view.disks().into_iter().find_map(|disk| {
         let uri: VolumeUri = disk.volume.parse().ok()?;
         let fence = uri.engine().capabilities().fence;
-        (fence != Fence::Storage).then_some((disk, fence))
+        (!matches!(fence, Fence::Storage | Fence::Blocklist)).then_some((disk, fence))
     })
 }
 
