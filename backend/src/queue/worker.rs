@@ -319,6 +319,7 @@ impl Worker {
             None => at_storage(&self.pending),
         });
         self.in_flight = 0;
+        self.disk.status.set_in_flight(self.index, 0);
         self.pending.iter_mut().for_each(|pending| *pending = Pending::default());
         let used = self.ring.as_ref().map(|ring| ring.queue.next_used());
         let exact = self.ring.as_ref().is_some_and(|ring| ring.queue.ends_with(&again));
@@ -343,6 +344,8 @@ impl Worker {
         if let Some(ring) = &mut self.ring
             && let Some(answer) = ring.draining.take()
         {
+            // Whoever hears that it is drained may ask how many are in flight.
+            self.disk.status.set_in_flight(self.index, 0);
             let _ = answer.send(self.stop_ring());
         }
     }
