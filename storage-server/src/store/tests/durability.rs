@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::store::journal::{FILE_RECORDS, SWAP_RECORDS};
@@ -217,6 +217,8 @@ fn a_checkpoint_without_room_waits_in_the_journal_and_loses_nothing() {
     }
 
     full.store(false, Ordering::SeqCst);
+    // The pause is not over, however slow this machine is.
+    store.core.state().log.no_room_until = Some(Instant::now() + Duration::from_secs(3600));
     assert!(matches!(volume.write(written * MIB, &[9]), Err(IoError::NoSpace)), "not yet");
     try_again_now(&store);
     volume.write(written * MIB, &[9]).unwrap();
