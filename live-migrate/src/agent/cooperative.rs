@@ -20,7 +20,6 @@ use std::collections::HashMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::http::StatusCode;
 use baton_protocol::handoff::Try;
@@ -29,6 +28,7 @@ use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::definition::VmDefinition;
+use super::events::now_us;
 use super::{Agent, COMMAND_LIMIT, STATUS_LIMIT};
 use crate::problem::{Problem, found_no_room};
 use crate::supervisor::control::{Control, ControlError};
@@ -314,7 +314,5 @@ fn proof_of(pid: i32, ending: Ending) -> Option<Proof> {
         Ending::Told => ("pidfd", None),
         Ending::Unseen => return None,
     };
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let at_unix_us = u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
-    Some(Proof { pid, seen_by: seen_by.to_owned(), status, at_unix_us })
+    Some(Proof { pid, seen_by: seen_by.to_owned(), status, at_unix_us: now_us() })
 }
