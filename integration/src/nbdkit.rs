@@ -7,6 +7,7 @@ use anyhow::Result;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// An NBD server. Killed when dropped.
 #[derive(Debug)]
@@ -15,21 +16,27 @@ pub struct Nbdkit {
     pub daemon: Daemon,
     dir: PathBuf,
     name: String,
+    read_delay: Duration,
 }
 
 impl Nbdkit {
     /// Starts one on `DIR/NAME.img`, a new file of this size, at `DIR/NAME.nbd`.
     pub fn start(dir: &Path, name: &str, size_bytes: u64) -> Result<Self> {
+        Self::slow(dir, name, size_bytes, Duration::ZERO)
+    }
+
+    /// The same, but each read takes so long, however fast this machine is.
+    pub fn slow(dir: &Path, name: &str, size_bytes: u64, read_delay: Duration) -> Result<Self> {
         File::create(dir.join(format!("{name}.img")))?.set_len(size_bytes)?;
-        let daemon = launch(dir, name)?;
-        Ok(Self { daemon, dir: dir.to_owned(), name: name.to_owned() })
+        let daemon = launch(dir, name, read_delay)?;
+        Ok(Self { daemon, dir: dir.to_owned(), name: name.to_owned(), read_delay })
     }
 
     /// Kills it with no warning and starts it again after a while, on the same file.
-    pub fn kill_and_restart(&mut self, pause: std::time::Duration) -> Result<()> {
+    pub fn kill_and_restart(&mut self, pause: Duration) -> Result<()> {
         self.daemon.kill()?;
         std::thread::sleep(pause);
-        self.daemon = launch(&self.dir, &self.name)?;
+        self.daemon = launch(&self.dir, &self.name, self.read_delay)?;
         Ok(())
     }
 
@@ -79,19 +86,22 @@ fn socket(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.nbd"))
 }
 
-fn launch(dir: &Path, name: &str) -> Result<Daemon> {
+fn launch(dir: &Path, name: &str, read_delay: Duration) -> Result<Daemon> {
     let (socket, file) = (socket(dir, name), dir.join(format!("{name}.img")));
     let _ = fs::remove_file(&socket);
     let log = format!("logfile={}", log(dir, name).display());
-    let args: [&OsStr; 8] = [
+    let delay = format!("rdelay={}ms", read_delay.as_millis());
+    let args: [&OsStr; 10] = [
         "-f".as_ref(),
         "--exit-with-parent".as_ref(),
         "--filter=log".as_ref(),
+        "--filter=delay".as_ref(),
         "-U".as_ref(),
         socket.as_os_str(),
         "file".as_ref(),
         file.as_os_str(),
         log.as_ref(),
+        delay.as_ref(),
     ];
     let daemon = Daemon::start(dir, &format!("nbdkit-{name}"), &system_program("nbdkit")?, args)?;
     wait_until("nbdkit listens", READY_TIMEOUT, || socket.exists())?;

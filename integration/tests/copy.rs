@@ -2,6 +2,7 @@
 //! it is whole.
 
 use baton_integration::baton::{Backend, Storage, wait_until};
+use baton_integration::nbdkit::Nbdkit;
 use baton_integration::workspace::{TestDir, program};
 use serde_json::Value;
 use std::fs::File;
@@ -56,6 +57,16 @@ fn disk(path: &Path, bytes: usize, data: &[(usize, usize)]) -> Vec<u8> {
 
 fn uri(path: &Path) -> String {
     format!("file://{}", path.display())
+}
+
+/// A source of 192 MiB, and its bytes. What is durable is noted every second, and with 48 requests of 0.7 s, 12 at a time,
+/// there are such seconds in every copy of it.
+fn slow_source(dir: &TestDir) -> (Nbdkit, Vec<u8>) {
+    let delay = Duration::from_millis(700);
+    let source = Nbdkit::slow(dir.path(), "source", 192 << 20, delay).unwrap();
+    let parts: Vec<_> = (0..24).map(|n| (n * 8 * MIB, 8 * MIB)).collect();
+    let whole = disk(&source.file(), 192 * MIB, &parts);
+    (source, whole)
 }
 
 #[test]
@@ -117,14 +128,12 @@ fn a_running_backends_volume_is_not_written_over() {
 fn half_a_disk_is_nobody_elses() {
     let dir = TestDir::new("copy-killed").unwrap();
     let mut storage = Storage::start(dir.path(), &[]).unwrap();
-    let (from, state, back) = (dir.join("from"), dir.join("state"), dir.join("back"));
-    // 192 MiB: more than a second's work for unoptimised programs.
-    let parts: Vec<_> = (0..24).map(|n| (n * 8 * MIB, 8 * MIB)).collect();
-    let whole = disk(&from, 192 * MIB, &parts);
+    let (state, back) = (dir.join("state"), dir.join("back"));
+    let (source, whole) = slow_source(&dir);
     storage.create("v", 192 << 20).unwrap();
     let volume = storage.uri("v", None);
     let begin = || -> Child {
-        let child = copy(&uri(&from), &volume, &state).spawn().unwrap();
+        let child = copy(&source.uri(), &volume, &state).spawn().unwrap();
         let before = noted(&state);
         wait_until("more is noted", Duration::from_secs(30), || noted(&state) > before).unwrap();
         child
@@ -163,18 +172,17 @@ fn noted(state: &Path) -> usize {
 fn a_fenced_copy_stops() {
     let dir = TestDir::new("copy-fenced").unwrap();
     let storage = Storage::start(dir.path(), &[]).unwrap();
-    let (from, state) = (dir.join("from"), dir.join("state"));
-    let parts: Vec<_> = (0..24).map(|n| (n * 8 * MIB, 8 * MIB)).collect();
-    disk(&from, 192 * MIB, &parts);
+    let state = dir.join("state");
+    let (source, _) = slow_source(&dir);
     storage.create("v", 192 << 20).unwrap();
     let volume = storage.uri("v", None);
-    let child = copy(&uri(&from), &volume, &state).spawn().unwrap();
+    let child = copy(&source.uri(), &volume, &state).spawn().unwrap();
     wait_until("some is noted", Duration::from_secs(30), || noted(&state) > 0).unwrap();
     storage.fence("v", None).unwrap();
     let (status, error, _) = ended(&child.wait_with_output().unwrap());
     assert_eq!(status, Some(1), "{error}");
     assert!(error.contains("given to another owner"), "{error}");
     // And the next run is no way around it.
-    let (status, error, _) = run(&uri(&from), &volume, &state);
+    let (status, error, _) = run(&source.uri(), &volume, &state);
     assert_eq!(status, Some(1), "{error}");
 }
