@@ -1,7 +1,8 @@
 //! `pool.dat` as memory, for system calls that pass bytes of the page cache on without a copy in between.
 //!
 //! Only the kernel follows these addresses: where the disk fails or the file ends, its call says EFAULT, and nobody gets
-//! a signal. Windows are mapped when first used and stay.
+//! a signal. Windows are mapped when first used and stay. The server may write the file: to who may not, `mincore` says
+//! that everything is in memory.
 
 use std::fs::File;
 use std::num::NonZeroUsize;
