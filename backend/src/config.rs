@@ -36,7 +36,8 @@ pub struct Args {
     #[arg(long, value_name = "FDNUM", conflicts_with = "config")]
     fd: Option<RawFd>,
     /// Volume: baton://HOST:PORT/NAME, baton+unix:///NAME?socket=PATH,
-    /// nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH (nbds:// through TLS) or file:///PATH
+    /// nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH (nbds:// through TLS),
+    /// rbd://POOL/IMAGE or file:///PATH
     #[arg(long, value_name = "URI", conflicts_with_all = ["blk_file", "config"])]
     volume: Option<String>,
     /// Local file or block device to serve instead of a volume

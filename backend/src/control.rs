@@ -235,7 +235,7 @@ impl Vm {
             }
             return Err(Refusal::new(
                 RefusalKind::CannotHandOver,
-                "no volume of this VM can be handed over: files and Ceph RBD images cannot, volumes of a Baton storage server and NBD exports can",
+                "no volume of this VM can be handed over: files and read-only volumes cannot; volumes of a Baton storage server, Ceph RBD images and NBD exports can",
             ));
         };
         if let Some(order) = order {

@@ -12,7 +12,7 @@ use baton_backend::descriptors;
 use baton_backend::disk::{DiskServer, Shutdown};
 use baton_backend::handoff::{CooperativeVm, MemberHandle, VmHandoff};
 use baton_backend::socket::{FrontEnds, Permissions};
-use baton_remote_client::{OpenOptions, Volume};
+use baton_remote_client::{Fence, OpenOptions, Volume, VolumeUri};
 use clap::Parser;
 use nix::sys::signal::{SigSet, Signal};
 
@@ -190,14 +190,17 @@ fn open(
 /// One decision covers every volume that may be written, or there is nothing to stand
 /// by for.
 fn moves_as_one(config: &Config, volumes: &[(String, Arc<dyn Volume>)]) -> anyhow::Result<()> {
-    let stays = |(_, volume): &&(String, Arc<dyn Volume>)| {
-        volume.handoff().is_none() && !volume.geometry().read_only
+    let fence = |disk: &DiskConfig| {
+        let uri = disk.volume.parse::<VolumeUri>();
+        uri.map_or(Fence::None, |uri| uri.engine().capabilities().fence)
     };
-    match volumes.iter().position(|volume| stays(&volume)) {
-        Some(at) => anyhow::bail!(
-            "disk {}: volume {} is fenced in another way than the VM's other volumes, so they cannot be handed over together; bring them to one kind of storage, or leave out --standby",
-            volumes[at].0,
-            config.disks[at].volume
+    let disks = config.disks.iter().zip(volumes);
+    let mut written = disks.filter(|(_, (_, volume))| !volume.geometry().read_only);
+    let Some((first, _)) = written.next() else { return Ok(()) };
+    match written.find(|(disk, _)| !fence(first).moves_with(fence(disk))) {
+        Some((disk, (name, _))) => anyhow::bail!(
+            "disk {name}: volume {} is fenced in another way than the VM's other volumes, so they cannot be handed over together; bring them to one kind of storage, or leave out --standby",
+            disk.volume
         ),
         None => Ok(()),
     }

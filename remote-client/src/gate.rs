@@ -9,8 +9,9 @@ pub trait Gate: Send + Sync + Debug {
     /// What waits is sent.
     fn open(&self);
 
-    /// Every connection is closed. Nothing may be in flight: what is would be
-    /// asked for again by whoever opens the gate.
+    /// Nothing is sent from here on, and each queue closes its connection when its
+    /// thread looks next. Nothing may be in flight: what is would be asked for again
+    /// by whoever opens the gate.
     fn shut(&self);
 
     /// Whether it is shut.

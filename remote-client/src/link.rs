@@ -189,11 +189,6 @@ impl<C: Conversation> Link<C> {
         self.epoll.0.as_fd()
     }
 
-    /// [`Self::wake_fd`] is readable whenever this one is.
-    pub(crate) fn watch(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        Ok(self.epoll.add(fd, SOCKET)?)
-    }
-
     /// Closes the connection, if there is one, with a goodbye.
     pub(crate) fn disconnect(&mut self) {
         // Nobody looks at it until there is a connection again.

@@ -177,12 +177,13 @@ fn a_read_only_export_and_a_read_only_access() {
     if skip_without("a_read_only_export_and_a_read_only_access", "nbdkit") {
         return;
     }
-    for export_is in [true, false] {
+    // Nobody has to permit what nobody may write.
+    for (export_is, standby) in [(true, false), (true, true), (false, false)] {
         let dir = tempfile::tempdir().expect("directory");
         let path = disk(dir.path(), BYTES);
         let read_only: &[&str] = if export_is { &["-r"] } else { &[] };
         let server = NbdServer::nbdkit(dir.path(), &[read_only, &["file", &path]].concat());
-        let options = OpenOptions { read_only: !export_is, ..options() };
+        let options = OpenOptions { read_only: !export_is, standby, ..options() };
         let volume = open(&server.uri(""), &options).expect("open");
         assert!(volume.geometry().read_only);
         let mut queue = volume.open_queue(0, 4).expect("queue");

@@ -144,7 +144,6 @@ pub(crate) struct Session {
 
 impl Session {
     /// Connects as soon as it is polled.
-    /// As [`Handshake::new`] has it.
     pub(crate) fn new(wishes: Wishes<'_>, timing: Timing, seed: u64, now: Instant) -> Self {
         let Wishes { export, map, tls } = wishes;
         Self {

@@ -10,14 +10,13 @@
 //! request and its bytes, for servers that are not made for load.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::handshake::{Export, Refusal};
 use super::link::Link;
@@ -26,7 +25,7 @@ use super::tls::TlsSettings;
 use crate::baton::Timing;
 use crate::gate::Gate;
 use crate::open::{OpenError, OpenOptions, random_nonzero};
-use crate::socket::Endpoint;
+use crate::socket::{Endpoint, Wake};
 use crate::uri::{NbdServer, NbdUri};
 use crate::volume::{
     Completion, EventListener, Extent, Geometry, Op, QueueError, Tag, Volume, VolumeEvent,
@@ -52,7 +51,7 @@ struct Hub {
     open: BTreeMap<u16, u64>,
     spare: Option<Link>,
     /// Wakes each open queue's thread when the gate moves.
-    wakers: BTreeMap<u16, Arc<EventFd>>,
+    wakers: BTreeMap<u16, Arc<Wake>>,
     resolved: Instant,
 }
 
@@ -116,7 +115,7 @@ impl Shared {
     /// The gate has moved: every queue looks.
     fn wake(&self) {
         for waker in self.hub().wakers.values() {
-            let _ = waker.write(1);
+            waker.notify();
         }
     }
 
@@ -223,6 +222,8 @@ impl NbdVolume {
             block_bytes: export.min_block,
             read_only: geometry.read_only,
         });
+        // What nobody may write is nobody's to hand over, and needs no permission.
+        let stands_by = options.standby && !geometry.read_only;
         let shared = Arc::new(Shared {
             uri: uri.clone(),
             timing: options.timing,
@@ -233,7 +234,7 @@ impl NbdVolume {
             tls: link.settings().cloned(),
             size_bytes: AtomicU64::new(size_bytes),
             resolving: AtomicBool::new(false),
-            shut: AtomicBool::new(options.standby),
+            shut: AtomicBool::new(stands_by),
             hub: Mutex::new(Hub {
                 lost: false,
                 down: BTreeSet::new(),
@@ -241,7 +242,7 @@ impl NbdVolume {
                 listener: None,
                 open: BTreeMap::new(),
                 // Who stands by has seen the export, and holds no place at the server.
-                spare: Some(link).filter(|_| !options.standby),
+                spare: Some(link).filter(|_| !stands_by),
                 wakers: BTreeMap::new(),
                 resolved: Instant::now(),
             }),
@@ -367,15 +368,11 @@ impl Volume for NbdVolume {
             }
         };
         link.session().set_depth(depth);
-        let waker = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(io::Error::from)?;
-        let waker = Arc::new(waker);
-        link.watch(waker.as_fd())?;
         hub.open.insert(index, size_bytes);
-        hub.wakers.insert(index, Arc::clone(&waker));
+        hub.wakers.insert(index, Arc::clone(link.wake()));
         drop(hub);
         let shared = Arc::clone(shared);
-        let mut queue = NbdQueue { index, link: Some(link), waker, shared, lost_at: None };
+        let mut queue = NbdQueue { index, link: Some(link), shared, lost_at: None };
         queue.poll(&mut Vec::new());
         Ok(Box::new(queue))
     }
@@ -419,7 +416,6 @@ impl Gate for Shared {
 #[derive(Debug)]
 struct NbdQueue {
     index: u16,
-    waker: Arc<EventFd>,
     /// `None` only while it is dropped.
     link: Option<Link>,
     shared: Arc<Shared>,
@@ -507,7 +503,8 @@ impl VolumeQueue for NbdQueue {
     }
 
     fn poll(&mut self, completions: &mut Vec<Completion>) {
-        let _ = self.waker.read();
+        // The gate may have been shut or opened.
+        self.link().wake().take();
         if !self.is_shut() {
             self.link().poll(completions);
             self.tell();
@@ -527,12 +524,13 @@ impl Drop for NbdQueue {
     fn drop(&mut self) {
         let index = self.index;
         let spare = self.link.take().filter(|link| link.is_at_rest());
-        let shut = self.shared.is_shut();
+        let shared = Arc::clone(&self.shared);
         self.shared.change(|hub| {
             hub.down.remove(&index);
             hub.open.remove(&index);
             hub.wakers.remove(&index);
-            if hub.spare.is_none() && !shut {
+            // Asked under the lock: whoever shuts the gate takes the spare behind it.
+            if hub.spare.is_none() && !shared.is_shut() {
                 hub.spare = spare;
             }
         });
