@@ -17,8 +17,8 @@
 //! Does not decide who has the volumes: the coordinator does, once.
 
 use std::collections::HashMap;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::http::StatusCode;
@@ -29,6 +29,7 @@ use utoipa::ToSchema;
 
 use super::definition::VmDefinition;
 use super::events::now_us;
+use super::inventory::write_durably;
 use super::{Agent, COMMAND_LIMIT, STATUS_LIMIT};
 use crate::problem::{Problem, found_no_room};
 use crate::supervisor::control::{Control, ControlError};
@@ -88,22 +89,40 @@ impl Notes {
     }
 
     /// A VM's note, as an agent before this one left it.
-    fn slot(&self, vm: &str) -> Slot {
+    ///
+    /// # Errors
+    /// It is there and cannot be read: it may say that the volumes left.
+    fn slot(&self, vm: &str) -> Result<Slot, Problem> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let read = || {
-            let text = std::fs::read(self.path(vm)).ok()?;
-            serde_json::from_slice(&text)
-                .inspect_err(|error| tracing::error!(vm, %error, "a note is damaged and ignored"))
-                .ok()
+        if let Some(slot) = slots.get(vm) {
+            return Ok(Arc::clone(slot));
+        }
+        let path = self.path(vm);
+        let note = match std::fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(io::Error::from),
         };
-        Arc::clone(
-            slots.entry(vm.to_owned()).or_insert_with(|| Arc::new(tokio::sync::Mutex::new(read()))),
-        )
+        let note = note.map_err(|error| {
+            Problem::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "baton:state-failed",
+                "The agent cannot tell who has the volumes",
+                format!(
+                    "cannot read {}: {error}; it may say that the volumes of {vm} left this host, so nothing is done with them here: make sure that no other host has them, then remove it",
+                    path.display()
+                ),
+            )
+        })?;
+        let slot = Arc::new(tokio::sync::Mutex::new(note));
+        slots.insert(vm.to_owned(), Arc::clone(&slot));
+        Ok(slot)
     }
 
     fn write(&self, vm: &str, note: &Note) -> Result<(), Problem> {
         let path = self.path(vm);
-        durable(&path, &serde_json::to_vec(note).unwrap_or_default()).map_err(|error| {
+        let text = serde_json::to_vec(note).map_err(io::Error::from);
+        text.and_then(|text| write_durably(&path, &text)).map_err(|error| {
             if found_no_room(&error) {
                 let what = format!("the agent cannot remember who has the volumes of {vm}");
                 return Problem::state_full(&what, &path);
@@ -116,15 +135,6 @@ impl Notes {
             )
         })
     }
-}
-
-fn durable(path: &Path, text: &[u8]) -> io::Result<()> {
-    let new = path.with_extension("new");
-    let mut file = std::fs::File::create(&new)?;
-    file.write_all(text)?;
-    file.sync_all()?;
-    std::fs::rename(&new, path)?;
-    std::fs::File::open(path.parent().unwrap_or(path))?.sync_all()
 }
 
 fn stale(detail: String) -> Problem {
@@ -145,11 +155,15 @@ impl Agent {
     /// same proof.
     pub(super) async fn end_for(&self, vm: &VmDefinition, attempt: Try) -> Result<Proof, Problem> {
         let (name, host) = (&vm.name, &self.config.host);
-        let slot = self.cooperative.slot(name);
+        let slot = self.cooperative.slot(name)?;
         let mut note = slot.lock().await;
         let this = attempt.to_string();
         match &*note {
-            Some(Note::Ended { attempt, proof }) if *attempt == this => return Ok(proof.clone()),
+            Some(known @ Note::Ended { attempt, proof }) if *attempt == this => {
+                // It may be known and not on the disk, for want of room when it became true.
+                self.cooperative.write(name, known)?;
+                return Ok(proof.clone());
+            }
             Some(Note::Ended { attempt, .. }) => {
                 return Err(stale(format!("the volumes of {name} left {host} in try {attempt}")));
             }
@@ -200,7 +214,7 @@ impl Agent {
     /// The source has its volumes back, unless they left in another try.
     pub(super) async fn restore(&self, vm: &VmDefinition, attempt: Try) -> Result<(), Problem> {
         let (name, host) = (&vm.name, &self.config.host);
-        let slot = self.cooperative.slot(name);
+        let slot = self.cooperative.slot(name)?;
         let mut note = slot.lock().await;
         let this = attempt.to_string();
         match &*note {
@@ -227,7 +241,7 @@ impl Agent {
     /// The destination may serve: its standby goes on, and what comes after it claims.
     pub(super) async fn permit(&self, vm: &VmDefinition, attempt: Try) -> Result<(), Problem> {
         let (name, host) = (&vm.name, &self.config.host);
-        let slot = self.cooperative.slot(name);
+        let slot = self.cooperative.slot(name)?;
         let mut note = slot.lock().await;
         let permitted = Note::Permitted { attempt: attempt.to_string() };
         if note.as_ref() != Some(&permitted) {
@@ -262,7 +276,7 @@ impl Agent {
     /// # Errors
     /// They left this host.
     pub(super) async fn may_claim(&self, name: &str, force: bool) -> Result<(), Problem> {
-        let slot = self.cooperative.slot(name);
+        let slot = self.cooperative.slot(name)?;
         let mut note = slot.lock().await;
         let Some(Note::Ended { attempt, .. }) = &*note else { return Ok(()) };
         let (attempt, host) = (attempt.clone(), &self.config.host);
@@ -284,8 +298,10 @@ impl Agent {
     }
 
     /// The VM's backend was proven gone, for a handoff that was not called off.
-    pub(super) async fn has_given_up(&self, name: &str) -> bool {
-        matches!(&*self.cooperative.slot(name).lock().await, Some(Note::Ended { .. }))
+    pub(super) async fn has_given_up(&self, name: &str) -> Result<bool, Problem> {
+        let slot = self.cooperative.slot(name)?;
+        let note = slot.lock().await;
+        Ok(matches!(&*note, Some(Note::Ended { .. })))
     }
 
     async fn handoff_of(&self, name: &str) -> Value {
@@ -308,7 +324,7 @@ impl Agent {
     }
 }
 
-fn proof_of(pid: i32, ending: Ending) -> Option<Proof> {
+pub(super) fn proof_of(pid: i32, ending: Ending) -> Option<Proof> {
     let (seen_by, status) = match ending {
         Ending::Waited(status) => ("waitpid", Some(status.to_string())),
         Ending::Told => ("pidfd", None),

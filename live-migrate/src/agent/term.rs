@@ -5,13 +5,13 @@
 //! agent is started again: a refusal would hinder the one that leads.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use axum::http::StatusCode;
 
-use super::inventory::InventoryError;
+use super::inventory::{InventoryError, write_durably};
 use crate::problem::Problem;
 
 /// See the module.
@@ -54,7 +54,7 @@ impl Terms {
             ));
         }
         if term > *highest {
-            if let Err(error) = write(&self.path, term) {
+            if let Err(error) = write_durably(&self.path, format!("{term}\n").as_bytes()) {
                 tracing::error!(%error, path = %self.path.display(), "cannot keep the coordinator's term");
             }
             tracing::info!(term, "a new coordinator");
@@ -62,16 +62,6 @@ impl Terms {
         }
         Ok(())
     }
-}
-
-fn write(path: &Path, term: u64) -> io::Result<()> {
-    let new = path.with_extension("new");
-    let mut file = fs::File::create(&new)?;
-    writeln!(file, "{term}")?;
-    file.sync_all()?;
-    fs::rename(&new, path)?;
-    // Without it the name may be gone after a power loss.
-    path.parent().map_or(Ok(()), |dir| fs::File::open(dir)?.sync_all())
 }
 
 #[cfg(test)]

@@ -334,14 +334,14 @@ impl Agent {
         }
     }
 
-    /// Stops the backend; there may be none.
+    /// Stops the backend; there may be none. Whether the end of its process was seen.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn stop_backend(&self, vm: &str) -> Result<(), AgentError> {
+    pub async fn stop_backend(&self, vm: &str) -> Result<bool, AgentError> {
         match self.call(Method::DELETE, &format!("/v1/vms/{vm}/backend"), None).await {
-            Err(error) if error.is_missing() => Ok(()),
-            other => other.map(drop),
+            Err(error) if error.is_missing() => Ok(false),
+            other => other.map(|proof| proof["seen_by"].is_string()),
         }
     }
 

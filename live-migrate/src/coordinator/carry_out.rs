@@ -508,7 +508,7 @@ impl Work {
                     if self.row.goes_again() && host == self.row.to {
                         self.end_machine(agent, &vm).await?;
                     }
-                    agent.stop_backend(&self.row.vm).await.map(|_| true)
+                    agent.stop_backend(&self.row.vm).await
                 }
                 Err(error) => Err(error),
             }

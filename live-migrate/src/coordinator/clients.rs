@@ -2,6 +2,8 @@
 //! put on its list once a handoff is decided, and taken off when they are proven dead.
 //! Both are in the journal.
 
+use baton_remote_client::Fence;
+
 use super::core::{Core, unix_us};
 use super::journal::{Change, Event};
 use super::plan::{self, Member, Row};
@@ -20,9 +22,12 @@ pub(super) async fn keep_former_out(
     Ok(())
 }
 
-/// The processes of a host that is the loser, and whose agent has ended them, are dead:
+/// The processes of a host that is the loser, and whose agent has seen their end, are dead:
 /// what keeps them out is not needed any more.
 pub(super) async fn bury(core: &Core, row: &Row, host: &str) {
+    if row.fence() != Fence::Blocklist {
+        return;
+    }
     let owner = plan::owner(host, &row.vm);
     for member in &row.members {
         let buried = match core.storages.of(member) {

@@ -11,12 +11,22 @@ use super::fault::Fault;
 use super::plan::{self, Member, Progress, Seen, Winner};
 use super::sides::{self, Found};
 
-/// A disk whose storage keeps no access record, and how it is fenced.
+/// A disk that other hosts reach, on a storage that keeps no access record, and how it is fenced.
 pub(super) fn elsewhere(view: &VmView) -> Option<(DiskView, Fence)> {
     view.disks().into_iter().find_map(|disk| {
         let uri: VolumeUri = disk.volume.parse().ok()?;
         let fence = uri.engine().capabilities().fence;
-        (!matches!(fence, Fence::Storage | Fence::Blocklist)).then_some((disk, fence))
+        (fence == Fence::Cooperative).then_some((disk, fence))
+    })
+}
+
+/// Whether an access record says who has one of its volumes.
+pub(super) fn has_records(view: &VmView) -> bool {
+    view.disks().iter().any(|disk| {
+        let uri = disk.volume.parse::<VolumeUri>();
+        uri.is_ok_and(|uri| {
+            matches!(uri.engine().capabilities().fence, Fence::Storage | Fence::Blocklist)
+        })
     })
 }
 

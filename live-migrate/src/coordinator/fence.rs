@@ -106,7 +106,7 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
             "baton:no-fence",
             "The storage cannot be told",
             format!(
-                "disk `{}` of `{vm}` ({}) is fenced {}: the coordinator cannot take it from {dead_host}, and took nothing; make sure that {dead_host} does not reach that storage any more (power it off, end its export), then start the VM from its disks, or, in a handoff, `baton handoff finish {vm} --force --reason TEXT`",
+                "disk `{}` of `{vm}` ({}) is fenced {}: the coordinator cannot take it from {dead_host}, and took nothing; make sure that {dead_host} does not reach that storage any more (power it off, end its export), then fence its other volumes, if it has any, by `baton volume fence`, and start the VM from its disks, or, in a handoff, `baton handoff finish {vm} --force --reason TEXT`",
                 disk.name,
                 disk.volume,
                 fenced.words()

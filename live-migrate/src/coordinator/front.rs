@@ -161,7 +161,8 @@ async fn elsewhere(
     }
     let known = follower.leadership();
     match (known.leader, known.trouble) {
-        (Some(leader), None) => {
+        // Its own name is its predecessor's, or its own before it is ready: there is nobody to go to.
+        (Some(leader), None) if leader.name != known.name => {
             let problem = Problem::new(
                 StatusCode::TEMPORARY_REDIRECT,
                 "baton:not-leader",
@@ -248,6 +249,15 @@ mod tests {
         let (status, _, body) = asked(&router, "/v1/leader").await;
         assert_eq!((status.as_u16(), &body["leader"]["term"]), (200, &5.into()));
         assert_eq!(asked(&router, "/healthz").await.0.as_u16(), 200);
+
+        // Killed and started again, it finds its own key and has nobody to name.
+        let known = tell.borrow().leader.clone().expect("one");
+        let own = Leader { name: "c1".to_owned(), ..known.clone() };
+        tell.send_modify(|standing| standing.leader = Some(own));
+        let (status, location, body) = asked(&router, "/v1/vms").await;
+        assert_eq!((status.as_u16(), location), (503, None));
+        assert_eq!(body["type"], "baton:no-leader");
+        tell.send_modify(|standing| standing.leader = Some(known));
 
         // What it knew of the leader may be long ago.
         let what = "nobody answers".to_owned();

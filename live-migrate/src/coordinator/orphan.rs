@@ -116,7 +116,10 @@ pub(super) async fn end_forgotten(core: &Core, volumes: &mut [Volume<'_>]) -> Ve
         let (server, name) = (volume.server, &volume.name);
         let answer = match record.phase.as_str() {
             "armed" => server.disarm(attempt, name, core.term).await,
-            "active" | "reclaimed" => server.settle(attempt, None, name, core.term).await.map(drop),
+            "active" | "reclaimed" => match server.settle(attempt, None, name, core.term).await {
+                Ok(_) => server.keep_former_out(name).await.map(drop),
+                Err(error) => Err(error),
+            },
             _ => continue,
         };
         let phase = &record.phase;
@@ -195,8 +198,13 @@ async fn decide(
 }
 
 async fn settle(core: &Core, volume: &Volume<'_>, of: Try, grant: &Grant) -> Result<(), String> {
-    match volume.server.settle(of, Some(grant), &volume.name, core.term).await {
-        Ok(_) => Ok(()),
+    let settled = volume.server.settle(of, Some(grant), &volume.name, core.term).await;
+    let settled = match settled {
+        Ok(_) => volume.server.keep_former_out(&volume.name).await.map(drop),
+        Err(error) => Err(error),
+    };
+    match settled {
+        Ok(()) => Ok(()),
         // Not armed yet, or fenced.
         Err(error) if error.refusal() == "baton:no-such-handoff" => Ok(()),
         Err(error) => Err(format!("volume `{}`: {}", volume.name, told(core, &error))),

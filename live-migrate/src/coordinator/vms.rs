@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use axum::http::StatusCode;
-use baton_remote_client::Fence;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
@@ -109,7 +108,7 @@ pub(super) async fn volumes<'a>(
 /// [`Fault`].
 pub async fn access(core: &Arc<Core>, vm: &str) -> Result<Value, Fault> {
     let view = find(core, vm).await?;
-    if let Some((_, Fence::Cooperative)) = cooperative::elsewhere(&view) {
+    if cooperative::elsewhere(&view).is_some() && !cooperative::has_records(&view) {
         return cooperative::access(core, vm).await;
     }
     let volumes = volumes(core, &view).await?;

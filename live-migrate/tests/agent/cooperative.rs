@@ -124,3 +124,42 @@ async fn only_the_standby_of_the_very_try_is_permitted() {
     agent.wait_successor(next).await;
     assert_eq!(role(&agent).await, json!(false));
 }
+
+/// It may say that the volumes left.
+#[tokio::test]
+async fn a_note_that_cannot_be_read_is_not_passed_over() {
+    let mut agent = Agent::start().await;
+    agent.start_backend("owner").await;
+    order(&agent, "end", ONE).await.expect("proven");
+    agent.end(Signal::SIGKILL);
+    std::fs::write(agent.path("state/web.cooperative.json"), "{").expect("written");
+    agent.run().await;
+    for what in ["end", "restore", "permit"] {
+        assert_eq!(kind(order(&agent, what, ONE).await), "baton:state-failed", "{what}");
+    }
+    let claim = json!({"role": "owner"});
+    let (_, kind, detail) = refused(agent.put("/v1/vms/web/backend", claim).await);
+    assert_eq!(kind, "baton:state-failed");
+    assert!(
+        detail.contains("web.cooperative.json") && detail.contains("then remove it"),
+        "{detail}"
+    );
+    assert_eq!(agent.backend().await["run"], "stopped");
+}
+
+/// Two backends on one export would destroy it, so an end is on the disk before anybody hears of it.
+#[tokio::test]
+async fn an_end_that_cannot_be_remembered_is_not_proven() {
+    let agent = Agent::start().await;
+    let pid = pid_of(&agent.start_backend("owner").await);
+    let in_the_way = agent.path("state/web.cooperative.new");
+    std::fs::create_dir(&in_the_way).expect("made");
+    for _ in 0..2 {
+        assert_eq!(kind(order(&agent, "end", ONE).await), "baton:state-failed");
+        assert!(!runs(pid), "it is over for all that");
+    }
+    std::fs::remove_dir(&in_the_way).expect("removed");
+    let proof = order(&agent, "end", ONE).await.expect("proven");
+    assert_eq!((&proof["pid"], &proof["seen_by"]), (&json!(pid), &json!("waitpid")));
+    assert!(agent.path("state/web.cooperative.json").exists());
+}

@@ -6,11 +6,13 @@ use axum::Json;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
 use baton_protocol::handoff::Try;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
+use super::super::cooperative::{Proof, proof_of};
 use super::super::{Agent, COMMAND_LIMIT};
 use super::{body, find};
 use crate::problem::{Problem, found_no_room};
@@ -81,14 +83,20 @@ pub(super) async fn start(
 
 /// Stops the backend: asks it to end, and kills it if it does not.
 #[utoipa::path(delete, path = "/v1/vms/{vm}/backend", params(("vm" = String, Path)),
-    responses((status = 204), (status = 404, body = Problem), (status = 409, body = Problem)))]
+    responses((status = 200, description = "Its process was seen to end", body = Proof),
+    (status = 204, description = "None runs, and nobody has seen one end"),
+    (status = 404, body = Problem), (status = 409, body = Problem)))]
 pub(super) async fn stop(
     State(agent): State<Arc<Agent>>,
     Path(name): Path<String>,
-) -> Result<StatusCode, Problem> {
+) -> Result<Response, Problem> {
     find(&agent, &name)?;
-    agent.supervisor.stop(&name).await?;
-    Ok(StatusCode::NO_CONTENT)
+    let ended = agent.supervisor.end(&name).await?;
+    let proof = ended.and_then(|(pid, ending)| proof_of(pid, ending));
+    Ok(match proof {
+        Some(proof) => Json(proof).into_response(),
+        None => StatusCode::NO_CONTENT.into_response(),
+    })
 }
 
 async fn tell(agent: &Agent, name: &str, command: &str) -> Result<Json<Value>, Problem> {

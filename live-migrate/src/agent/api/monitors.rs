@@ -120,7 +120,7 @@ pub(super) async fn proceed(
 ) -> Result<Json<VmmStatus>, Problem> {
     let (vm, vmm) = monitor(&agent, &name)?;
     // One that was proven gone had drained before.
-    if !agent.has_given_up(&name).await {
+    if !agent.has_given_up(&name).await? {
         let control = Control::new(agent.config.control_socket(&name));
         let answer = control.ask(&json!({"cmd": "status"}), STATUS_LIMIT).await;
         let disks: Vec<&str> = vm.disks.iter().map(|disk| disk.name.as_str()).collect();
