@@ -102,6 +102,7 @@ fn copy_exit_code(error: &CopyError) -> u8 {
         CopyError::Open { source, .. } => open_exit_code(source),
         CopyError::State(error) if error.is_refusal() => EXIT_REFUSED,
         CopyError::TooSmall { .. }
+        | CopyError::Ragged { .. }
         | CopyError::ReadOnly
         | CopyError::Changed { .. }
         | CopyError::Fenced(_) => EXIT_REFUSED,

@@ -122,6 +122,33 @@ fn a_running_backends_volume_is_not_written_over() {
     assert_eq!(status, Some(1), "{error}");
     assert!(error.contains("less than the source"), "{error}");
     assert_eq!(storage.show("small").unwrap()["access"]["owner"], Value::Null);
+    assert!(!state.exists());
+
+    // Nor does one that is told to go on in the state of another.
+    storage.create("w", 8 << 20).unwrap();
+    let (slow, _) = slow_source(&dir);
+    storage.create("wide", 192 << 20).unwrap();
+    let mut other = copy(&slow.uri(), &storage.uri("wide", None), &state).spawn().unwrap();
+    wait_until("some is noted", Duration::from_secs(30), || noted(&state) > 0).unwrap();
+    // A second run of the same leaves the first alone.
+    let (status, error, _) = run(&slow.uri(), &storage.uri("wide", None), &state);
+    assert_eq!(status, Some(1), "{error}");
+    assert!(error.contains("runs already"), "{error}");
+    assert!(other.try_wait().unwrap().is_none(), "it goes on");
+    other.kill().unwrap();
+    other.wait().unwrap();
+    let (status, error, _) = run(&uri(&from), &storage.uri("w", None), &state);
+    assert_eq!(status, Some(1), "{error}");
+    assert!(error.contains("belongs to a copy of"), "{error}");
+    assert_eq!(storage.show("w").unwrap()["access"]["owner"], Value::Null);
+
+    // What does not fill a sector would be lost.
+    let (ragged, fresh) = (dir.join("ragged"), dir.join("fresh"));
+    std::fs::write(&ragged, vec![7; 4 * MIB + 100]).unwrap();
+    let (status, error, _) = run(&uri(&ragged), &storage.uri("w", None), &fresh);
+    assert_eq!(status, Some(1), "{error}");
+    assert!(error.contains("the last 100 would be lost"), "{error}");
+    assert_eq!(storage.show("w").unwrap()["access"]["owner"], Value::Null);
 }
 
 /// A copy that has begun, killed or stopped, keeps its volume; the next one goes on and gives it back.
@@ -149,7 +176,7 @@ fn half_a_disk_is_nobody_elses() {
     let refused = backend.err().map(|error| format!("{error:#}")).unwrap_or_default();
     assert!(refused.contains("owned by another client"), "{refused}");
 
-    // In the middle of the next run the server is killed, and then the volume is taken away.
+    // In the middle of the next run the server is killed.
     let child = begin(&source);
     storage.kill_and_restart().unwrap();
     let output = child.wait_with_output().unwrap();
@@ -188,4 +215,6 @@ fn a_fenced_copy_stops() {
     // And the next run is no way around it.
     let (status, error, _) = run(&source.uri(), &volume, &state);
     assert_eq!(status, Some(1), "{error}");
+    assert!(error.contains("another owner must claim"), "{error}");
+    assert_eq!(storage.show("v").unwrap()["access"]["owner"], Value::Null);
 }

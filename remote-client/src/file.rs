@@ -88,7 +88,7 @@ impl FileVolume {
             return Err(OpenError::NotAFile(path.to_owned()));
         };
         if !read_only {
-            lock(&file).map_err(|e| match e.raw_os_error() {
+            lock_file(&file).map_err(|e| match e.raw_os_error() {
                 Some(libc::EAGAIN | libc::EACCES) => OpenError::Locked(path.to_owned()),
                 _ => failed(e),
             })?;
@@ -130,8 +130,12 @@ fn device_size(file: &File) -> io::Result<(u64, u32)> {
     Ok((bytes, u32::try_from(block).unwrap_or(512)))
 }
 
+/// Locks a file for writing, against everybody else who does, until the last copy of the descriptor is closed.
+///
+/// # Errors
+/// EAGAIN or EACCES: it is locked.
 #[allow(clippy::cast_possible_truncation, reason = "the constants are below 3")]
-fn lock(file: &File) -> io::Result<()> {
+pub fn lock_file(file: &File) -> io::Result<()> {
     let lock = libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,

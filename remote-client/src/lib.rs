@@ -22,6 +22,7 @@ pub mod volume;
 pub use baton::Timing;
 pub use engine::{Capabilities, Engine, Support};
 pub use fence::Fence;
+pub use file::lock_file;
 pub use gate::Gate;
 pub use handoff::{HandoffEvent, HandoffListener, HandoffPort, Opening};
 pub use open::{OpenError, OpenOptions, open};

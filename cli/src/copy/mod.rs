@@ -45,7 +45,7 @@ use progress::{Audience, size, time};
 pub(crate) use side::Role;
 use side::Side;
 pub(crate) use state::StateError;
-use state::{About, State};
+use state::{About, State, StateFile};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CopyError {
@@ -62,6 +62,11 @@ pub(crate) enum CopyError {
         needs - has
     )]
     TooSmall { has: u64, needs: u64 },
+    #[error(
+        "the source has {len} bytes, and a disk has whole sectors of 512: the last {} would be lost; fill it up (`truncate --size=%512 FILE`) and copy again",
+        len - whole
+    )]
+    Ragged { len: u64, whole: u64 },
     #[error("the destination is read-only")]
     ReadOnly,
     #[error(transparent)]
@@ -115,15 +120,17 @@ pub(crate) fn run(copy: &Copy) -> Result<(), CopyError> {
         return Err(CopyError::Same);
     }
     let path = copy.state.clone().unwrap_or_else(|| state_path(copy));
-    let before = state::peek(&path)?;
+    has_folder(&copy.destination)?;
+    let held = StateFile::take(&path)?;
+    let before = held.begun(&copy.source.to_string(), &copy.destination.to_string())?;
     let begun_before = before.is_some();
-    let owner = before.map_or_else(|| owner(copy), |about| about.owner);
+    let owner = before.map_or_else(|| owner(copy), |about| about.owner.clone());
     let source = Side::open(Role::Source, &copy.source, &owner)?;
     make_file(&copy.destination, source.size_bytes())?;
     let destination = Side::open(Role::Destination, &copy.destination, &owner)?;
     let half = Cell::new(begun_before);
-    let opened = Opened { source, destination, path, owner, half };
-    let done = opened.copy(copy, audience, &signals);
+    let opened = Opened { source, destination, owner, half };
+    let done = opened.copy(copy, held, audience, &signals);
     // A half-copied disk stays with the copy, so that no VM can start on it.
     opened.destination.volume.close(!opened.half.get());
     opened.source.volume.close(false);
@@ -135,7 +142,6 @@ pub(crate) fn run(copy: &Copy) -> Result<(), CopyError> {
 struct Opened {
     source: Side,
     destination: Side,
-    path: PathBuf,
     owner: String,
     /// Some of the destination may be written, and not all.
     half: Cell<bool>,
@@ -145,12 +151,13 @@ impl Opened {
     fn copy(
         &self,
         copy: &Copy,
+        held: StateFile,
         audience: Audience,
         signals: &SignalFd,
     ) -> Result<(Sums, Option<String>), CopyError> {
         self.check()?;
         let about = About::new(self.source.end(), self.destination.end(), self.owner.clone());
-        let state = State::open(&self.path, about)?;
+        let state = State::open(held, &about)?;
         self.half.set(true);
         let pieces = Pieces { size_bytes: state.about().source.size_bytes };
         let phases = Phases {
@@ -183,6 +190,9 @@ impl Opened {
         let (needs, has) = (self.source.size_bytes(), self.destination.size_bytes());
         if is_one_file(&self.source.uri, &self.destination.uri) {
             return Err(CopyError::Same);
+        }
+        if let Some(len) = self.source.file_bytes().filter(|len| *len != needs) {
+            return Err(CopyError::Ragged { len, whole: needs });
         }
         if self.destination.volume.geometry().read_only {
             return Err(CopyError::ReadOnly);
@@ -230,6 +240,14 @@ fn state_path(copy: &Copy) -> PathBuf {
 }
 
 /// A file that is not there yet is made, of the source's size and without contents.
+/// The state file lies beside the destination, whose folder is the one to be told of.
+fn has_folder(uri: &VolumeUri) -> Result<(), CopyError> {
+    let VolumeUri::File { path } = uri else { return Ok(()) };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let found = folder.map_or(Ok(()), |folder| std::fs::metadata(folder).map(drop));
+    found.map_err(|source| CopyError::Make { path: path.clone(), source })
+}
+
 fn make_file(uri: &VolumeUri, size_bytes: u64) -> Result<(), CopyError> {
     let VolumeUri::File { path } = uri else { return Ok(()) };
     let failed = |source| CopyError::Make { path: path.clone(), source };

@@ -11,10 +11,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use baton_remote_client::lock_file;
 use serde::{Deserialize, Serialize};
 
 use super::piece::{Digest, NO_DIGEST, PIECE_BYTES, Pieces};
@@ -80,20 +80,51 @@ impl StateError {
 /// An open state file, locked against a second copy.
 #[derive(Debug)]
 pub(super) struct State {
-    path: PathBuf,
-    file: File,
+    held: StateFile,
     pieces: Pieces,
     about: About,
     /// It was there, with this copy in it.
     pub(super) resumed: bool,
 }
 
-/// What an existing state file is about, before anything is opened.
-pub(super) fn peek(path: &Path) -> Result<Option<About>, StateError> {
-    match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(StateError::File { path: path.to_owned(), source }),
-        Ok(file) => head(path, &file),
+/// A state file that no other copy uses, taken before an end is opened: a second run of a copy would claim the
+/// destination from the first.
+#[derive(Debug)]
+pub(super) struct StateFile {
+    path: PathBuf,
+    file: File,
+    found: Option<About>,
+}
+
+impl StateFile {
+    /// Makes it when it is not there.
+    pub(super) fn take(path: &Path) -> Result<Self, StateError> {
+        let failed = |source| StateError::File { path: path.to_owned(), source };
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
+        let file = file.map_err(failed)?;
+        lock_file(&file).map_err(|error| match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) => StateError::InUse(path.to_owned()),
+            _ => failed(error),
+        })?;
+        let found = head(path, &file)?;
+        Ok(Self { path: path.to_owned(), file, found })
+    }
+
+    /// The copy that was begun in it, which must be one from here to there.
+    pub(super) fn begun(&self, from: &str, to: &str) -> Result<Option<&About>, StateError> {
+        if let Some(found) = &self.found {
+            same_ends(&self.path, found, from, to)?;
+        }
+        Ok(self.found.as_ref())
+    }
+}
+
+impl Drop for StateFile {
+    /// Nothing was begun in it.
+    fn drop(&mut self) {
+        if self.found.is_none() {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -116,33 +147,27 @@ fn head(path: &Path, file: &File) -> Result<Option<About>, StateError> {
 }
 
 impl State {
-    /// Opens the file for this copy, and makes it when it is not there. What is in it must be about the same ends.
-    pub(super) fn open(path: &Path, about: About) -> Result<Self, StateError> {
-        let failed = |source| StateError::File { path: path.to_owned(), source };
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
-        let file = file.map_err(failed)?;
-        lock(&file).map_err(|error| match error.raw_os_error() {
-            Some(libc::EAGAIN | libc::EACCES) => StateError::InUse(path.to_owned()),
-            _ => failed(error),
-        })?;
-        let found = head(path, &file)?;
-        let resumed = found.is_some();
-        let about = match found {
+    /// Begins this copy in the file, or goes on with it. What is in it must be about the same ends.
+    pub(super) fn open(mut held: StateFile, about: &About) -> Result<Self, StateError> {
+        let resumed = held.found.is_some();
+        let about = match &held.found {
             None => {
-                write_head(&file, &about)?.map_err(failed)?;
-                about
+                let written = write_head(&held.file, about)?;
+                let path = || held.path.clone();
+                written.map_err(|source| StateError::File { path: path(), source })?;
+                held.found.insert(about.clone()).clone()
             }
             Some(found) => {
-                compare(path, &found, &about)?;
-                found
+                compare(&held.path, found, about)?;
+                found.clone()
             }
         };
         let pieces = Pieces { size_bytes: about.source.size_bytes };
-        Ok(Self { path: path.to_owned(), file, pieces, about, resumed })
+        Ok(Self { held, pieces, about, resumed })
     }
 
     pub(super) fn path(&self) -> &Path {
-        &self.path
+        &self.held.path
     }
 
     pub(super) fn about(&self) -> &About {
@@ -150,7 +175,7 @@ impl State {
     }
 
     fn failed(&self, source: io::Error) -> StateError {
-        StateError::File { path: self.path.clone(), source }
+        StateError::File { path: self.held.path.clone(), source }
     }
 
     /// Tells `each` the digest of every piece, in order.
@@ -162,7 +187,7 @@ impl State {
             let mut bytes = vec![0; usize::try_from(now * 32).expect("a batch")];
             let mut filled = 0;
             while filled < bytes.len() {
-                match self.file.read_at(&mut bytes[filled..], at(first) + filled as u64) {
+                match self.held.file.read_at(&mut bytes[filled..], at(first) + filled as u64) {
                     // Behind the last digest that was written are none.
                     Ok(0) => break,
                     Ok(n) => filled += n,
@@ -181,7 +206,7 @@ impl State {
     /// The digest of one piece.
     pub(super) fn read(&self, piece: u64) -> Result<Digest, StateError> {
         let mut digest = NO_DIGEST;
-        match self.file.read_exact_at(&mut digest, at(piece)) {
+        match self.held.file.read_exact_at(&mut digest, at(piece)) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(NO_DIGEST),
             other => other.map(|()| digest).map_err(|error| self.failed(error)),
         }
@@ -198,19 +223,19 @@ impl State {
         while done < count {
             let now = BATCH.min(count - done);
             let bytes: Vec<u8> = (first + done..first + done + now).flat_map(&of).collect();
-            self.file.write_all_at(&bytes, at(first + done)).map_err(|e| self.failed(e))?;
+            self.held.file.write_all_at(&bytes, at(first + done)).map_err(|e| self.failed(e))?;
             done += now;
         }
         Ok(())
     }
 
     pub(super) fn sync(&self) -> Result<(), StateError> {
-        self.file.sync_data().map_err(|error| self.failed(error))
+        self.held.file.sync_data().map_err(|error| self.failed(error))
     }
 
     /// The copy is done.
     pub(super) fn remove(self) -> Result<(), StateError> {
-        std::fs::remove_file(&self.path).map_err(|error| self.failed(error))
+        std::fs::remove_file(&self.held.path).map_err(|error| self.failed(error))
     }
 }
 
@@ -228,12 +253,17 @@ fn write_head(file: &File, about: &About) -> Result<io::Result<()>, StateError> 
     Ok(file.write_all_at(&bytes, 0).and_then(|()| file.sync_all()))
 }
 
-fn compare(path: &Path, found: &About, now: &About) -> Result<(), StateError> {
-    let path = path.to_owned();
-    if found.source.uri != now.source.uri || found.destination.uri != now.destination.uri {
-        let (from, to) = (found.source.uri.clone(), found.destination.uri.clone());
-        return Err(StateError::Other { path, from, to });
+fn same_ends(path: &Path, found: &About, from: &str, to: &str) -> Result<(), StateError> {
+    if found.source.uri == from && found.destination.uri == to {
+        return Ok(());
     }
+    let (from, to) = (found.source.uri.clone(), found.destination.uri.clone());
+    Err(StateError::Other { path: path.to_owned(), from, to })
+}
+
+fn compare(path: &Path, found: &About, now: &About) -> Result<(), StateError> {
+    same_ends(path, found, &now.source.uri, &now.destination.uri)?;
+    let path = path.to_owned();
     for (role, found, now) in [
         ("source", &found.source, &now.source),
         ("destination", &found.destination, &now.destination),
@@ -255,20 +285,6 @@ fn compare(path: &Path, found: &About, now: &About) -> Result<(), StateError> {
     Ok(())
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "the constants are below 3")]
-fn lock(file: &File) -> io::Result<()> {
-    let lock = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    // SAFETY: a valid descriptor and a whole `flock`.
-    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
-    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -281,6 +297,10 @@ mod tests {
         About::new(from, to, "me".to_owned())
     }
 
+    fn open(path: &Path, about: About) -> Result<State, StateError> {
+        State::open(StateFile::take(path)?, &about)
+    }
+
     const SIZE: u64 = 5 * PIECE_BYTES;
 
     #[test]
@@ -288,15 +308,18 @@ mod tests {
         let dir = tempfile::tempdir().expect("directory");
         let path = dir.path().join("state");
         let this = about(end("a", SIZE, "x"), end("b", SIZE, ""));
-        assert!(peek(&path).expect("none").is_none());
-        let state = State::open(&path, this.clone()).expect("made");
+        let made = StateFile::take(&path).expect("made");
+        assert!(made.begun("a", "b").expect("empty").is_none());
+        drop(made);
+        assert!(!path.exists(), "nothing was begun in it");
+        let state = open(&path, this.clone()).expect("made");
         assert!(!state.resumed);
         state.write(1, 2, |n| [u8::try_from(n).expect("small"); 32]).expect("written");
-        let again = State::open(&path, this.clone()).expect_err("locked").to_string();
+        let again = open(&path, this.clone()).expect_err("locked").to_string();
         assert!(again.contains("runs already"), "{again}");
         drop(state);
         let later = About { owner: "another".to_owned(), ..this.clone() };
-        let state = State::open(&path, later).expect("found");
+        let state = open(&path, later).expect("found");
         assert!(state.resumed && state.about().owner == "me", "the owner is the one of before");
         let mut found = Vec::new();
         state.each(|n, digest| found.push((n, digest[0]))).expect("read");
@@ -311,7 +334,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("directory");
         let path = dir.path().join("state");
         let this = about(end("a", SIZE, "x"), end("b", SIZE, "y"));
-        drop(State::open(&path, this.clone()).expect("made"));
+        drop(open(&path, this.clone()).expect("made"));
         for (other, why) in [
             (about(end("c", SIZE, "x"), this.destination.clone()), "copy of a to b"),
             (about(this.source.clone(), end("c", SIZE, "y")), "copy of a to b"),
@@ -320,16 +343,16 @@ mod tests {
             (about(this.source.clone(), end("b", SIZE - 512, "y")), "destination is not the one"),
             (about(this.source.clone(), end("b", SIZE, "z")), "destination is not the one"),
         ] {
-            let error = State::open(&path, other).expect_err(why);
+            let error = open(&path, other).expect_err(why);
             assert!(error.to_string().contains(why) && error.is_refusal(), "{error}");
         }
         let grown = about(this.source.clone(), end("b", SIZE + 512, "y"));
-        assert!(State::open(&path, grown).expect("it has grown").resumed);
+        assert!(open(&path, grown).expect("it has grown").resumed);
         for other in
             [&b"my diary"[..], &[7; HEAD_BYTES], &[&MAGIC[..], &[b'x'; HEAD_BYTES]].concat()]
         {
             std::fs::write(&path, other).expect("written");
-            let error = State::open(&path, this.clone()).expect_err("foreign").to_string();
+            let error = open(&path, this.clone()).expect_err("foreign").to_string();
             assert!(error.contains("is not the state of a copy"), "{error}");
             assert_eq!(std::fs::read(&path).expect("read"), other, "it was not touched");
         }
