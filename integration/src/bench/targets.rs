@@ -154,12 +154,11 @@ pub fn of_row(config: &CompareConfig, row: &str) -> RowTargets {
         (Kind::BatonNbd, Kind::QsdNbdkit)
         | (Kind::BatonNbdUnix, Kind::QsdNbdkitUnix)
         | (Kind::BatonRbd, Kind::QsdRbd) => {
-            let iops = if work.starts_with("4k-d32-") {
-                1.3
-            } else if work.starts_with("4k-d1-") {
-                1.1
-            } else {
-                return RowTargets::default();
+            // Four queues of depth 1 are depth 4.
+            let iops = match work {
+                "4k-d32-q1" | "4k-d32-q4" => 1.3,
+                "4k-d1-q1" => 1.1,
+                _ => return RowTargets::default(),
             };
             RowTargets { iops: at_least(iops), backend: at_most(0.7), ..RowTargets::default() }
         }
@@ -244,7 +243,8 @@ mod tests {
         ] {
             let of = |row| of_row(&config(a, b), row);
             assert_eq!(of("r4k-d32-q1").iops, Some(Target::AtLeast(1.3)));
-            assert_eq!(of("w4k-d1-q4").iops, Some(Target::AtLeast(1.1)));
+            assert_eq!(of("w4k-d1-q1").iops, Some(Target::AtLeast(1.1)));
+            assert_eq!(of("w4k-d1-q4"), RowTargets::default());
             assert_eq!(of("w4k-d1-q1").backend, Some(Target::AtMost(0.7)));
             assert_eq!(of("r128k-d8-q1"), RowTargets::default());
         }
