@@ -11,6 +11,7 @@
 //! | [`phases`] | a migration's phases, from what was noted |
 //! | [`report`] | the page of `--report` |
 //! | [`view`], [`vm_view`] | answers as text for people |
+//! | [`warnings`] | what drivers warn of meanwhile |
 
 mod args;
 mod client;
@@ -21,6 +22,7 @@ mod phases;
 mod report;
 mod view;
 mod vm_view;
+mod warnings;
 
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::PathBuf;
@@ -136,7 +138,9 @@ fn open_exit_code(error: &OpenError) -> u8 {
 }
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().what {
+    let what = Cli::parse().what;
+    warnings::show();
+    let done = match what {
         What::Volume(command) => run(command).map(|()| 0),
         What::Vm(command) => handoff::vm(command),
         What::Handoff(command) => handoff::handoff(command),

@@ -358,7 +358,8 @@ fn a_leader_that_is_cut_off_from_etcd_ends_and_its_late_writes_are_refused() {
 }
 
 /// A leader is frozen in the middle of a handoff, with requests before it that it has not read, and thawed when another
-/// has ended the handoff. It takes no notice of its lease.
+/// has ended the handoff. It takes no notice of its lease. Whether it comes to read them before etcd tells it that
+/// another leads, nobody decides here: either way nothing may come of them.
 #[test]
 fn a_leader_that_was_frozen_and_thaws_can_do_nothing() {
     if skip_without_etcd("a_leader_that_was_frozen_and_thaws_can_do_nothing") {
@@ -377,7 +378,7 @@ fn a_leader_that_was_frozen_and_thaws_can_do_nothing() {
     let fence = json!({"dead_host": "host-b", "reason": "a test", "force": true});
     let late = [
         ask(path(&id, ":cancel"), None),
-        // Has no row in the journal: only the servers can refuse it.
+        // Has no row in the journal: if it is read at all, only the servers can refuse it.
         ask(format!("/v1/vms/{VM}:fence"), Some(fence)),
     ];
     let (_, next) = trio.leader_but(old);

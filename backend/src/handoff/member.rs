@@ -35,6 +35,14 @@ impl MemberHandle {
         }
     }
 
+    /// What [`Self::starting`] said has not come to be: no ring runs. Not that everything is answered, which
+    /// nobody knows here; the next start and stop of the disk says it.
+    pub(crate) fn not_started(&self) {
+        if let Self::Cooperative { vm, at } = self {
+            vm.stopped(*at, false);
+        }
+    }
+
     /// The VMM has started the disk's first ring.
     pub(crate) fn started(&self) {
         if let Self::Stored { vm, at } = self {

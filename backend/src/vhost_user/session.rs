@@ -523,7 +523,14 @@ impl<'a> Session<'a> {
         {
             member.starting();
         }
-        self.queues[index].start(start).map_err(|source| Refused::Start { index, source })?;
+        if let Err(source) = self.queues[index].start(start) {
+            if !self.told_running
+                && let Some(member) = &self.disk.member
+            {
+                member.not_started();
+            }
+            return Err(Refused::Start { index, source });
+        }
         self.stopping = None;
         self.rings[index].running = true;
         if !std::mem::replace(&mut self.told_running, true)

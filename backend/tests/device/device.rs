@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use baton_backend::disk::{DiskOptions, DiskServer, Shutdown};
+use baton_backend::handoff::MemberHandle;
 use baton_backend::queue::Disk;
 use baton_backend::socket::{FrontEnds, Permissions};
 use baton_integration::raw_frontend::{Options, Queue, RawFrontend};
@@ -32,9 +33,13 @@ pub(crate) struct Device {
 
 impl Device {
     pub(crate) fn start(mode: Mode) -> Self {
+        Self::serve(TestVolume::new(DISK_BYTES, mode), None)
+    }
+
+    /// Serves a volume that may have a place in its VM's handoff.
+    pub(crate) fn serve(volume: Arc<TestVolume>, member: Option<MemberHandle>) -> Self {
         let dir = TestDir::new("device").unwrap();
         let socket = dir.join("disk.sock");
-        let volume = TestVolume::new(DISK_BYTES, mode);
         let options = DiskOptions {
             name: "disk".to_owned(),
             num_queues: 2,
@@ -44,7 +49,7 @@ impl Device {
         };
         let permissions = Permissions { mode: 0o600, group: None };
         let front_ends = FrontEnds::bind(&socket, &permissions).unwrap();
-        let server = DiskServer::new(Arc::<TestVolume>::clone(&volume), &options, None).unwrap();
+        let server = DiskServer::new(Arc::<TestVolume>::clone(&volume), &options, member).unwrap();
         let shutdown = Arc::new(Shutdown::new().unwrap());
         let disk = Arc::clone(server.disk());
         let server = {

@@ -7,6 +7,7 @@ mod control;
 mod device;
 mod dirty_log;
 mod drain;
+mod gated;
 mod memory;
 mod order;
 mod restart;

@@ -54,6 +54,7 @@ struct State {
     state: VolumeState,
     listener: Option<EventListener>,
     closed: Option<bool>,
+    queues_fail: bool,
     random: u64,
 }
 
@@ -91,6 +92,7 @@ impl TestVolume {
             state: VolumeState::Connected,
             listener: None,
             closed: None,
+            queues_fail: false,
             random: 0x9e37_79b9_7f4a_7c15,
         };
         let shared = Shared { state: Mutex::new(state), changed: Condvar::new() };
@@ -173,6 +175,11 @@ impl TestVolume {
         self.lock().rests.clone()
     }
 
+    /// From now on no queue can be opened, or again.
+    pub(crate) fn set_queues_fail(&self, fail: bool) {
+        self.lock().queues_fail = fail;
+    }
+
     pub(crate) fn grow(&self, size_bytes: u64) {
         let listener = {
             let mut state = self.lock();
@@ -211,6 +218,9 @@ impl Volume for TestVolume {
     }
 
     fn open_queue(&self, index: u16, _depth: usize) -> Result<Box<dyn VolumeQueue>, QueueError> {
+        if self.lock().queues_fail {
+            return Err(std::io::Error::from_raw_os_error(libc::EMFILE).into());
+        }
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
             .map_err(std::io::Error::from)?;
         let wake = Arc::new(wake);

@@ -22,8 +22,10 @@ pub(super) struct Map {
 }
 
 impl Map {
-    /// An answer to a question for `offset`; `end` is the volume's.
-    pub(super) fn learn(&mut self, offset: u64, answer: &[Extent], end: u64) {
+    /// An answer to a question for `offset`, a multiple of `block`; `end` is the volume's. False: it says nothing of
+    /// that place, or ends within a block, where the next question could not begin. Whoever asks on would ask for ever.
+    #[must_use]
+    pub(super) fn learn(&mut self, offset: u64, answer: &[Extent], end: u64, block: u64) -> bool {
         if self.end() != offset {
             *self = Self { from: offset, ..Self::default() };
         }
@@ -32,6 +34,7 @@ impl Map {
             at = at.saturating_add(extent.len).min(end);
             self.extents.push_back((at, extent.zeros != 0));
         }
+        at > offset && (at == end || at.is_multiple_of(block))
     }
 
     fn end(&self) -> u64 {
@@ -72,21 +75,30 @@ mod tests {
         let extent = |len, zeros| Extent { len, zeros };
         let mut map = Map::default();
         assert_eq!(map.look(0, 10), Known::Ask(0));
-        map.learn(
-            0,
-            &[extent(15, 1), extent(10, 0), extent(10, 1), extent(0, 0), extent(9, 9)],
-            100,
-        );
+        let answer = [extent(15, 1), extent(10, 0), extent(10, 1), extent(0, 0), extent(9, 9)];
+        assert!(map.learn(0, &answer, 100, 1));
         assert_eq!(map.look(0, 10), Known::Zeros);
         assert_eq!(map.look(10, 20), Known::Data);
         assert_eq!(map.look(20, 30), Known::Data);
         assert_eq!(map.look(30, 40), Known::Ask(35), "zeros as far as it is known");
-        map.learn(35, &[extent(u64::MAX, 1)], 100);
+        assert!(map.learn(35, &[extent(u64::MAX, 1)], 100, 1));
         assert_eq!(map.look(30, 40), Known::Zeros);
         assert_eq!(map.look(90, 100), Known::Zeros);
         assert_eq!(map.look(0, 10), Known::Ask(0), "it was forgotten");
-        map.learn(0, &[extent(5, 0)], 100);
+        assert!(map.learn(0, &[extent(5, 0)], 100, 1));
         assert_eq!(map.look(0, 10), Known::Data);
         assert_eq!(map.look(5, 10), Known::Ask(5));
+    }
+
+    #[test]
+    fn an_answer_that_leads_nowhere_is_told() {
+        let extent = |len, zeros| Extent { len, zeros };
+        let learn = |answer: &[Extent]| Map::default().learn(512, answer, 5000, 512);
+        assert!(!learn(&[]), "nothing");
+        assert!(!learn(&[extent(0, 1), extent(512, 1)]), "nothing");
+        assert!(!learn(&[extent(100, 1)]), "less than a block");
+        assert!(!learn(&[extent(512, 0), extent(700, 1)]), "into a block");
+        assert!(learn(&[extent(100, 1), extent(412, 0)]));
+        assert!(learn(&[extent(5000 - 512, 1)]), "the volume's end is in a block");
     }
 }

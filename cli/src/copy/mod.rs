@@ -47,6 +47,9 @@ use side::Side;
 pub(crate) use state::StateError;
 use state::{About, State, StateFile};
 
+/// What a file's length is counted in.
+const SECTOR_BYTES: u64 = 512;
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CopyError {
     #[error("cannot open the {role}: {source}{}", cause(source))]
@@ -125,6 +128,7 @@ pub(crate) fn run(copy: &Copy) -> Result<(), CopyError> {
     let before = held.begun(&copy.source.to_string(), &copy.destination.to_string())?;
     let begun_before = before.is_some();
     let owner = before.map_or_else(|| owner(copy), |about| about.owner.clone());
+    has_whole_sectors(&copy.source)?;
     let source = Side::open(Role::Source, &copy.source, &owner)?;
     make_file(&copy.destination, source.size_bytes())?;
     let destination = Side::open(Role::Destination, &copy.destination, &owner)?;
@@ -191,9 +195,6 @@ impl Opened {
         if is_one_file(&self.source.uri, &self.destination.uri) {
             return Err(CopyError::Same);
         }
-        if let Some(len) = self.source.file_bytes().filter(|len| *len != needs) {
-            return Err(CopyError::Ragged { len, whole: needs });
-        }
         if self.destination.volume.geometry().read_only {
             return Err(CopyError::ReadOnly);
         }
@@ -239,7 +240,17 @@ fn state_path(copy: &Copy) -> PathBuf {
     }
 }
 
-/// A file that is not there yet is made, of the source's size and without contents.
+/// Opened, a file would be taken without what follows its last whole sector.
+fn has_whole_sectors(uri: &VolumeUri) -> Result<(), CopyError> {
+    let VolumeUri::File { path } = uri else { return Ok(()) };
+    let file = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file);
+    let len = file.map_or(0, |file| file.len());
+    match len / SECTOR_BYTES * SECTOR_BYTES {
+        whole if whole > 0 && whole != len => Err(CopyError::Ragged { len, whole }),
+        _ => Ok(()),
+    }
+}
+
 /// The state file lies beside the destination, whose folder is the one to be told of.
 fn has_folder(uri: &VolumeUri) -> Result<(), CopyError> {
     let VolumeUri::File { path } = uri else { return Ok(()) };
@@ -248,6 +259,7 @@ fn has_folder(uri: &VolumeUri) -> Result<(), CopyError> {
     found.map_err(|source| CopyError::Make { path: path.clone(), source })
 }
 
+/// A file that is not there yet is made, of the source's size and without contents.
 fn make_file(uri: &VolumeUri, size_bytes: u64) -> Result<(), CopyError> {
     let VolumeUri::File { path } = uri else { return Ok(()) };
     let failed = |source| CopyError::Make { path: path.clone(), source };

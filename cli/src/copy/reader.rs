@@ -156,7 +156,7 @@ impl Reader {
     }
 
     fn ask(&mut self, at: u64) {
-        let at = at / self.block * self.block;
+        debug_assert!(at.is_multiple_of(self.block), "pieces and what is known end with a block");
         let len = ASK_BYTES.min(self.pieces.size_bytes.next_multiple_of(self.block) - at);
         // SAFETY: the extents live as long as the queue, and nobody touches them until the answer.
         if unsafe { self.queue.submit_map(MAP_TAG, at, len, &mut self.extents) } {
@@ -186,10 +186,11 @@ impl Reader {
     fn completed(&mut self, done: Completion, found: &mut Vec<Found>) -> Result<(), CopyError> {
         if done.tag == MAP_TAG {
             let at = self.asked.take().unwrap_or_default();
-            match (&mut self.map, done.result) {
-                (Some(map), Ok(())) => map.learn(at, &self.extents, self.pieces.size_bytes),
+            let (end, block) = (self.pieces.size_bytes, self.block);
+            let map = self.map.as_mut().filter(|_| done.result.is_ok());
+            if !map.is_some_and(|map| map.learn(at, &self.extents, end, block)) {
                 // Then everything is read.
-                _ => self.map = None,
+                self.map = None;
             }
             return Ok(());
         }
@@ -208,5 +209,81 @@ impl Reader {
             found.push(Found::Data { piece, slot });
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::{AsFd, BorrowedFd};
+
+    use super::*;
+
+    /// Answers at once, and to every question with the same extents. Reads as ones.
+    struct Stubborn {
+        extents: Vec<Extent>,
+        asked: u64,
+        done: Vec<Completion>,
+        wake: File,
+    }
+
+    impl VolumeQueue for Stubborn {
+        unsafe fn submit(&mut self, tag: Tag, _: Op, data: &[libc::iovec]) {
+            for part in data {
+                // SAFETY: the reader's own buffer.
+                unsafe { part.iov_base.cast::<u8>().write_bytes(1, part.iov_len) };
+            }
+            self.done.push(Completion { tag, result: Ok(()) });
+        }
+
+        unsafe fn submit_map(&mut self, tag: Tag, _: u64, _: u64, into: &mut [Extent]) -> bool {
+            into.fill(Extent::default());
+            into[..self.extents.len()].copy_from_slice(&self.extents);
+            self.asked += 1;
+            assert!(self.asked < 100, "the same question for ever");
+            self.done.push(Completion { tag, result: Ok(()) });
+            true
+        }
+
+        fn poll(&mut self, completions: &mut Vec<Completion>) {
+            completions.append(&mut self.done);
+        }
+
+        fn wake_fd(&self) -> BorrowedFd<'_> {
+            self.wake.as_fd()
+        }
+
+        fn in_flight(&self) -> usize {
+            self.done.len()
+        }
+    }
+
+    #[test]
+    fn a_map_that_leads_nowhere_is_not_asked_for_again() {
+        let extent = |len, zeros| Extent { len, zeros };
+        for extents in [
+            vec![],
+            vec![extent(0, 1)],
+            vec![extent(1000, 1)],
+            vec![extent(PIECE_BYTES - 1000, 1)],
+            vec![extent(PIECE_BYTES, 0), extent(1000, 1)],
+        ] {
+            let wake = File::open("/dev/null").expect("it is there");
+            let queue = Stubborn { extents, asked: 0, done: Vec::new(), wake };
+            let pieces = Pieces { size_bytes: 3 * PIECE_BYTES };
+            let mut reader = Reader::new(Box::new(queue), Role::Source, pieces, 512);
+            let mut found = Vec::new();
+            for _ in 0..100 {
+                reader.pump(&|_| true, 100, &mut found).expect("no error");
+            }
+            assert!(reader.is_done());
+            found.sort_by_key(|found| match found {
+                Found::Data { piece, .. } => *piece,
+                Found::Zeros { first, .. } => *first,
+            });
+            let all = [0, 1, 2]
+                .map(|of| matches!(found[of], Found::Data { piece, .. } if piece == of as u64));
+            assert_eq!((all, found.len()), ([true; 3], 3), "{found:?}");
+        }
     }
 }

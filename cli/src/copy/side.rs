@@ -56,12 +56,6 @@ impl Side {
         self.volume.geometry().size_bytes
     }
 
-    /// Length of a regular file, which may have more than whole sectors.
-    pub(super) fn file_bytes(&self) -> Option<u64> {
-        let VolumeUri::File { path } = &self.uri else { return None };
-        std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file).map(|file| file.len())
-    }
-
     /// What it must be again for a copy to go on.
     pub(super) fn end(&self) -> End {
         let mark = match &self.uri {

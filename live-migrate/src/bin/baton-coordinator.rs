@@ -15,7 +15,8 @@ use tokio::sync::watch;
 const FAILED: u8 = 1;
 /// Wrong flags or configuration; clap uses the same number.
 const USAGE: u8 = 2;
-/// A newer coordinator has taken over: do not start this one again.
+/// A newer coordinator has taken over, or this one lost its journal and its term was too low: only then start it
+/// again.
 const SUPERSEDED: u8 = 5;
 /// One of several has led and leads no more: start it again, it follows then.
 const DEPOSED: u8 = 6;
@@ -26,7 +27,8 @@ const DEPOSED: u8 = 6;
     name = "baton-coordinator",
     version,
     after_help = "Exit status: 0 stopped by a signal, 1 could not start or failed, 2 wrong flags \
-                  or configuration, 5 a newer coordinator has taken over (do not start this one again), \
+                  or configuration, 5 a higher term than this one's was heard: a newer coordinator has taken over (do not start \
+                  this one again), or this one began with an empty journal while a host was away (start it again), \
                   6 one of several on etcd leads no more (start it again: it follows then)."
 )]
 struct Flags {
@@ -95,7 +97,7 @@ async fn serve(config: Config) -> ExitCode {
                 // At once, so that nothing of the term goes on.
                 std::process::exit(DEPOSED.into());
             }
-            say(&format!("baton-coordinator: {term}{why}; a newer coordinator has taken over, so this one ends"));
+            say(&format!("baton-coordinator: {term}{why}; a newer coordinator has taken over, so this one ends; if there is none, and this one's journal was lost, start it again"));
             ExitCode::from(SUPERSEDED)
         }
     };

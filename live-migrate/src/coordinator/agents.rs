@@ -112,7 +112,7 @@ impl VmView {
     /// What defines it, for another host: nothing that is a path of this one.
     #[must_use]
     pub fn portable(&self) -> Value {
-        const OF_THE_VM: [&str; 3] = ["name", "disk", "vmm"];
+        const OF_THE_VM: [&str; 4] = ["name", "disk", "vmm", "poll_us"];
         const OF_A_DISK: [&str; 5] = ["name", "volume", "read_only", "num_queues", "queue_size"];
         let mut vm = self.definition().clone();
         if let Some(vm) = vm.as_object_mut() {
@@ -485,5 +485,32 @@ mod tests {
                      {"name": "cd", "volume": "file:///z", "read_only": true}]})
         );
         assert_eq!(vm.disks().len(), 1);
+    }
+
+    #[test]
+    fn another_host_gets_everything_that_is_no_path() {
+        use crate::agent::definition::{Disk, VmDefinition, VmmKind};
+        // Every field, so that a new one does not get lost on the way unseen.
+        let whole = VmDefinition {
+            name: "web".to_owned(),
+            disks: vec![Disk {
+                name: "root".to_owned(),
+                volume: "baton://s:1/v".to_owned(),
+                socket: Some("/y".into()),
+                read_only: true,
+                num_queues: Some(2),
+                queue_size: Some(64),
+            }],
+            vmm: VmmKind::Qemu,
+            qmp: Some("/x".into()),
+            api_socket: Some("/z".into()),
+            incoming_command: Some(vec!["/q".to_owned()]),
+            poll_us: Some(30),
+        };
+        let mut portable = whole.clone();
+        portable.disks[0].socket = None;
+        (portable.qmp, portable.api_socket, portable.incoming_command) = (None, None, None);
+        let sent = VmView(serde_json::to_value(&whole).expect("JSON")).portable();
+        assert_eq!(serde_json::from_value::<VmDefinition>(sent).expect("a definition"), portable);
     }
 }

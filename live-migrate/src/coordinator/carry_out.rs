@@ -124,6 +124,10 @@ impl Work {
                             }
                         }
                     }
+                    "baton:handoff-in-progress" => {
+                        let trouble = self.in_another(member, trouble).await;
+                        Input::CannotArm(place, self.with_volume(member, trouble))
+                    }
                     _ => Input::CannotArm(place, self.with_volume(member, trouble)),
                 },
                 Err(error) => {
@@ -140,6 +144,25 @@ impl Work {
         let server = self.core.storages.of(member)?;
         let (_, record) = server.access(&member.volume, None).await?;
         Ok(record.phase == "armed")
+    }
+
+    /// The volume is in another handoff. One that the journal does not know can be neither
+    /// cancelled nor finished, whatever the storage proposes.
+    async fn in_another(&self, member: &Member, trouble: Trouble) -> Trouble {
+        let record = match self.core.storages.of(member) {
+            Ok(server) => server.access(&member.volume, None).await,
+            Err(error) => Err(error),
+        };
+        let other = record.ok().and_then(|(_, record)| record.handoff);
+        let known = |id: &str| id.parse().is_ok_and(|id| self.core.handoff(id).is_some());
+        let Some(other) = other.filter(|other| !known(&other.id)) else { return trouble };
+        let vm = &self.row.vm;
+        let host = other.to.split('/').next().unwrap_or_default();
+        let detail = format!(
+            "handoff {} (attempt {}) to {} is under way there, and this coordinator's journal does not know it, so it can be neither cancelled nor finished: `baton handoff why {vm}` says who owns the volumes, and `baton handoff fence {vm} --dead-host {host} --reason TEXT` ends it, also while {host} lives",
+            other.id, other.attempt, other.to
+        );
+        Trouble { detail, ..trouble }
     }
 
     fn with_volume(&self, member: &Member, trouble: Trouble) -> Trouble {

@@ -255,8 +255,8 @@ impl Ceph {
         self.with(volume, ImageRecord::keep_former_out).await
     }
 
-    /// Ends the entries of an owner's clients that had sealed and whose processes are
-    /// proven dead; which those were.
+    /// Ends the entry of an owner's last client, if it had sealed, when its process is
+    /// proven dead; whose that was.
     pub async fn bury(&self, volume: &str, owner: &str) -> Result<Vec<String>, StorageError> {
         let owner = owner.to_owned();
         self.with(volume, move |image| image.bury(&owner)).await

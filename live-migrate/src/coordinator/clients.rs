@@ -22,10 +22,11 @@ pub(super) async fn keep_former_out(
     Ok(())
 }
 
-/// The processes of a host that is the loser, and whose agent has seen their end, are dead:
-/// what keeps them out is not needed any more.
+/// The process of a source that has lost, and whose agent has seen its end, is dead: what
+/// keeps it out is not needed any more. A destination that lost never had the image; what
+/// is noted of that host is of an earlier process, whose end this is not.
 pub(super) async fn bury(core: &Core, row: &Row, host: &str) {
-    if row.fence() != Fence::Blocklist {
+    if row.fence() != Fence::Blocklist || host != row.from {
         return;
     }
     let owner = plan::owner(host, &row.vm);

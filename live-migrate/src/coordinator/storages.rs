@@ -419,8 +419,8 @@ impl StorageServer {
         }
     }
 
-    /// Forgets an owner's processes that are proven dead, where they are kept out one by
-    /// one; whom.
+    /// Forgets an owner's last process, which is proven dead, where they are kept out one
+    /// by one; whom.
     ///
     /// # Errors
     /// [`StorageError`].

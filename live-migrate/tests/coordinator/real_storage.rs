@@ -458,7 +458,11 @@ async fn row_36_the_next_handoff_leaves_alone_what_can_be_won() {
         assert_eq!(before["record"]["phase"], if forgotten { "sealed" } else { "armed" });
         let row = coordinator.prepare(&super::support::id()).await.expect("an answer");
         assert_eq!(row["because"]["type"], "baton:handoff-in-progress", "{row:#}");
-        assert!(row["because"]["detail"].as_str().expect("a sentence").contains(&id), "{row:#}");
+        let sentence = row["because"]["detail"].as_str().expect("a sentence");
+        for part in [&*id, "journal does not know it", "baton handoff fence web --dead-host host-b"]
+        {
+            assert!(sentence.contains(part), "{part}: {sentence}");
+        }
         let after = get(servers[1].server.admin, "/v1/volumes/data/access").await;
         assert_eq!(after["record"]["version"], before["record"]["version"], "{after:#}");
         stop(servers).await;

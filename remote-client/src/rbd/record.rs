@@ -106,9 +106,9 @@ impl ImageRecord {
         kept_out.map(|(_, clients)| clients).map_err(|error| self.failed(error))
     }
 
-    /// Ends the blocklist's entries of an owner's clients that had sealed the
-    /// image and whose processes are proven dead; which they were. Needs more
-    /// than the profile `rbd`.
+    /// Ends the blocklist's entry of an owner's last client, whose process is
+    /// proven dead, if it had sealed the image; whose it was. Needs more than
+    /// the profile `rbd`.
     ///
     /// # Errors
     /// [`RecordError`].

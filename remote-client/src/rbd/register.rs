@@ -139,19 +139,19 @@ impl Register {
         listed.map_err(failed("fence an earlier client"))
     }
 
-    /// Ends the entries of a host's clients whose processes are dead, and forgets them.
+    /// Ends the entry of a host's last client, whose process is dead, and forgets it.
     pub(super) fn bury(&self, owner: &str) -> Result<Vec<String>, SeatError> {
-        let dead = self.read()?.buried(owner);
-        for former in dead.iter().filter(|former| former.listed) {
-            let ended = self.image.pool.cluster.unlist(&former.client);
+        let Some(dead) = self.read()?.buried(owner).cloned() else { return Ok(Vec::new()) };
+        if dead.listed {
+            let ended = self.image.pool.cluster.unlist(&dead.client);
             ended.map_err(failed("end a dead client's entry on the blocklist"))?;
         }
         self.change(|seat| {
             let mut seat = seat.clone();
-            seat.former.retain(|former| !dead.contains(former));
+            seat.former.retain(|former| *former != dead);
             Ok(seat)
         })?;
-        Ok(dead.into_iter().map(|former| former.client).collect())
+        Ok(vec![dead.client])
     }
 
     /// Everything that has to be before this process, whose session the record

@@ -130,13 +130,13 @@ impl Seat {
         self
     }
 
-    /// Former clients of a host whose processes are dead, that had stopped
-    /// before they died: nothing of theirs can come any more. What another one
-    /// had sent may still be in the network.
+    /// The former client of a host whose last process is dead, if it had stopped
+    /// before it died: nothing of it can come any more. What another one had sent
+    /// may still be in the network, and of those before it nobody has seen the end.
     #[must_use]
-    pub fn buried(&self, owner: &str) -> Vec<Former> {
-        let dead = self.former.iter().filter(|former| former.owner == owner && former.sealed);
-        dead.cloned().collect()
+    pub fn buried(&self, owner: &str) -> Option<&Former> {
+        let last = self.former.iter().rev().find(|former| former.owner == owner);
+        last.filter(|former| former.sealed)
     }
 }
 
@@ -221,7 +221,7 @@ mod tests {
         let listed = second.with_listed(&["one".to_owned()]);
         assert_eq!(listed.loose().count(), 0);
         // Whatever it had sent may still come: no proof of death removes its entry.
-        assert_eq!(listed.buried("a/vm"), []);
+        assert_eq!(listed.buried("a/vm"), None);
         // The same process again changes nothing.
         assert_eq!(claimed(&listed, "a/vm", 2, "two"), listed);
     }
@@ -233,8 +233,27 @@ mod tests {
         let active = seat.step(activate, Some("nine")).unwrap();
         assert_eq!(active.client.as_deref(), Some("nine"));
         assert_eq!((active.loose().count(), active.unlisted().count()), (0, 1));
-        assert_eq!(active.buried("a/vm").len(), 1);
-        assert_eq!(active.buried("b/vm"), []);
+        assert_eq!(active.buried("a/vm").map(|former| &*former.client), Some("one"));
+        assert_eq!(active.buried("b/vm"), None);
+    }
+
+    #[test]
+    fn the_end_of_one_process_buries_no_earlier_one() {
+        let former = |client: &str, owner: &str, sealed| Former {
+            client: client.to_owned(),
+            owner: owner.to_owned(),
+            sealed,
+            listed: true,
+        };
+        let mut seat = Seat::new(VolumeId(1));
+        // It had sealed, and nobody saw its end.
+        seat.former.push(former("one", "a/vm", true));
+        seat.former.push(former("two", "b/vm", true));
+        seat.former.push(former("three", "a/vm", true));
+        assert_eq!(seat.buried("a/vm").map(|former| &*former.client), Some("three"));
+        // This one had not: the word of the first is not its.
+        seat.former.push(former("four", "a/vm", false));
+        assert_eq!(seat.buried("a/vm"), None);
     }
 
     #[test]
