@@ -1,5 +1,5 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo demo-splitbrain test faults faults-baton faults-rbd bench bench-unix bench-parts bench-fair bench-dirty-log bench-cost bench-idle bench-handoff bench-micro bench-scale check
+.PHONY: help build demo demo-splitbrain test faults faults-baton faults-rbd bench bench-unix bench-engines bench-parts bench-fair bench-dirty-log bench-cost bench-idle bench-handoff bench-micro bench-scale check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
@@ -8,6 +8,7 @@ help:
 	@echo 'make faults  every process of a migration killed and frozen at every message, on volumes of our own and on RBD (hours; ENGINE=baton or rbd for one of them)'
 	@echo 'make bench   side by side with qemu-storage-daemon, as tables of ratios (DOCS=1 writes them into docs/performance.md)'
 	@echo 'make bench-unix   the same over Unix sockets'
+	@echo 'make bench-engines   Baton on NBD and on Ceph, against the same of the peer (a part of make bench)'
 	@echo 'make bench-parts   the backend on a volume that does nothing and on a local file, against the same of the peer'
 	@echo 'make bench-fair   how evenly full queues are served, and what a busy neighbour costs a tenant'
 	@echo 'make bench-dirty-log   what keeping a dirty log costs'
@@ -43,12 +44,17 @@ faults-rbd:
 
 bench:
 	@scripts/bench.sh $(if $(DOCS),--write-docs)
+	@$(MAKE) --no-print-directory bench-engines
 
 bench-cost:
 	@scripts/bench-cost.sh $(if $(BLESS),--bless)
 
 bench-unix:
 	@scripts/bench.sh --a baton-unix --b qsd-nbdkit-unix $(if $(DOCS),--write-docs)
+
+bench-engines:
+	@scripts/bench.sh engine --a baton-nbd --b qsd-nbdkit --only 4k $(if $(DOCS),--write-docs)
+	@scripts/bench.sh engine --a baton-rbd --b qsd-rbd --only 4k $(if $(DOCS),--write-docs)
 
 bench-parts:
 	@scripts/bench.sh --a baton-null --b qsd-null $(if $(DOCS),--write-docs)

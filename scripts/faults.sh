@@ -12,7 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 target=${CARGO_TARGET_DIR:-$PWD/target}
 case $target in /*) ;; *) target=$PWD/$target ;; esac
 export CARGO_TARGET_DIR=$target/faults
+scripts/seed-target.sh "$target" "$CARGO_TARGET_DIR"
 # A feature of all daemons: the normal programs are built without it, elsewhere.
-cargo build --quiet -p baton-storage-server -p baton-backend -p baton-live-migrate -p baton-integration --bins \
+cargo build --quiet --workspace --bins \
     --features baton-storage-server/fault-points,baton-backend/fault-points,baton-live-migrate/fault-points
 BATON_BIN_DIR=$CARGO_TARGET_DIR/debug exec "$CARGO_TARGET_DIR/debug/baton-faults" "$@"

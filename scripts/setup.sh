@@ -7,7 +7,8 @@
 #   --bench          qemu-storage-daemon, nbdkit and qemu-nbd, the peers of the side-by-side benchmark
 #   --cost           valgrind, which counts what a request costs
 #   --libvirt        libvirtd for QEMU and virsh, without the system's own daemon: tests start theirs
-#   --ceph           a monitor, an OSD and the client library of Ceph, for tests that start a cluster of their own
+#   --ceph           a monitor, an OSD and the client library of Ceph, for tests that start a cluster of their own; with
+#                    --bench also QEMU's driver for it
 #   --etcd           etcd and its client, for tests that start a cluster of their own. Where systemd runs, the package
 #                    starts a member on port 2379, too: systemctl disable --now etcd
 #   --test           all six, for the harness is tested on the peers, and a C++ compiler for the fuzzer's runtime
@@ -44,7 +45,7 @@ for arg in "$@"; do
     --ceph) want_ceph=1 ;;
     --etcd) want_etcd=1 ;;
     -h | --help)
-        sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
     *)
@@ -102,6 +103,8 @@ if ((want_ceph)); then
     # Loaded by the backend at run time.
     compgen -G '/usr/lib*/*/librbd.so.1' >/dev/null || compgen -G '/usr/lib*/librbd.so.1' >/dev/null || missing+=(librbd1)
 fi
+# The peer's driver for Ceph.
+((want_ceph && want_bench)) && ! compgen -G '/usr/lib*/*/qemu/block-rbd.so' >/dev/null && missing+=(qemu-block-extra)
 if ((want_etcd)); then
     have etcd || missing+=(etcd-server)
     have etcdctl || missing+=(etcd-client)

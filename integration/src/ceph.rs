@@ -256,7 +256,8 @@ mon data = {dir}/mon
 osd data = {dir}/osd
 keyring = {dir}/osd/keyring
 osd objectstore = {store}
-memstore device bytes = 2147483648
+# Taken as it is needed.
+memstore device bytes = 8589934592
 # A sparse file.
 bluestore block size = 1073741824
 bluestore block create = true

@@ -4,6 +4,7 @@ use baton_integration::bench::compare::{CompareConfig, compare};
 use baton_integration::bench::load::{Job, Pattern, run};
 use baton_integration::bench::stack::Kind;
 use baton_integration::bench::{fair, section, tenants};
+use baton_integration::ceph::skip_without_ceph;
 use baton_integration::workspace::{TestDir, program};
 use std::fs;
 use std::process::Command;
@@ -114,6 +115,28 @@ fn peers_without_a_server_are_there() {
         for outcome in report.rows[0].pairs.iter().flat_map(|pair| [&pair.a, &pair.b]) {
             assert!(outcome.ios > 0 && outcome.usage.processes_s.len() == 1, "{outcome:?}");
         }
+    }
+}
+
+#[test]
+fn engines_of_others_are_compared_with_their_own_servers() {
+    let _alone = alone();
+    const NAME: &str = "engines_of_others_are_compared_with_their_own_servers";
+    if skip_without_storage_daemon(NAME) || skip_without_ceph(NAME) {
+        return;
+    }
+    for (a, b) in [
+        (Kind::BatonNbd, Kind::QsdNbdkit),
+        (Kind::BatonNbdUnix, Kind::QsdNbdkitUnix),
+        (Kind::BatonRbd, Kind::QsdRbd),
+    ] {
+        let config = CompareConfig { b, ..config(a, "w4k-d32-q1") };
+        let report = compare(&config, |_| ()).unwrap();
+        for outcome in report.rows[0].pairs.iter().flat_map(|pair| [&pair.a, &pair.b]) {
+            assert!(outcome.ios > 0 && outcome.cpu_us_per_io(1) > 0.0, "{outcome:?}");
+        }
+        let text = section::section("facts", &[report]);
+        assert!(text.contains("| w4k-d32-q1 |") && text.contains("(at most 0.7)"), "{text}");
     }
 }
 

@@ -117,7 +117,7 @@ impl<R: Rules> Gate<R> {
         epoch: Epoch,
     ) -> Option<Pass<G, R>> {
         let slot = slot % gate.inflight.len();
-        // `--cfg baton_no_epoch_check` makes the control that a fencing test must
+        // `BATON_NO_EPOCH_CHECK=1` (build.rs) makes the control that a fencing test must
         // see fail: a server that lets everybody in.
         let opens = |gate: &Self| {
             cfg!(baton_no_epoch_check) || epoch.0 != CLOSED && gate.word(principal) == epoch.0

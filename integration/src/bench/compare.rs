@@ -4,12 +4,16 @@
 //! of two runs next to each other, and the pair is run again when somebody else used the CPUs meanwhile. The report has
 //! the median over all pairs, and the lowest and highest median of a round.
 
-use crate::bench::cpu::{Usage, allowed_cpus, hold_cpus_awake, on_own_thread, pin_this_thread};
+use crate::bench::cpu::{
+    Usage, allowed_cpus, bind_process, hold_cpus_awake, on_own_thread, pin_this_thread,
+};
 use crate::bench::floor::{self, Floors};
 use crate::bench::load::{Job, Pattern, run};
 use crate::bench::outcome::Outcome;
 use crate::bench::stack::{Kind, Stack, StackConfig};
 use crate::bench::stats::{Spread, median};
+use crate::ceph::Ceph;
+use crate::workspace::TestDir;
 use anyhow::{Result, bail};
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -160,7 +164,10 @@ fn compare_here(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Resul
     for round in 0..config.rounds {
         floors.push(floor::measure(pinned, FLOOR_TIME.min(config.duration))?);
         progress(&format!("round {} of {}: starting both stacks", round + 1, config.rounds));
-        let stack = |kind| pinned_stack(kind, config.bytes, pinned);
+        let cluster = (config.a.is_rbd() || config.b.is_rbd()).then(|| Cluster::start(pinned));
+        let cluster = cluster.transpose()?;
+        let ceph = cluster.as_ref().map(|cluster| &cluster.ceph);
+        let stack = |kind| pinned_stack(kind, config.bytes, pinned, ceph);
         let stacks = if config.dirty_log {
             vec![stack(config.a)?]
         } else if round % 2 == 0 {
@@ -182,10 +189,36 @@ fn compare_here(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Resul
     Ok(Report { config: config.clone(), pinned, awake: awake.is_some(), floors, rows: results })
 }
 
+/// What all stacks on images of Ceph have together: a new one for each round, with its objects in memory.
+struct Cluster {
+    ceph: Ceph,
+    /// Goes last.
+    _dir: TestDir,
+}
+
+impl Cluster {
+    fn start(pinned: bool) -> Result<Self> {
+        let dir = TestDir::in_memory("bench-ceph")?;
+        let ceph = Ceph::start(dir.path())?;
+        if pinned {
+            for daemon in [&ceph.mon, &ceph.osd] {
+                bind_process(daemon.pid(), 1)?;
+            }
+        }
+        Ok(Self { ceph, _dir: dir })
+    }
+}
+
 /// A stack of four queues, on CPU 1 or anywhere, which is looked up.
-pub(super) fn pinned_stack(kind: Kind, bytes: u64, pinned: bool) -> Result<Stack> {
+pub(super) fn pinned_stack(
+    kind: Kind,
+    bytes: u64,
+    pinned: bool,
+    ceph: Option<&Ceph>,
+) -> Result<Stack> {
     let cpu = pinned.then_some(1);
-    let stack = Stack::start(&StackConfig { kind, queues: 4, bytes, cpu, callgrind: false })?;
+    let config = StackConfig { kind, queues: 4, bytes, cpu, callgrind: false, ceph };
+    let stack = Stack::start(&config)?;
     // The first thread of this process is never bound.
     let expected = if pinned { "1".to_owned() } else { allowed_cpus(std::process::id())? };
     for pid in stack.pids() {

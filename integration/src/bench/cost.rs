@@ -150,6 +150,7 @@ pub fn measure(mut progress: impl FnMut(&str)) -> Result<Costs> {
         bytes: DISK_BYTES,
         cpu: None,
         callgrind: true,
+        ceph: None,
     })?;
     let processes: Vec<(&str, Callgrind)> = PROCESSES.into_iter().zip(stack.callgrinds()).collect();
     let options = Options { memory_bytes: 32 << 20, ..Options::default() };

@@ -114,6 +114,25 @@ fn machine_ticks(stat: &str) -> Result<(u64, u64)> {
     Ok((field(0)? + field(1)? + field(2)? + field(5)? + field(6)?, field(7)?))
 }
 
+/// Binds a running process, with all its threads, to a CPU.
+pub fn bind_process(pid: u32, cpu: usize) -> Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu)?;
+    let tasks = format!("/proc/{pid}/task");
+    // A thread that starts meanwhile has the CPUs of one that started it, which may not be bound yet.
+    for _ in 0..2 {
+        for task in fs::read_dir(&tasks)? {
+            let id: i32 = task?.file_name().to_string_lossy().parse()?;
+            match sched_setaffinity(Pid::from_raw(id), &set) {
+                // It has ended.
+                Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
+                Err(error) => return Err(error).with_context(|| format!("cannot bind {pid}")),
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Keeps idle CPUs from sleeping deeply while it lives: a wake-up of a halted virtual CPU costs more than the request
 /// that it waits for. `None` where that is not allowed, or nobody heeds it.
 #[must_use]

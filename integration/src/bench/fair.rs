@@ -67,7 +67,7 @@ fn measure_here(
     let (mut reads, mut writes) = (Vec::new(), Vec::new());
     for round in 0..rounds {
         progress(&format!("round {} of {rounds}", round + 1));
-        let stack = pinned_stack(kind, bytes, pinned)?;
+        let stack = pinned_stack(kind, bytes, pinned, None)?;
         reads.push(quiet(&stack, Pattern::RandRead, time, round)?);
         writes.push(quiet(&stack, Pattern::RandWrite, time, round)?);
     }

@@ -3,6 +3,7 @@
 use crate::bench::callgrind::Callgrind;
 use crate::bench::cpu::pin_command;
 use crate::blk::Request;
+use crate::ceph::{Ceph, POOL};
 use crate::daemon::Daemon;
 use crate::raw_frontend::{Options, RawFrontend};
 use crate::workspace::{TestDir, program, system_program};
@@ -41,6 +42,22 @@ pub enum Kind {
     BatonNull,
     /// qemu-storage-daemon on its null-co driver, which does nothing.
     QsdNull,
+    /// baton-backend as an NBD client of nbdkit's file plugin.
+    BatonNbd,
+    /// The same over a Unix socket.
+    BatonNbdUnix,
+    /// baton-backend on an image of a Ceph cluster, through librbd.
+    BatonRbd,
+    /// qemu-storage-daemon on an image of the same cluster, through the same library and as it, without its cache.
+    QsdRbd,
+}
+
+impl Kind {
+    /// Whether its disk is an image of the cluster that all stacks of a round have together.
+    #[must_use]
+    pub fn is_rbd(self) -> bool {
+        matches!(self, Self::BatonRbd | Self::QsdRbd)
+    }
 }
 
 impl std::fmt::Display for Kind {
@@ -56,13 +73,17 @@ impl std::fmt::Display for Kind {
             Self::QsdFileUring => "qsd-file-uring",
             Self::BatonNull => "baton-null",
             Self::QsdNull => "qsd-null",
+            Self::BatonNbd => "baton-nbd",
+            Self::BatonNbdUnix => "baton-nbd-unix",
+            Self::BatonRbd => "baton-rbd",
+            Self::QsdRbd => "qsd-rbd",
         })
     }
 }
 
 /// How to start one.
 #[derive(Clone, Copy, Debug)]
-pub struct StackConfig {
+pub struct StackConfig<'a> {
     /// What.
     pub kind: Kind,
     /// Queues of the disk.
@@ -73,34 +94,69 @@ pub struct StackConfig {
     pub cpu: Option<usize>,
     /// Run both under callgrind.
     pub callgrind: bool,
+    /// Where images of [`Kind::is_rbd`] are.
+    pub ceph: Option<&'a Ceph>,
+}
+
+impl StackConfig<'_> {
+    fn ceph(&self) -> Result<&Ceph> {
+        self.ceph.with_context(|| format!("{} needs a cluster of Ceph", self.kind))
+    }
 }
 
 /// A running pair.
 #[derive(Debug)]
 pub struct Stack {
     backend: Daemon,
-    /// `None` for a local file.
-    server: Option<Daemon>,
+    server: Server,
     socket: PathBuf,
     /// Data and logs; goes last.
     dir: TestDir,
 }
 
+/// What serves the data.
+#[derive(Debug)]
+enum Server {
+    /// Nobody: it is a local file, or none.
+    None,
+    Own(Daemon),
+    /// The OSD of the cluster, which outlives the stack.
+    Shared(u32),
+}
+
+impl Server {
+    fn pid(&self) -> Option<u32> {
+        match self {
+            Self::None => None,
+            Self::Own(daemon) => Some(daemon.pid()),
+            Self::Shared(pid) => Some(*pid),
+        }
+    }
+}
+
 impl Stack {
     /// Starts both processes on fresh data and fills the disk.
-    pub fn start(config: &StackConfig) -> Result<Self> {
+    pub fn start(config: &StackConfig<'_>) -> Result<Self> {
         let dir = TestDir::in_memory("bench")?;
         let socket = dir.join("disk.sock");
         let (server, backend) = match config.kind {
             Kind::Baton | Kind::BatonUnix => baton(config, dir.path(), &socket)?,
-            Kind::BatonFile => (None, baton_file(config, dir.path(), &socket)?),
-            Kind::BatonNull => (None, baton_null(config, dir.path(), &socket)?),
+            Kind::BatonFile => (Server::None, baton_file(config, dir.path(), &socket)?),
+            Kind::BatonNull => (Server::None, baton_null(config, dir.path(), &socket)?),
+            Kind::BatonNbd | Kind::BatonNbdUnix => baton_nbd(config, dir.path(), &socket)?,
+            Kind::BatonRbd => {
+                let image = image(config, dir.path())?;
+                let volume = config.ceph()?.uri(&image);
+                let backend = baton_backend(config, dir.path(), &socket, &volume)?;
+                (Server::Shared(config.ceph()?.osd.pid()), backend)
+            }
             Kind::Qsd
             | Kind::QsdNbdkit
             | Kind::QsdNbdkitUnix
             | Kind::QsdFile
             | Kind::QsdFileUring
-            | Kind::QsdNull => qsd(config, dir.path(), &socket)?,
+            | Kind::QsdNull
+            | Kind::QsdRbd => qsd(config, dir.path(), &socket)?,
         };
         fill(&socket, config.bytes)?;
         Ok(Self { backend, server, socket, dir })
@@ -115,7 +171,7 @@ impl Stack {
     /// The backend and, if there is one, the storage server.
     #[must_use]
     pub fn pids(&self) -> Vec<u32> {
-        std::iter::once(&self.backend).chain(&self.server).map(Daemon::pid).collect()
+        std::iter::once(self.backend.pid()).chain(self.server.pid()).collect()
     }
 
     /// The backend and the storage server, if they run under callgrind.
@@ -133,7 +189,7 @@ impl Stack {
 }
 
 fn start(
-    config: &StackConfig,
+    config: &StackConfig<'_>,
     dir: &Path,
     name: &str,
     program: &Path,
@@ -160,7 +216,7 @@ fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-fn baton(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Option<Daemon>, Daemon)> {
+fn baton(config: &StackConfig<'_>, dir: &Path, socket: &Path) -> Result<(Server, Daemon)> {
     let (data, unix) = (dir.join("data"), dir.join("storage.sock"));
     let listen = "--listen 127.0.0.1:0 --admin-listen 127.0.0.1:0 --data-dir";
     let mut args = [words(listen), vec![data.display().to_string()]].concat();
@@ -189,16 +245,16 @@ fn baton(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Option<Daem
         _ => format!("baton://{data}/bench"),
     };
     let backend = baton_backend(config, dir, socket, &volume)?;
-    Ok((Some(server), backend))
+    Ok((Server::Own(server), backend))
 }
 
-fn baton_file(config: &StackConfig, dir: &Path, socket: &Path) -> Result<Daemon> {
+fn baton_file(config: &StackConfig<'_>, dir: &Path, socket: &Path) -> Result<Daemon> {
     let file = dir.join("disk.img");
     File::create(&file)?.set_len(config.bytes)?;
     baton_backend(config, dir, socket, &format!("file://{}", file.display()))
 }
 
-fn baton_null(config: &StackConfig, dir: &Path, socket: &Path) -> Result<Daemon> {
+fn baton_null(config: &StackConfig<'_>, dir: &Path, socket: &Path) -> Result<Daemon> {
     let StackConfig { queues, bytes, .. } = config;
     let flags = format!("--size {bytes} --num-queues {queues} --socket-path {}", socket.display());
     let program = program("baton-bench-null")?;
@@ -207,7 +263,30 @@ fn baton_null(config: &StackConfig, dir: &Path, socket: &Path) -> Result<Daemon>
     Ok(backend)
 }
 
-fn baton_backend(config: &StackConfig, dir: &Path, socket: &Path, volume: &str) -> Result<Daemon> {
+fn baton_nbd(config: &StackConfig<'_>, dir: &Path, socket: &Path) -> Result<(Server, Daemon)> {
+    let file = dir.join("disk.img");
+    File::create(&file)?.set_len(config.bytes)?;
+    let (server, to) = nbd_server(config, dir, &file)?;
+    let volume = match to {
+        NbdAddress::Tcp(port) => format!("nbd://127.0.0.1:{port}"),
+        NbdAddress::Unix(path) => format!("nbd+unix:///?socket={}", path.display()),
+    };
+    Ok((Server::Own(server), baton_backend(config, dir, socket, &volume)?))
+}
+
+/// A new image, called as the stack's folder.
+fn image(config: &StackConfig<'_>, dir: &Path) -> Result<String> {
+    let name = dir.file_name().context("a folder without a name")?.to_string_lossy().into_owned();
+    config.ceph()?.create_image(&name, config.bytes)?;
+    Ok(name)
+}
+
+fn baton_backend(
+    config: &StackConfig<'_>,
+    dir: &Path,
+    socket: &Path,
+    volume: &str,
+) -> Result<Daemon> {
     let queues = config.queues;
     let flags =
         format!("--volume {volume} --num-queues {queues} --socket-path {}", socket.display());
@@ -217,23 +296,41 @@ fn baton_backend(config: &StackConfig, dir: &Path, socket: &Path, volume: &str) 
     Ok(backend)
 }
 
-fn qsd(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Option<Daemon>, Daemon)> {
+fn qsd(config: &StackConfig<'_>, dir: &Path, socket: &Path) -> Result<(Server, Daemon)> {
     let file = dir.join("disk.img");
     File::create(&file)?.set_len(config.bytes)?;
     let path = file.display();
     let (server, blockdev) = match config.kind {
-        Kind::QsdFile => (None, format!("driver=file,node-name=disk,filename={path}")),
+        Kind::QsdFile => (Server::None, format!("driver=file,node-name=disk,filename={path}")),
         Kind::QsdFileUring => {
-            (None, format!("driver=file,aio=io_uring,node-name=disk,filename={path}"))
+            (Server::None, format!("driver=file,aio=io_uring,node-name=disk,filename={path}"))
         }
         // What is read is left as it was in the guest's memory, as baton-bench-null leaves it.
         Kind::QsdNull => {
             let size = config.bytes;
-            (None, format!("driver=null-co,node-name=disk,size={size},read-zeroes=off"))
+            (Server::None, format!("driver=null-co,node-name=disk,size={size},read-zeroes=off"))
+        }
+        // Without librbd's cache, as Baton has it: a write is done when the cluster has it.
+        Kind::QsdRbd => {
+            let (ceph, image) = (config.ceph()?, image(config, dir)?);
+            let conf = ceph.conf();
+            let blockdev = format!(
+                "driver=rbd,node-name=disk,pool={POOL},image={image},conf={},cache.direct=on",
+                conf.display()
+            );
+            (Server::Shared(ceph.osd.pid()), blockdev)
         }
         _ => {
             let (server, to) = nbd_server(config, dir, &file)?;
-            (Some(server), format!("driver=nbd,node-name=disk,{to}"))
+            let to = match to {
+                NbdAddress::Tcp(port) => {
+                    format!("server.type=inet,server.host=127.0.0.1,server.port={port}")
+                }
+                NbdAddress::Unix(path) => {
+                    format!("server.type=unix,server.path={}", path.display())
+                }
+            };
+            (Server::Own(server), format!("driver=nbd,node-name=disk,{to}"))
         }
     };
     let export = format!(
@@ -248,19 +345,25 @@ fn qsd(config: &StackConfig, dir: &Path, socket: &Path) -> Result<(Option<Daemon
     Ok((server, backend))
 }
 
-/// The server, and how a client finds it.
-fn nbd_server(config: &StackConfig, dir: &Path, file: &Path) -> Result<(Daemon, String)> {
-    if config.kind == Kind::QsdNbdkitUnix {
+/// Where an NBD server is.
+enum NbdAddress {
+    /// On 127.0.0.1.
+    Tcp(u16),
+    Unix(PathBuf),
+}
+
+fn nbd_server(config: &StackConfig<'_>, dir: &Path, file: &Path) -> Result<(Daemon, NbdAddress)> {
+    if matches!(config.kind, Kind::QsdNbdkitUnix | Kind::BatonNbdUnix) {
         let (unix, file) = (dir.join("nbd.sock"), file.display());
         let args = format!("--foreground --exit-with-parent --unix {} file {file}", unix.display());
         let mut server = start(config, dir, "nbdkit", &system_program("nbdkit")?, &words(&args))?;
         server.wait_socket(&unix, START_TIMEOUT)?;
-        return Ok((server, format!("server.type=unix,server.path={}", unix.display())));
+        return Ok((server, NbdAddress::Unix(unix)));
     }
     // Free a moment ago; somebody else taking it meanwhile shows as a server that does not start.
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let file = file.display();
-    let (name, args) = if config.kind == Kind::QsdNbdkit {
+    let (name, args) = if config.kind != Kind::Qsd {
         let listen = format!("-i 127.0.0.1 -p {port}");
         ("nbdkit", format!("--foreground --exit-with-parent {listen} file {file}"))
     } else {
@@ -269,7 +372,7 @@ fn nbd_server(config: &StackConfig, dir: &Path, file: &Path) -> Result<(Daemon, 
     };
     let mut server = start(config, dir, name, &system_program(name)?, &words(&args))?;
     wait_port(&mut server, port)?;
-    Ok((server, format!("server.type=inet,server.host=127.0.0.1,server.port={port}")))
+    Ok((server, NbdAddress::Tcp(port)))
 }
 
 /// Waits for a TCP server without talking to it.

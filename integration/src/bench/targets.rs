@@ -7,6 +7,8 @@
 //! | itself without a dirty log | all | IOPS |
 //! | a null volume against null-co | depth 32 | CPU |
 //! | a local file against io_uring | all | IOPS |
+//! | an NBD client against the peer's | 4k d1, 4k d32 | IOPS, CPU of the backend |
+//! | an image of Ceph against the peer's | 4k d1, 4k d32 | IOPS, CPU of the backend |
 
 use crate::bench::compare::CompareConfig;
 use crate::bench::stack::Kind;
@@ -108,6 +110,8 @@ pub struct RowTargets {
     pub iops: Option<Target>,
     /// CPU time per request of backend and server together.
     pub cpu: Option<Target>,
+    /// CPU time per request of the backend alone.
+    pub backend: Option<Target>,
     /// The latency that one in a hundred exceeds.
     pub p99: Option<Target>,
 }
@@ -135,7 +139,7 @@ pub fn of_row(config: &CompareConfig, row: &str) -> RowTargets {
                 "4k-d32-q4" => (4.0, 0.28, 0.4),
                 _ => return RowTargets::default(),
             };
-            RowTargets { iops: at_least(iops), cpu: at_most(cpu), p99: at_most(p99) }
+            RowTargets { iops: at_least(iops), cpu: at_most(cpu), p99: at_most(p99), backend: None }
         }
         (Kind::BatonUnix, Kind::QsdNbdkitUnix) => {
             let iops = match work {
@@ -146,6 +150,17 @@ pub fn of_row(config: &CompareConfig, row: &str) -> RowTargets {
                 _ => return RowTargets::default(),
             };
             RowTargets { iops: at_least(iops), ..RowTargets::default() }
+        }
+        (Kind::BatonNbd, Kind::QsdNbdkit)
+        | (Kind::BatonNbdUnix, Kind::QsdNbdkitUnix)
+        | (Kind::BatonRbd, Kind::QsdRbd) => {
+            // Four queues of depth 1 are depth 4.
+            let iops = match work {
+                "4k-d32-q1" | "4k-d32-q4" => 1.3,
+                "4k-d1-q1" => 1.1,
+                _ => return RowTargets::default(),
+            };
+            RowTargets { iops: at_least(iops), backend: at_most(0.7), ..RowTargets::default() }
         }
         _ => RowTargets::default(),
     }
@@ -221,5 +236,17 @@ mod tests {
         assert_eq!(null("w4k-d1-q4"), RowTargets::default());
         let file = of_row(&config(Kind::BatonFile, Kind::QsdFileUring), "r128k-d8-q1");
         assert_eq!(file.iops, Some(Target::AtLeast(1.0)));
+        for (a, b) in [
+            (Kind::BatonNbd, Kind::QsdNbdkit),
+            (Kind::BatonNbdUnix, Kind::QsdNbdkitUnix),
+            (Kind::BatonRbd, Kind::QsdRbd),
+        ] {
+            let of = |row| of_row(&config(a, b), row);
+            assert_eq!(of("r4k-d32-q1").iops, Some(Target::AtLeast(1.3)));
+            assert_eq!(of("w4k-d1-q1").iops, Some(Target::AtLeast(1.1)));
+            assert_eq!(of("w4k-d1-q4"), RowTargets::default());
+            assert_eq!(of("w4k-d1-q1").backend, Some(Target::AtMost(0.7)));
+            assert_eq!(of("r128k-d8-q1"), RowTargets::default());
+        }
     }
 }

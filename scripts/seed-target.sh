@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# A target directory beside the usual one, for a build that differs in this workspace only: what was compiled of other
+# people's crates is copied, not compiled again. Nothing is done when it is there, or when there is nothing to copy.
+#
+#   scripts/seed-target.sh TARGET_DIR NEW_TARGET_DIR
+set -euo pipefail
+
+from=$1/debug to=$2/debug
+[[ -d $from/.fingerprint && ! -e $to ]] || exit 0
+mkdir -p "$2"
+# Whoever is ended on the way leaves nothing that looks whole.
+part=$(mktemp -d "$2/seed.XXXXXX")
+mkdir "$part/deps"
+cp -a "$from/.fingerprint" "$from/build" "$part/"
+find "$from/deps" -maxdepth 1 \( -name '*.rlib' -o -name '*.rmeta' -o -name '*.d' -o -name '*.so' \) -exec cp -a -t "$part/deps" {} +
+mv "$part" "$to"
+chmod 755 "$to"
