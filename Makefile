@@ -1,11 +1,11 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo demo-splitbrain test faults bench bench-unix bench-engines bench-parts bench-fair bench-dirty-log bench-cost bench-idle bench-handoff bench-micro bench-scale check
+.PHONY: help build demo demo-splitbrain test faults faults-baton faults-rbd bench bench-unix bench-engines bench-parts bench-fair bench-dirty-log bench-cost bench-idle bench-handoff bench-micro bench-scale check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
 	@echo 'make demo-splitbrain   what a live migration gone wrong does to a volume, on real guests (a minute after the build)'
 	@echo 'make test    every test, as CI runs them'
-	@echo 'make faults  every process of a migration killed and frozen at every message (20 minutes)'
+	@echo 'make faults  every process of a migration killed and frozen at every message, on volumes of our own and on RBD (hours; ENGINE=baton or rbd for one of them)'
 	@echo 'make bench   side by side with qemu-storage-daemon, as tables of ratios (DOCS=1 writes them into docs/performance.md)'
 	@echo 'make bench-unix   the same over Unix sockets'
 	@echo 'make bench-engines   Baton on NBD and on Ceph, against the same of the peer (a part of make bench)'
@@ -32,9 +32,15 @@ demo-splitbrain:
 test:
 	@.ci/run
 
-faults:
+faults: $(if $(ENGINE),faults-$(ENGINE),faults-baton faults-rbd)
+
+faults-baton:
 	@scripts/faults.sh --freeze-ms 10000 --jobs 8
 	@BATON_PING_PONG=1000 cargo test --quiet -p baton-integration --test scenarios f18
+
+# Each job has a cluster of its own, which wants a core half of the time.
+faults-rbd:
+	@scripts/faults.sh --engine rbd --freeze-ms 10000 --jobs 4
 
 bench:
 	@scripts/bench.sh $(if $(DOCS),--write-docs)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The fault matrix: every process of a migration is killed and frozen at every message boundary.
 #
-#   scripts/faults.sh [--filter TEXT]... [--seconds N] [--cases N] [--seed N] [--skip N] [--jobs N]
+#   scripts/faults.sh [--engine baton|rbd] [--filter TEXT]... [--seconds N] [--cases N] [--seed N] [--skip N] [--jobs N]
 #                     [--freeze-ms N] [--list]
 #
 # Builds the daemons with their points of fault injection into $CARGO_TARGET_DIR/faults (default: target/faults), where the table of cases
-# and outcomes is left as report.txt and report.json. Ends with "N passed, N failed".
+# and outcomes is left as report.txt and report.json (report-rbd.* for RBD). Ends with "N passed, N failed".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

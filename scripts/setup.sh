@@ -108,6 +108,8 @@ fi
 if ((want_etcd)); then
     have etcd || missing+=(etcd-server)
     have etcdctl || missing+=(etcd-client)
+    have ip || missing+=(iproute2)
+    have sysctl || missing+=(procps)
     # Makes the certificates of a test.
     have openssl || missing+=(openssl)
 fi

@@ -11,7 +11,7 @@ use crate::workspace::system_program;
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// For a daemon to be of use, on a busy machine.
@@ -147,6 +147,39 @@ impl Ceph {
         run(&self.dir, "rbd", args)
     }
 
+    /// The same, given up as soon as a daemon of the cluster is dead: whoever asks may be the one to start it again. A
+    /// frozen one is waited for.
+    pub fn rbd_while_up(&mut self, args: &[&str]) -> Result<String> {
+        let mut command = Command::new(system_program("rbd")?);
+        command.arg("--conf").arg(self.conf()).args(args);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let until = Instant::now() + START_TIMEOUT;
+        while child.try_wait()?.is_none() {
+            let up = self.mon.is_running()? && self.osd.is_running()?;
+            if !up || Instant::now() > until {
+                child.kill()?;
+                child.wait()?;
+                bail!(
+                    "`rbd {}`: {}",
+                    args.join(" "),
+                    if up { "no answer" } else { "a daemon died" }
+                );
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let output = child.wait_with_output()?;
+        if !output.status.success() {
+            bail!("`rbd {}`: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Starts the monitor again after a kill or an end.
+    pub fn restart_mon(&mut self) -> Result<()> {
+        self.mon = run_mon(&self.dir)?;
+        Ok(())
+    }
+
     /// Starts the OSD again after a kill or an end.
     pub fn restart_osd(&mut self) -> Result<()> {
         self.osd = run_osd(&self.dir)?;
@@ -246,15 +279,19 @@ fn start_mon(dir: &Path, fsid: &str, address: &str) -> Result<Daemon> {
     let address = format!("[{address}]");
     let args = ["--create", "--fsid", fsid, "--addv", "one", &address, map];
     said(Command::new(system_program("monmaptool")?).current_dir(dir).args(args))?;
-    let conf = dir.join("ceph.conf");
     let mut mkfs = Command::new(system_program("ceph-mon")?);
-    mkfs.current_dir(dir).arg("--conf").arg(&conf);
+    mkfs.current_dir(dir).arg("--conf").arg(dir.join("ceph.conf"));
     said(mkfs.args(["-i", "one", "--mkfs", "--monmap", map, "--keyring", of_mon]))?;
-    let mut mon = Command::new(system_program("ceph-mon")?);
-    mon.arg("--conf").arg(&conf).args(["-i", "one", "-f", "--log-to-stderr=true"]);
-    let mut daemon = Daemon::start_command(dir, "mon", mon)?;
+    let mut daemon = run_mon(dir)?;
     wait_for_answer(dir, &mut daemon)?;
     Ok(daemon)
+}
+
+fn run_mon(dir: &Path) -> Result<Daemon> {
+    let mut mon = Command::new(system_program("ceph-mon")?);
+    mon.arg("--conf").arg(dir.join("ceph.conf"));
+    mon.args(["-i", "one", "-f", "--log-to-stderr=true"]);
+    Daemon::start_command(dir, "mon", mon)
 }
 
 /// The monitor takes connections before it answers them; a command waits for that, but not for the first.

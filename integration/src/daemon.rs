@@ -275,8 +275,8 @@ pub(crate) fn die_with_this_thread(command: &mut Command) {
 /// Whether a Unix socket of this path listens. The file alone does not tell: it appears before that, and stays when
 /// its maker is killed.
 fn is_listening(path: &Path) -> Result<bool> {
-    // Num RefCount Protocol Flags Type St Inode Path; the flag is the kernel's __SO_ACCEPTCON.
-    let sockets = fs::read_to_string("/proc/net/unix")?;
+    // Of the network of this thread, which a test may have made. Num RefCount Protocol Flags Type St Inode Path; the flag is the kernel's __SO_ACCEPTCON.
+    let sockets = fs::read_to_string("/proc/thread-self/net/unix")?;
     let path = path.to_string_lossy();
     let listens = |line: &str| {
         let mut fields = line.split_whitespace().skip(3);

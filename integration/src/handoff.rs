@@ -10,6 +10,7 @@
 
 use crate::baton::{Environment, READY_TIMEOUT, Storage, wait_until, with_polling};
 use crate::daemon::Daemon;
+use crate::images::{Images, SharedCeph};
 use crate::workspace::program;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -40,11 +41,13 @@ pub struct Member {
     pub id: String,
 }
 
-/// Storage servers with the volumes of one VM.
+/// Storage servers with the volumes of one VM, or a Ceph cluster with its images.
 #[derive(Debug)]
 pub struct Fleet {
-    /// The servers.
+    /// The servers; none where there are images.
     pub servers: Vec<Storage>,
+    /// The images.
+    pub images: Option<Images>,
     /// The VM's volumes; the first is the anchor.
     pub members: Vec<Member>,
     /// Where clients of each server connect instead, such as a proxy; empty for no such thing.
@@ -102,7 +105,23 @@ impl Fleet {
                 Ok(Member { server, volume, id })
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { servers, members, through: Vec::new(), mode: "fast", term: 1 })
+        Ok(Self { servers, images: None, members, through: Vec::new(), mode: "fast", term: 1 })
+    }
+
+    /// Images of a cluster, whose names begin with what no other VM has.
+    pub fn on_ceph(ceph: &SharedCeph, prefix: &str, volumes: usize, bytes: u64) -> Result<Self> {
+        let names: Vec<String> = (0..volumes).map(|n| format!("disk{n}")).collect();
+        let images = Some(Images::create(ceph, prefix, &names, bytes)?);
+        let member = |volume: String| Member { server: 0, volume, id: String::new() };
+        let members = names.into_iter().map(member).collect();
+        Ok(Self {
+            servers: Vec::new(),
+            images,
+            members,
+            through: Vec::new(),
+            mode: "fast",
+            term: 1,
+        })
     }
 
     /// The server of a member.
@@ -114,6 +133,9 @@ impl Fleet {
     /// URI of a member.
     #[must_use]
     pub fn uri(&self, member: usize) -> String {
+        if let Some(images) = &self.images {
+            return images.uri(&self.members[member].volume);
+        }
         let through = self.through.get(self.members[member].server).copied();
         self.server(member).uri(&self.members[member].volume, through)
     }
@@ -182,9 +204,21 @@ impl Fleet {
 
     /// The access record of a member.
     pub fn record(&self, member: usize) -> Result<Value> {
+        if let Some(images) = &self.images {
+            return images.record(&self.members[member].volume);
+        }
         let path = format!("/v1/volumes/{}/access", self.members[member].volume);
         let mut answer = self.server(member).get(&path)?;
         Ok(answer["record"].take())
+    }
+
+    /// Takes a member from its owner by force, for `nominee`.
+    pub fn fence(&self, member: usize, nominee: &str) -> Result<()> {
+        let volume = &self.members[member].volume;
+        match &self.images {
+            Some(images) => images.fence(volume),
+            None => self.server(member).fence(volume, Some(nominee)).map(drop),
+        }
     }
 
     /// "armed", "sealed", ...
@@ -445,10 +479,15 @@ fn launch(
 
 /// A ULID whose time is now and whose random part is `number` and this process.
 fn ulid(number: u64) -> String {
-    const DIGITS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let ms = now.map_or(0, |since| since.as_millis()) & ((1 << 48) - 1);
-    let id = ms << 80 | u128::from(std::process::id()) << 48 | u128::from(number);
+    ulid_text(ms << 80 | u128::from(std::process::id()) << 48 | u128::from(number))
+}
+
+/// A ULID as text.
+#[must_use]
+pub(crate) fn ulid_text(id: u128) -> String {
+    const DIGITS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
     (0..26)
         .rev()
         .map(|place| {

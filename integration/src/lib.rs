@@ -1,9 +1,9 @@
 //! What the end-to-end tests, the demo and the benchmark are made of.
 //!
-//! Starts real processes (`daemon`, `baton`, `qsd`, `cluster`, `ceph`, `etcd`), real guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them
+//! Starts real processes (`daemon`, `baton`, `qsd`, `cluster`, `ceph`, `images`, `etcd`), real guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them
 //! (`migration`) and lets that go wrong (`splitbrain`, `faults`). Plays the other side of a vhost-user socket without a guest
 //! (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`), a storage server's client (`raw_wire`), or a bad network
-//! (`proxy`, `wire`), on ports of their own (`port`). Knows the command lines of Baton's programs;
+//! (`proxy`, `wire`, `island`), on ports of their own (`port`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
 
 pub mod baton;
@@ -16,6 +16,8 @@ pub mod etcd;
 pub mod faults;
 pub mod guest;
 pub mod handoff;
+pub mod images;
+pub mod island;
 pub mod libvirt;
 pub mod memory;
 pub mod migration;
@@ -24,6 +26,7 @@ pub mod port;
 pub mod probe;
 pub mod proxy;
 pub mod qemu;
+pub mod qemu_nbd;
 pub mod qmp;
 pub mod qsd;
 pub mod raw_frontend;

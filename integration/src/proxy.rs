@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 const REPLY_HEADER_BYTES: usize = 32;
 const REPLY_MAGIC: &[u8] = b"BTNr";
 const PAYLOAD_LEN_AT: usize = 24;
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// What the network does now.
 #[derive(Debug)]
@@ -58,16 +59,21 @@ pub struct Proxy {
 impl Proxy {
     /// Listens on a port of its own and passes to `server`.
     pub fn start(server: SocketAddr, seed: u64) -> Result<Self> {
-        Self::begin(server, seed, true)
+        Self::begin(LOOPBACK, server, seed, true)
     }
 
     /// The same for a server of another protocol: replies pass as they come.
     pub fn of_bytes(server: SocketAddr) -> Result<Self> {
-        Self::begin(server, 1, false)
+        Self::begin(LOOPBACK, server, 1, false)
     }
 
-    fn begin(server: SocketAddr, seed: u64, framed: bool) -> Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0").context("cannot bind the proxy")?;
+    /// The same on another address of this host's.
+    pub fn of_bytes_at(ip: IpAddr, server: SocketAddr) -> Result<Self> {
+        Self::begin(ip, server, 1, false)
+    }
+
+    fn begin(ip: IpAddr, server: SocketAddr, seed: u64, framed: bool) -> Result<Self> {
+        let listener = TcpListener::bind((ip, 0)).context("cannot bind the proxy")?;
         let address = listener.local_addr()?;
         let weather = Arc::new(Weather {
             reply_delay_us_max: AtomicU64::new(0),

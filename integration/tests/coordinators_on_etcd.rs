@@ -2,170 +2,18 @@
 //! whoever of them dies, freezes or is cut off in the middle of a handoff, another goes on with it, and one that leads no
 //! more changes nothing.
 
-#[path = "support/stage.rs"]
-mod stage;
+#[path = "support/trio.rs"]
+mod trio;
 
-use anyhow::{Context, Result, bail};
-use baton_integration::etcd::{Etcd, skip_without_etcd};
-use baton_integration::faults::cluster::{Client, Kept, VM};
+use baton_integration::etcd::skip_without_etcd;
+use baton_integration::faults::cluster::VM;
 use baton_integration::handoff::Fleet;
 use baton_integration::proxy::Proxy;
 use baton_integration::workspace::program;
 use serde_json::{Value, json};
-use stage::Stage;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
-
-/// For a step that several processes have to take, on a busy machine.
-const SOON: Duration = Duration::from_secs(60);
-const POLL: Duration = Duration::from_millis(20);
-/// Of the leader's lease.
-const TTL: Duration = Duration::from_secs(3);
-const COORDINATORS: usize = 3;
-
-/// A stage with three coordinators, each of which reaches each member of etcd through a proxy of its own.
-struct Trio {
-    stage: Stage,
-    etcd: Etcd,
-    proxies: Vec<Vec<Proxy>>,
-    coordinators: Vec<Kept>,
-    /// Processes that leads no more and ended by themselves.
-    deposed: usize,
-    /// Who is not started again: its end is what the test looks at, whenever it comes.
-    watched: Option<usize>,
-}
-
-impl Trio {
-    fn start(name: &str, more: &str) -> Self {
-        let mut stage = Stage::new(name);
-        // The one of one's own.
-        stage.world.retire_coordinator().unwrap();
-        let etcd = Etcd::start(stage.dir.path(), 3).unwrap();
-        let (mut proxies, mut coordinators) = (Vec::new(), Vec::new());
-        for n in 0..COORDINATORS {
-            let own: Vec<Proxy> =
-                etcd.clients().into_iter().map(|client| Proxy::of_bytes(client).unwrap()).collect();
-            let endpoints: Vec<String> =
-                own.iter().map(|proxy| format!("http://{}", proxy.address())).collect();
-            let section =
-                format!("endpoints = {endpoints:?}\nlease_ttl_s = {}\n{more}", TTL.as_secs());
-            coordinators.push(stage.world.one_of_several(&format!("c{n}"), &section).unwrap());
-            proxies.push(own);
-        }
-        Self { stage, etcd, proxies, coordinators, deposed: 0, watched: None }
-    }
-
-    /// Starts again who has died, as a supervisor would.
-    fn mend(&mut self) {
-        let watched = self.watched;
-        for (_, kept) in
-            self.coordinators.iter_mut().enumerate().filter(|(n, _)| Some(*n) != watched)
-        {
-            if !kept.daemon.is_running().unwrap() {
-                self.deposed +=
-                    usize::from(kept.daemon.log().contains("this one ends, and follows"));
-                kept.restart(&Vec::new()).unwrap();
-            }
-        }
-    }
-
-    fn until<T>(&mut self, what: &str, mut ask: impl FnMut(&mut Self) -> Result<Option<T>>) -> T {
-        let deadline = Instant::now() + SOON;
-        loop {
-            let answer = ask(self);
-            if let Ok(Some(answer)) = answer {
-                return answer;
-            }
-            if Instant::now() > deadline {
-                let logs: Vec<String> = self.coordinators.iter().map(|c| c.daemon.log()).collect();
-                panic!("in vain: {what}: {:?}\n{}", answer.err(), logs.join("\n----\n"));
-            }
-            self.mend();
-            std::thread::sleep(POLL);
-        }
-    }
-
-    /// Who leads and its term; `not`, who may still think that it does, is not asked.
-    fn leading(&self, not: Option<usize>) -> Result<(usize, u64)> {
-        for n in (0..COORDINATORS).filter(|n| Some(*n) != not) {
-            if let Ok(answer) = quick(self.coordinators[n].client(), "/v1/leader")
-                && answer["role"] == "leader"
-            {
-                return Ok((n, answer["term"].as_u64().context("a term")?));
-            }
-        }
-        bail!("nobody leads")
-    }
-
-    fn leader(&mut self) -> (usize, u64) {
-        self.until("somebody leads", |trio| trio.leading(None).map(Some))
-    }
-
-    fn leader_but(&mut self, not: usize) -> (usize, u64) {
-        self.until("somebody else leads", |trio| trio.leading(Some(not)).map(Some))
-    }
-
-    /// Asks whoever leads.
-    fn ask(
-        &self,
-        method: &str,
-        path: &str,
-        body: Option<&Value>,
-        not: Option<usize>,
-    ) -> Result<Value> {
-        let (n, _) = self.leading(not)?;
-        self.coordinators[n].call(method, path, body)
-    }
-
-    fn prepare(&mut self, not: Option<usize>) -> String {
-        let id = Fleet::attempt().id;
-        let (from, to) = (self.stage.at.host(), self.stage.at.other().host());
-        let body = json!({"from": from, "to": to});
-        self.until("it is ready", |trio| {
-            let path = path(&id, "?wait=READY&timeout=1s");
-            let row = trio.ask("PUT", &path, Some(&body), not)?;
-            Ok((row["state"] == "READY").then_some(()))
-        });
-        id
-    }
-
-    fn row(&self, id: &str, not: Option<usize>) -> Result<Value> {
-        self.ask("GET", &path(id, ""), None, not)
-    }
-
-    /// Until nothing is left to do.
-    fn end(&mut self, id: &str, verb: &str, not: Option<usize>) -> Value {
-        self.until(&format!("{verb} is done"), |trio| {
-            let row = trio.ask("POST", &path(id, &format!(":{verb}?timeout=500ms")), None, not)?;
-            Ok((row["over"] == true).then_some(row))
-        })
-    }
-
-    /// The guest goes on where it is.
-    fn goes_on(&mut self) {
-        let at = self.stage.at;
-        self.stage.world.vmm(at).unwrap().wait_progress(20, SOON).unwrap();
-    }
-
-    fn kill(&mut self, n: usize) {
-        self.coordinators[n].daemon.kill().unwrap();
-    }
-
-    /// Everything under the prefix but the leader's key, which comes and goes.
-    fn journal(&self) -> Vec<(String, String)> {
-        let all = self.etcd.values("/baton/").unwrap();
-        all.into_iter().filter(|(key, _)| key != "/baton/leader").collect()
-    }
-}
-
-fn path(id: &str, more: &str) -> String {
-    format!("/v1/vms/{VM}/handoffs/{id}{more}")
-}
-
-/// An answer at once, or none: a frozen process takes connections and says nothing.
-fn quick(client: Client, path: &str) -> Result<Value> {
-    client.within(Duration::from_millis(700)).call("GET", path, None)
-}
+use std::time::Instant;
+use trio::{COORDINATORS, POLL, SOON, Trio, path};
 
 /// Where a handoff stands when its coordinator is killed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -410,14 +258,6 @@ fn a_leader_that_was_frozen_and_thaws_can_do_nothing() {
     trio.stage.land();
     assert_ne!(trio.stage.at, from);
     assert!(trio.stage.judge() > 20);
-}
-
-impl Trio {
-    /// The guest, which has been moved, goes on.
-    fn goes_on_there(&mut self) {
-        let at = self.stage.at.other();
-        self.stage.world.vmm(at).unwrap().wait_progress(20, SOON).unwrap();
-    }
 }
 
 /// The command finds the one that leads among the addresses it was given, also when the first is frozen or dead.

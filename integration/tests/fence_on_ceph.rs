@@ -80,3 +80,43 @@ fn a_frozen_backend_writes_nothing_when_it_thaws_after_every_default_entry_has_e
     assert_eq!(guest.queue(0).wait_used(MOMENT).unwrap(), None, "a zombie's write was answered");
     assert!(export(&dir, &ceph) == before, "a zombie's write landed");
 }
+
+/// The entry of an earlier client may have been made by somebody else a moment ago, and an OSD may not have heard of it.
+/// Whoever gets the image asks the monitors for the latest map before its first request to the data, so that each OSD
+/// hears of the entry by that request at the latest. What it says to the cluster, and when, is in Ceph's own log of it.
+#[test]
+fn who_gets_an_image_has_the_latest_map_before_it_writes() {
+    if skip_without_ceph("who_gets_an_image_has_the_latest_map_before_it_writes") {
+        return;
+    }
+    let dir = TestDir::new("map").unwrap();
+    let logs =
+        format!("[client]\nlog file = {}/client.$pid.log\ndebug ms = 1", dir.path().display());
+    let ceph = Ceph::start_with(dir.path(), Objects::Memory, &logs).unwrap();
+    ceph.create_image("v", 4 << 20).unwrap();
+    let owner = ["--owner", "host/vm"];
+    let start = |name| Backend::start(dir.path(), name, &ceph.uri("v"), &owner).unwrap();
+    let mut first = start("a");
+    first.daemon.kill().unwrap();
+    // This one makes the entry, and gives the image back; it is not the business of the next any more.
+    let mut second = start("b");
+    assert!(second.daemon.terminate(SOON).unwrap().success());
+    let third = start("c");
+    let mut guest = RawFrontend::connect(&third.socket, Options::default()).unwrap();
+    write_all(&mut guest, 1);
+
+    let log = dir.join(&format!("client.{}.log", third.daemon.pid()));
+    let mut lines = Vec::new();
+    let said = |line: &String, what: &str| line.contains(" --> ") && line.contains(what);
+    wait_until("the first write is in the log", SOON, || {
+        let text = fs::read_to_string(&log).unwrap_or_default();
+        lines = text.lines().map(str::to_owned).collect();
+        lines.iter().any(|line| said(line, ":::rbd_data."))
+    })
+    .unwrap();
+    let write = lines.iter().position(|line| said(line, ":::rbd_data.")).unwrap();
+    let asked = lines[..write].iter().position(|line| said(line, "mon_get_version(what=osdmap"));
+    let answer = |line: &String| line.contains("<== mon.") && line.contains("get_version_reply");
+    let answered = lines[..write].iter().position(answer);
+    assert!(asked.is_some() && answered > asked, "{asked:?} {answered:?}\n{}", lines.join("\n"));
+}

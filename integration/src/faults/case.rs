@@ -6,6 +6,16 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
 
+/// Where the VM's volumes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// On storage servers of Baton's own.
+    Baton,
+    /// Images of a Ceph cluster.
+    Rbd,
+}
+
 /// A process that can be hurt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -18,6 +28,10 @@ pub enum Actor {
     Anchor,
     /// The storage server of the other volume.
     Other,
+    /// The OSD of the Ceph cluster, which has all images and their records.
+    Osd,
+    /// Its monitor, which has the blocklist.
+    Monitor,
     /// `baton-coordinator`.
     Coordinator,
     /// `baton-agent` of the source.
@@ -54,6 +68,8 @@ pub enum Story {
     Restart,
     /// The anchor's server restarts after the seal, then the guest goes on on the source.
     Frozen,
+    /// The source's backend is killed during pre-copy, its next one goes on, then the guest moves.
+    Successor,
 }
 
 /// A named point of a daemon.
@@ -67,34 +83,71 @@ pub struct Point {
     pub stories: &'static [Story],
     /// With so many volumes at least.
     pub volumes: usize,
+    /// On which engines.
+    pub engines: &'static [Engine],
 }
 
 use Actor::{
-    Anchor, Coordinator, DestinationAgent, DestinationBackend, DestinationVmm, Other, SourceAgent,
-    SourceBackend, SourceVmm,
+    Anchor, Coordinator, DestinationAgent, DestinationBackend, DestinationVmm, Monitor, Osd, Other,
+    SourceAgent, SourceBackend, SourceVmm,
 };
-use Story::{Frozen, Move, Race, Restart, Return};
+use Story::{Frozen, Move, Race, Restart, Return, Successor};
+
+const EVERY_ENGINE: &[Engine] = &[Engine::Baton, Engine::Rbd];
 
 const fn point(name: &'static str, owners: &'static [Actor], stories: &'static [Story]) -> Point {
-    Point { name, owners, stories, volumes: 1 }
+    Point { name, owners, stories, volumes: 1, engines: EVERY_ENGINE }
+}
+
+/// A point of servers of our own, or of what is said to them only.
+const fn baton(name: &'static str, owners: &'static [Actor], stories: &'static [Story]) -> Point {
+    Point { engines: &[Engine::Baton], ..point(name, owners, stories) }
+}
+
+/// A point of who changes an image's record, its lock or the blocklist.
+const fn rbd(name: &'static str, owners: &'static [Actor], stories: &'static [Story]) -> Point {
+    Point { engines: &[Engine::Rbd], ..point(name, owners, stories) }
 }
 
 /// Every point of the daemons; a test compares this with their sources.
 pub const POINTS: &[Point] = &[
     // Storage servers, in the order of a move.
-    point("arm.stored", &[Anchor, Other], &[Move]),
-    point("seal.requested", &[Anchor, Other], &[Move]),
-    point("seal.closed", &[Anchor, Other], &[Move, Return]),
-    point("seal.answered", &[Anchor, Other], &[Move]),
-    point("activate.stepped", &[Anchor], &[Move, Race]),
-    point("activate.answered", &[Anchor], &[Move]),
-    point("open.stepped", &[Other], &[Move]),
-    point("open.answered", &[Other], &[Move]),
-    point("reclaim.stored", &[Anchor], &[Return, Race]),
-    point("reclaim.answered", &[Anchor], &[Return]),
-    point("settle.stored", &[Anchor, Other], &[Move, Return]),
-    point("unfreeze.answered", &[Anchor], &[Restart]),
-    point("abdicate.answered", &[Anchor], &[Frozen]),
+    baton("arm.stored", &[Anchor, Other], &[Move]),
+    baton("seal.requested", &[Anchor, Other], &[Move]),
+    baton("seal.closed", &[Anchor, Other], &[Move, Return]),
+    baton("seal.answered", &[Anchor, Other], &[Move]),
+    baton("activate.stepped", &[Anchor], &[Move, Race]),
+    baton("activate.answered", &[Anchor], &[Move]),
+    baton("open.stepped", &[Other], &[Move]),
+    baton("open.answered", &[Other], &[Move]),
+    baton("reclaim.stored", &[Anchor], &[Return, Race]),
+    baton("reclaim.answered", &[Anchor], &[Return]),
+    baton("settle.stored", &[Anchor, Other], &[Move, Return]),
+    baton("unfreeze.answered", &[Anchor], &[Restart]),
+    baton("abdicate.answered", &[Anchor], &[Frozen]),
+    // Who changes an image's record, from reading it to after the swap; its lock, the blocklist, the map.
+    rbd("arm.swapping", &[Coordinator], &[Move]),
+    rbd("arm.swapped", &[Coordinator], &[Move]),
+    rbd("loose.listed", &[SourceBackend], &[Successor]),
+    rbd("lock.broken", &[SourceBackend], &[Successor]),
+    rbd("lock.left", &[SourceBackend], &[Move, Return]),
+    rbd("seal.swapping", &[SourceBackend], &[Move]),
+    rbd("seal.swapped", &[SourceBackend], &[Move, Return]),
+    rbd("activate.swapping", &[DestinationBackend], &[Move, Race]),
+    rbd("activate.swapped", &[DestinationBackend], &[Move, Race]),
+    Point { volumes: 2, ..rbd("open.swapping", &[DestinationBackend], &[Move]) },
+    Point { volumes: 2, ..rbd("open.swapped", &[DestinationBackend], &[Move]) },
+    rbd("map.waited", &[DestinationBackend], &[Move]),
+    rbd("lock.taken", &[DestinationBackend], &[Move]),
+    rbd("image.entered", &[DestinationBackend], &[Move]),
+    rbd("reclaim.swapping", &[SourceBackend], &[Return, Race]),
+    rbd("reclaim.swapped", &[SourceBackend], &[Return, Race]),
+    rbd("image.entered", &[SourceBackend], &[Return]),
+    rbd("settle.swapping", &[Coordinator], &[Move, Return]),
+    rbd("settle.swapped", &[Coordinator], &[Move]),
+    rbd("former.listed", &[Coordinator], &[Move]),
+    rbd("former.noted", &[Coordinator], &[Move]),
+    rbd("entry.ended", &[Coordinator], &[Move]),
     // Backends.
     point("standby.ready", &[DestinationBackend], &[Move]),
     point("seal.sent", &[SourceBackend], &[Move, Return]),
@@ -105,20 +158,18 @@ pub const POINTS: &[Point] = &[
     Point { volumes: 2, ..point("open.sent", &[DestinationBackend], &[Move]) },
     point("reclaim.sent", &[SourceBackend], &[Return, Race]),
     point("reclaimed.heard", &[SourceBackend], &[Return]),
-    point("unfreeze.sent", &[SourceBackend], &[Restart]),
-    point("abdicate.sent", &[DestinationBackend], &[Frozen]),
+    baton("unfreeze.sent", &[SourceBackend], &[Restart]),
+    baton("abdicate.sent", &[DestinationBackend], &[Frozen]),
     // The coordinator.
     point("arm.sent", &[Coordinator], &[Move]),
     point("ready.told", &[Coordinator], &[Move]),
     point("settle.sent", &[Coordinator], &[Move]),
 ];
 
-/// Every process of the matrix.
-pub const ACTORS: &[Actor] = &[
+/// Every process of the matrix that there is on every engine.
+const ACTORS: &[Actor] = &[
     SourceBackend,
     DestinationBackend,
-    Anchor,
-    Other,
     Coordinator,
     SourceAgent,
     DestinationAgent,
@@ -126,9 +177,22 @@ pub const ACTORS: &[Actor] = &[
     DestinationVmm,
 ];
 
+/// Every process of a VM with so many volumes.
+#[must_use]
+pub fn actors(engine: Engine, volumes: usize) -> Vec<Actor> {
+    let storage: &[Actor] = match engine {
+        Engine::Baton if volumes > 1 => &[Anchor, Other],
+        Engine::Baton => &[Anchor],
+        Engine::Rbd => &[Osd, Monitor],
+    };
+    [ACTORS, storage].concat()
+}
+
 /// One accident.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct Case {
+    /// Where the volumes are.
+    pub engine: Engine,
     /// The point at which `owner` stops.
     pub point: &'static str,
     /// Who stops there.
@@ -146,9 +210,10 @@ pub struct Case {
 impl fmt::Display for Case {
     /// `seal.closed@anchor/move kill source-vmm 2v`: what `--filter` looks in.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { point, owner, story, victim, fault, volumes } = self;
+        let Self { engine, point, owner, story, victim, fault, volumes } = self;
         let (story, fault) = (format!("{story:?}").to_lowercase(), format!("{fault:?}"));
-        write!(f, "{point}@{owner}/{story} {} {victim} {volumes}v", fault.to_lowercase())
+        write!(f, "{point}@{owner}/{story} {} {victim} {volumes}v", fault.to_lowercase())?;
+        f.write_str(if *engine == Engine::Rbd { " rbd" } else { "" })
     }
 }
 
@@ -159,19 +224,28 @@ impl fmt::Display for Actor {
     }
 }
 
-/// All cases.
+/// All cases of an engine.
 #[must_use]
-pub fn all() -> Vec<Case> {
+pub fn all(engine: Engine) -> Vec<Case> {
     let mut cases = Vec::new();
     for volumes in [1, 2] {
-        let exists = |actor: Actor| volumes > 1 || actor != Other;
-        for point in POINTS.iter().filter(|point| point.volumes <= volumes) {
-            for &owner in point.owners.iter().filter(|owner| exists(**owner)) {
+        let actors = actors(engine, volumes);
+        let points = POINTS.iter().filter(|point| point.engines.contains(&engine));
+        for point in points.filter(|point| point.volumes <= volumes) {
+            for &owner in point.owners.iter().filter(|owner| actors.contains(owner)) {
                 for &story in point.stories {
-                    for &victim in ACTORS.iter().filter(|victim| exists(**victim)) {
+                    for &victim in &actors {
                         for fault in [Fault::Kill, Fault::Freeze] {
                             let point = point.name;
-                            cases.push(Case { point, owner, story, victim, fault, volumes });
+                            cases.push(Case {
+                                engine,
+                                point,
+                                owner,
+                                story,
+                                victim,
+                                fault,
+                                volumes,
+                            });
                         }
                     }
                 }
@@ -184,30 +258,38 @@ pub fn all() -> Vec<Case> {
 /// An order of the cases in which every prefix is spread over points, victims and faults: first one case for each
 /// point, owner and story, then one more, and so on, with victims and faults in turn.
 #[must_use]
-pub fn shuffled(mut cases: Vec<Case>, seed: u64) -> Vec<Case> {
+pub fn shuffled(cases: Vec<Case>, seed: u64) -> Vec<Case> {
+    sample(cases, seed, usize::MAX)
+}
+
+/// The first `most` of [`shuffled`].
+fn sample(mut cases: Vec<Case>, seed: u64, most: usize) -> Vec<Case> {
     let random = |case: &Case, salt: u64| {
         let text = format!("{case}");
         text.bytes().fold(mix(seed ^ salt), |hash, byte| mix(hash ^ u64::from(byte)))
     };
-    cases.sort_by_key(|case| random(case, 0));
-    let mut left = cases;
+    cases.sort_by_cached_key(|case| random(case, 0));
+    // Numbers of each case's parts, and how often each was taken so far.
+    let (mut points, mut hurts) = (BTreeMap::new(), BTreeMap::new());
+    let mut left: Vec<(Case, [usize; 3])> = Vec::with_capacity(cases.len());
+    for case in cases {
+        let (next_point, next_hurt) = (points.len(), hurts.len());
+        let point = points.entry((case.point, case.owner, case.story)).or_insert(next_point);
+        let hurt = hurts.entry((case.victim, case.fault)).or_insert(next_hurt);
+        left.push((case, [*point, *hurt, case.volumes]));
+    }
+    let mut taken = vec![[0; 3]; left.len() + 3];
     let mut spread: Vec<Case> = Vec::with_capacity(left.len());
-    let (mut points, mut hurts, mut sizes) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-    let point = |case: &Case| (case.point, case.owner, case.story);
-    let hurt = |case: &Case| (case.victim, case.fault);
-    while !left.is_empty() {
+    while !left.is_empty() && spread.len() < most {
         // The case whose parts were taken least often so far, the point first; the shuffle breaks ties.
         let next = (0..left.len()).min_by_key(|&at| {
-            let case = &left[at];
-            let point: usize = points.get(&point(case)).copied().unwrap_or(0);
-            let hurt: usize = hurts.get(&hurt(case)).copied().unwrap_or(0);
-            let size: usize = sizes.get(&case.volumes).copied().unwrap_or(0);
-            (point, hurt, size)
+            let parts = left[at].1;
+            [0, 1, 2].map(|kind| taken[parts[kind]][kind])
         });
-        let case = left.remove(next.expect("some are left"));
-        *points.entry(point(&case)).or_default() += 1;
-        *hurts.entry(hurt(&case)).or_default() += 1;
-        *sizes.entry(case.volumes).or_default() += 1;
+        let (case, parts) = left.remove(next.expect("some are left"));
+        for (kind, part) in parts.into_iter().enumerate() {
+            taken[part][kind] += 1;
+        }
         spread.push(case);
     }
     spread
@@ -222,7 +304,7 @@ mod tests {
 
     /// String literals like `"seal.closed"` in the sources of the daemons, tests apart.
     fn names_in(dir: &Path, names: &mut BTreeSet<String>) {
-        const ENDS: [&str; 9] = [
+        const ENDS: [&str; 19] = [
             "stored",
             "requested",
             "closed",
@@ -232,6 +314,16 @@ mod tests {
             "heard",
             "told",
             "ready",
+            "swapping",
+            "swapped",
+            "listed",
+            "noted",
+            "waited",
+            "broken",
+            "left",
+            "taken",
+            "entered",
+            "ended",
         ];
         for entry in fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
@@ -260,21 +352,24 @@ mod tests {
         // No parts of a handoff.
         found.remove("fence.stored");
         found.remove("release.answered");
+        found.remove("record.swapping");
+        found.remove("record.swapped");
         let known: BTreeSet<String> = POINTS.iter().map(|point| point.name.to_owned()).collect();
         assert_eq!(known, found);
     }
 
     #[test]
     fn a_short_sample_has_every_victim_fault_and_point() {
-        for seed in 0..20 {
-            let sample = &shuffled(all(), seed)[..60];
-            for &victim in ACTORS {
+        for (engine, seed) in (0..20).flat_map(|seed| EVERY_ENGINE.iter().map(move |e| (*e, seed)))
+        {
+            let sample = sample(all(engine), seed, 60);
+            for victim in actors(engine, 2) {
                 for fault in [Fault::Kill, Fault::Freeze] {
                     let has = sample.iter().any(|c| c.victim == victim && c.fault == fault);
                     assert!(has, "seed {seed}: nobody does {fault:?} to {victim}");
                 }
             }
-            for point in POINTS {
+            for point in POINTS.iter().filter(|point| point.engines.contains(&engine)) {
                 assert!(sample.iter().any(|case| case.point == point.name), "{}", point.name);
             }
         }
@@ -282,11 +377,16 @@ mod tests {
 
     #[test]
     fn the_seed_decides_the_order_and_nothing_is_lost() {
-        let names = |seed| shuffled(all(), seed).iter().map(Case::to_string).collect::<Vec<_>>();
-        assert_eq!(names(1), names(1));
-        assert_ne!(names(1), names(2));
-        let set = |seed| names(seed).into_iter().collect::<BTreeSet<_>>();
-        assert_eq!(set(1), set(2));
-        assert_eq!(set(1).len(), all().len());
+        for engine in EVERY_ENGINE {
+            let names = |seed| {
+                let cases = shuffled(all(*engine), seed);
+                cases.iter().map(Case::to_string).collect::<Vec<_>>()
+            };
+            assert_eq!(names(1), names(1));
+            assert_ne!(names(1), names(2));
+            let set = |seed| names(seed).into_iter().collect::<BTreeSet<_>>();
+            assert_eq!(set(1), set(2));
+            assert_eq!(set(1).len(), all(*engine).len());
+        }
     }
 }

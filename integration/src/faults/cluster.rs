@@ -7,6 +7,7 @@ use super::injector::Who;
 use crate::baton::{Environment, READY_TIMEOUT};
 use crate::daemon::Daemon;
 use crate::handoff::{Fleet, ask};
+use crate::images::COORDINATOR_USER;
 use crate::port::free_port;
 use crate::workspace::program;
 use anyhow::{Context, Result, bail};
@@ -15,7 +16,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -37,6 +38,19 @@ pub struct Kept {
     label: String,
     config: PathBuf,
     address: SocketAddr,
+    /// What its command begins with; empty where everybody else is.
+    prefix: Vec<String>,
+}
+
+/// Where a coordinator runs that does not run where everybody else does.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// What its command begins with.
+    pub prefix: Vec<String>,
+    /// Where it listens.
+    pub ip: IpAddr,
+    /// Where it reaches each agent and each server's admin API, by where that one listens.
+    pub through: Vec<(SocketAddr, SocketAddr)>,
 }
 
 impl Kept {
@@ -48,11 +62,22 @@ impl Kept {
         address: SocketAddr,
         env: &Environment,
     ) -> Result<Self> {
+        Self::start_in(dir, (name, label), config, address, env, Vec::new())
+    }
+
+    fn start_in(
+        dir: &Path,
+        (name, label): (&'static str, &str),
+        config: &str,
+        address: SocketAddr,
+        env: &Environment,
+        prefix: Vec<String>,
+    ) -> Result<Self> {
         let path = dir.join(format!("{label}.toml"));
         fs::write(&path, config)?;
-        let daemon = launch(dir, name, label, &path, env)?;
+        let daemon = launch(dir, &prefix, (name, label), &path, env)?;
         let (dir, label) = (dir.to_owned(), label.to_owned());
-        Ok(Self { daemon, dir, name, label, config: path, address })
+        Ok(Self { daemon, dir, name, label, config: path, address, prefix })
     }
 
     /// Where it listens.
@@ -63,7 +88,8 @@ impl Kept {
 
     /// Starts it again.
     pub fn restart(&mut self, env: &Environment) -> Result<()> {
-        self.daemon = launch(&self.dir, self.name, &self.label, &self.config, env)?;
+        let names = (self.name, &*self.label);
+        self.daemon = launch(&self.dir, &self.prefix, names, &self.config, env)?;
         Ok(())
     }
 
@@ -112,8 +138,21 @@ impl Client {
     }
 }
 
-fn launch(dir: &Path, name: &str, label: &str, config: &Path, env: &Environment) -> Result<Daemon> {
-    let mut command = Command::new(program(name)?);
+fn launch(
+    dir: &Path,
+    prefix: &[String],
+    (name, label): (&str, &str),
+    config: &Path,
+    env: &Environment,
+) -> Result<Daemon> {
+    let mut command = match prefix {
+        [] => Command::new(program(name)?),
+        [first, rest @ ..] => {
+            let mut command = Command::new(first);
+            command.args(rest).arg(program(name)?);
+            command
+        }
+    };
     command.arg("--config").arg(config).envs(env.iter().map(|(name, value)| (name, value)));
     let mut daemon = Daemon::start_command(dir, label, command)?;
     daemon.wait_line("listening api=", READY_TIMEOUT)?;
@@ -225,11 +264,21 @@ pub fn one_of_several(
     fleet: &Fleet,
     hosts: [(&str, &AgentHost); 2],
     more: &str,
+    place: Option<&Place>,
 ) -> Result<Kept> {
-    let address = free_port()?;
+    let mut address = free_port()?;
+    let mut prefix = Vec::new();
+    if let Some(place) = place {
+        address.set_ip(place.ip);
+        prefix.clone_from(&place.prefix);
+    }
     let mut config = configuration(address, "", fleet, hosts)?;
+    for (from, to) in place.iter().flat_map(|place| &place.through) {
+        config = config.replace(&format!("http://{from}"), &format!("http://{to}"));
+    }
     write!(config, "[etcd]\nname = \"{name}\"\n{more}")?;
-    Kept::start(dir, "baton-coordinator", name, &config, address, &Vec::new())
+    let names = ("baton-coordinator", name);
+    Kept::start_in(dir, names, &config, address, &Vec::new(), prefix)
 }
 
 fn configuration(
@@ -245,6 +294,10 @@ fn configuration(
     for server in &fleet.servers {
         let (data, admin) = (server.data_address(), server.admin_address());
         writeln!(config, "[[storage]]\ndata = \"{data}\"\nadmin = \"http://{admin}\"")?;
+    }
+    if let Some(images) = &fleet.images {
+        let conf = images.ceph().conf();
+        writeln!(config, "[[ceph]]\nconf = \"{}\"\nid = \"{COORDINATOR_USER}\"", conf.display())?;
     }
     Ok(config)
 }

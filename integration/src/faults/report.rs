@@ -1,6 +1,6 @@
 //! The table of a run: each case and what came of it, which points were passed, and whether that is enough.
 
-use super::case::{Case, POINTS};
+use super::case::{Case, Engine, POINTS, Point};
 use super::run::Outcome;
 use anyhow::Result;
 use serde::Serialize;
@@ -101,18 +101,20 @@ impl Report {
             count(|row| row.outcome.is_none()),
         );
         let _ = writeln!(text, "points passed:");
-        for point in POINTS {
+        let engines: Vec<Engine> = self.rows.iter().map(|row| row.case.engine).collect();
+        let of_these = |point: &&Point| point.engines.iter().any(|e| engines.contains(e));
+        for point in POINTS.iter().filter(of_these) {
             let hits = self.hits.get(point.name).copied().unwrap_or(0);
             let _ = writeln!(text, "  {:20} {hits}", point.name);
         }
         text
     }
 
-    /// Writes `report.txt` and `report.json`.
-    pub fn write(&self, dir: &Path) -> Result<()> {
+    /// Writes `NAME.txt` and `NAME.json`.
+    pub fn write(&self, dir: &Path, name: &str) -> Result<()> {
         fs::create_dir_all(dir)?;
-        fs::write(dir.join("report.txt"), self.text())?;
-        fs::write(dir.join("report.json"), serde_json::to_vec_pretty(&json!(self))?)?;
+        fs::write(dir.join(format!("{name}.txt")), self.text())?;
+        fs::write(dir.join(format!("{name}.json")), serde_json::to_vec_pretty(&json!(self))?)?;
         Ok(())
     }
 }
@@ -124,7 +126,7 @@ mod tests {
 
     #[test]
     fn a_broken_promise_and_a_point_never_passed_are_complaints() {
-        let case = all()[0];
+        let case = all(Engine::Baton)[0];
         let took = Duration::from_millis(5);
         let good = Outcome {
             accident: "hurt",

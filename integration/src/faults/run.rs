@@ -1,10 +1,11 @@
 //! One case from start to end: the story, the accident in it, the orchestrator who brings it to an end, the judge.
 
-use super::case::{Case, Fault, Story};
+use super::case::{Case, Engine, Fault, Story};
 use super::cluster::VM;
 use super::history::{Event, Judge, What, now_ns};
 use super::injector::{Injector, Order, Progress};
 use super::world::{Side, World};
+use crate::images::SharedCeph;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 use serde_json::json;
@@ -15,6 +16,9 @@ use std::time::{Duration, Instant};
 const STEP: Duration = Duration::from_secs(8);
 /// In which one side must go on once everything that was hurt is up again.
 const GO_ON: Duration = Duration::from_secs(25);
+/// The same on RBD: an OSD that was killed reads its disk first, and lets the requests of its groups wait until its
+/// last life's leases are over, 16 s.
+const GO_ON_RBD: Duration = Duration::from_secs(60);
 /// How often conditions are looked at.
 const POLL: Duration = Duration::from_millis(10);
 
@@ -45,8 +49,18 @@ pub struct Outcome {
 }
 
 /// Runs a case in a directory of its own. An error is a broken promise, or a harness that is broken.
-pub fn run(case: Case, times: Times, dir: &Path, hits: &Path) -> Result<Outcome> {
-    let mut world = World::start(dir, case, hits)?;
+/// A case on images has a cluster, which it leaves as it found it.
+pub fn run(
+    case: Case,
+    times: Times,
+    dir: &Path,
+    hits: &Path,
+    ceph: Option<&SharedCeph>,
+) -> Result<Outcome> {
+    let mut world = match ceph {
+        Some(ceph) => World::start_on(ceph, dir, case, hits)?,
+        None => World::start(dir, case, hits)?,
+    };
     world.vmm_mut(Side::Source)?.wait_ready()?;
     world.vmm(Side::Source)?.order("run")?;
     world.vmm(Side::Source)?.wait_progress(20, GO_ON)?;
@@ -55,8 +69,9 @@ pub fn run(case: Case, times: Times, dir: &Path, hits: &Path) -> Result<Outcome>
     let order = Order { owner: case.owner, victim: case.victim, fault: case.fault, hold };
     let id = crate::handoff::Fleet::attempt().id;
     let injector = Injector::start(order, &world.register);
-    let mut play =
-        Play { world, injector, id, fork: None, saved: dir.join("saved"), started: [true, false] };
+    let (fork, saved, started) = (None, dir.join("saved"), [true, false]);
+    let go_on_within = if case.engine == Engine::Rbd { GO_ON_RBD } else { GO_ON };
+    let mut play = Play { world, injector, id, fork, saved, started, go_on_within };
     let told = play.tell(case.story);
     let winner = play.end(told.is_ok())?;
     let accident = match play.injector.progress() {
@@ -86,6 +101,8 @@ struct Play {
     saved: PathBuf,
     /// Whose VMM was told to run the guest.
     started: [bool; 2],
+    /// In which one side must go on.
+    go_on_within: Duration,
 }
 
 impl Play {
@@ -98,11 +115,15 @@ impl Play {
             // The source says that it never sealed, and goes on.
             self.wait_serving(Side::Source)?;
         }
+        if story == Story::Successor {
+            self.world.kill_backend(Side::Source)?;
+            self.wait_serving(Side::Source)?;
+        }
         self.order(Side::Source, "stop")?;
         self.world.vmm(Side::Source)?.save(&self.saved)?;
         self.fork = Some(now_ns());
         match story {
-            Story::Move | Story::Restart => {
+            Story::Move | Story::Restart | Story::Successor => {
                 self.start_destination()?;
                 self.wait_serving(Side::Destination)?;
                 self.finish()
@@ -239,12 +260,12 @@ impl Play {
     /// The orchestrator finds out who has the VM: it waits if the story went well, and calls the handoff off if not.
     fn end(&mut self, told: bool) -> Result<Side> {
         // Whatever was done to a process is over before anybody judges who is gone.
-        self.wait_for("the accident ends", GO_ON, |play| {
+        self.wait_for("the accident ends", self.go_on_within, |play| {
             Ok(play.injector.progress() != Progress::Hurt)
         })?;
         let mut poked = false;
         let mut outcome = None;
-        self.wait_for("the handoff is decided and over", GO_ON, |play| {
+        self.wait_for("the handoff is decided and over", self.go_on_within, |play| {
             if let Some(winner) = play.decided()?
                 && !poked
             {
@@ -273,7 +294,13 @@ impl Play {
         })
         .map_err(|error| self.blame(&error))?;
         let winner = outcome.context("it is decided")?;
-        if self.decided()?.is_some_and(|decided| decided != winner) {
+        let mut anchor = None;
+        // Who has it may have died since.
+        self.wait_for("the anchor is asked", self.go_on_within, |play| {
+            anchor = play.decided()?;
+            Ok(true)
+        })?;
+        if anchor.is_some_and(|decided| decided != winner) {
             bail!("the coordinator says {winner:?}, and the anchor another");
         }
         Ok(winner)
@@ -301,8 +328,8 @@ impl Play {
     /// The winner's guest runs, on volumes that are all its own.
     fn go_on(&mut self, winner: Side) -> Result<&'static str> {
         // A server may have died after its part was done.
-        self.wait_for("all agree on the winner", GO_ON, |play| play.agree(winner))?;
-        self.wait_for("the winner's backend serves", GO_ON, |play| {
+        self.wait_for("all agree on the winner", self.go_on_within, |play| play.agree(winner))?;
+        self.wait_for("the winner's backend serves", self.go_on_within, |play| {
             let host = play.world.host(winner);
             if host.standing().is_ok_and(|standing| standing == "serving") {
                 return Ok(true);
@@ -322,7 +349,7 @@ impl Play {
         self.world.vmm_mut(winner)?.wait_ready()?;
         self.order(winner, "run")?;
         let before = self.world.vmm(winner)?.answered()?;
-        self.wait_for("the winner's guest goes on", GO_ON, |play| {
+        self.wait_for("the winner's guest goes on", self.go_on_within, |play| {
             let now = play.world.vmm(winner)?.answered()?;
             Ok(now.iter().zip(&before).all(|(now, before)| *now >= before + 20))
         })
@@ -346,7 +373,7 @@ impl Play {
     }
 
     fn judge(&mut self, winner: Side, guest: &'static str) -> Result<u64> {
-        let seen = self.world.look(GO_ON)?;
+        let seen = self.world.look(self.go_on_within)?;
         let sources = self.world.histories(Side::Source)?;
         let destinations = self.world.histories(Side::Destination)?;
         let mut judge = Judge::default();

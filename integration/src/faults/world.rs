@@ -1,19 +1,23 @@
-//! All processes of a case: two storage servers, a coordinator, and on each of two hosts an agent with a backend, and a
+//! All processes of a case: two storage servers or a Ceph cluster, a coordinator, and on each of two hosts an agent with a backend, and a
 //! VMM.
 //!
 //! What dies is started again as its supervisor would do it, but not before the injector says so, and never a VMM: a
 //! guest whose VMM is gone is gone, and boots again where its volumes are. Backends are the agents' business.
 
 use super::case::{Actor, Case};
-use super::cluster::{AgentHost, Kept, coordinator, one_of_several};
+use super::cluster::{AgentHost, Kept, Place, coordinator, one_of_several};
 use super::history::{self, Event};
 use super::injector::{Register, Who};
 use super::stub::{Stub, history_path};
-use crate::baton::Environment;
+use crate::baton::{Environment, Storage};
 use crate::daemon::Daemon;
 use crate::handoff::{Begin, Fleet, Host};
+use crate::images::SharedCeph;
 use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -107,24 +111,34 @@ pub struct World {
 impl World {
     /// Starts the servers, the agents, the coordinator, and the backend and the VMM of the source.
     pub fn start(dir: &Path, case: Case, hits: &Path) -> Result<Self> {
-        Self::begin(dir, case.volumes, hits, |actors| environment(case, actors, hits))
+        let env = |actors: &[Actor]| environment(case, actors, hits);
+        let fleet = Fleet::start_in(dir, case.volumes, case.volumes, DISK_BYTES, |n| {
+            env(&[if n == 0 { Actor::Anchor } else { Actor::Other }])
+        })?;
+        Self::begin(dir, fleet, hits, env)
+    }
+
+    /// The same with images of a cluster, named after the directory.
+    pub fn start_on(ceph: &SharedCeph, dir: &Path, case: Case, hits: &Path) -> Result<Self> {
+        let prefix = dir.file_name().context("the directory has a name")?.to_string_lossy();
+        let fleet = Fleet::on_ceph(ceph, &prefix, case.volumes, DISK_BYTES)?;
+        Self::begin(dir, fleet, hits, |actors| environment(case, actors, hits))
     }
 
     /// The same processes with no point at which anybody stops.
     pub fn undisturbed(dir: &Path, volumes: usize) -> Result<Self> {
         let hits = dir.join("hits");
-        Self::begin(dir, volumes, &hits, |_| hits_only(&hits))
+        let env = |_: &[Actor]| hits_only(&hits);
+        let fleet = Fleet::start_in(dir, volumes, volumes, DISK_BYTES, |_| env(&[]))?;
+        Self::begin(dir, fleet, &hits, env)
     }
 
     fn begin(
         dir: &Path,
-        volumes: usize,
+        fleet: Fleet,
         hits: &Path,
         env: impl Fn(&[Actor]) -> Environment,
     ) -> Result<Self> {
-        let fleet = Fleet::start_in(dir, volumes, volumes, DISK_BYTES, |n| {
-            env(&[if n == 0 { Actor::Anchor } else { Actor::Other }])
-        })?;
         let host = |side: Side| {
             let env = env(&[side.agent(), side.backend()]);
             AgentHost::start(dir, side.host(), &fleet, side == Side::Source, &env)
@@ -166,7 +180,20 @@ impl World {
     /// Starts one of several coordinators on one etcd; see [`one_of_several`].
     pub fn one_of_several(&self, name: &str, more: &str) -> Result<Kept> {
         let named = [Side::Source, Side::Destination].map(|side| (side.host(), self.host(side)));
-        one_of_several(&self.dir, name, &self.fleet, named, more)
+        one_of_several(&self.dir, name, &self.fleet, named, more, None)
+    }
+
+    /// The same in another place.
+    pub fn one_of_several_at(&self, place: &Place, name: &str, more: &str) -> Result<Kept> {
+        let named = [Side::Source, Side::Destination].map(|side| (side.host(), self.host(side)));
+        one_of_several(&self.dir, name, &self.fleet, named, more, Some(place))
+    }
+
+    /// Where agents and the servers' admin APIs listen.
+    #[must_use]
+    pub fn doors(&self) -> Vec<SocketAddr> {
+        let agents = self.hosts.iter().map(|host| host.agent.address());
+        agents.chain(self.fleet.servers.iter().map(Storage::admin_address)).collect()
     }
 
     /// Starts a VMM on a host, whose backend runs; an earlier one is killed.
@@ -234,6 +261,12 @@ impl World {
         Ok(())
     }
 
+    /// A host's backend is killed; its agent starts the next one.
+    pub fn kill_backend(&self, side: Side) -> Result<()> {
+        let pid = self.host(side).backend().pid().context("the host has a backend")?;
+        Ok(kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?)
+    }
+
     /// Starts what has died, as its supervisor would.
     pub fn mend(&mut self) {
         if self.last_restart.elapsed() < RESTART {
@@ -253,6 +286,15 @@ impl World {
                 let _ = server.restart();
             }
         }
+        if let Some(images) = &self.fleet.images {
+            let mut ceph = images.ceph();
+            if dead(&mut ceph.mon) {
+                let _ = ceph.restart_mon();
+            }
+            if dead(&mut ceph.osd) {
+                let _ = ceph.restart_osd();
+            }
+        }
         for host in &mut self.hosts {
             if dead(&mut host.agent.daemon) {
                 let _ = host.agent.restart(&hits);
@@ -269,8 +311,8 @@ impl World {
 
     /// Takes the volumes by force, and looks at every block with a guest that knows nothing. Returns what it saw.
     pub fn look(&mut self, timeout: Duration) -> Result<Stub> {
-        for member in &self.fleet.members {
-            self.fleet.servers[member.server].fence(&member.volume, Some(JUDGE))?;
+        for member in 0..self.fleet.members.len() {
+            self.fleet.fence(member, JUDGE)?;
         }
         let env = hits_only(&self.hits);
         let host = Host::start_in(&self.dir, "judge", JUDGE, &self.fleet, Begin::Claim, 1, env)?;
@@ -294,6 +336,11 @@ impl World {
         let child = |daemon: &Daemon| Who::Pid(daemon.pid());
         for (actor, server) in [Actor::Anchor, Actor::Other].into_iter().zip(&self.fleet.servers) {
             now.insert(actor, child(&server.daemon));
+        }
+        if let Some(images) = &self.fleet.images {
+            let ceph = images.ceph();
+            now.insert(Actor::Osd, child(&ceph.osd));
+            now.insert(Actor::Monitor, child(&ceph.mon));
         }
         now.insert(Actor::Coordinator, child(&self.coordinator.daemon));
         for side in [Side::Source, Side::Destination] {

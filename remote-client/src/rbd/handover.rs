@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use baton_fault_point as fault_point;
 use baton_protocol::access::{AccessRecord, By, Input, Phase, Refusal};
 use baton_protocol::handoff::role::Asked;
 use baton_protocol::handoff::{Answer, Open, Outcome, Side, Try};
@@ -237,6 +238,7 @@ impl Shared {
         if ask == Asked::Seal {
             // Nothing is under way, and nothing is sent until the record says so again.
             register.leave()?;
+            fault_point::at("lock.left");
         }
         let (name, session) = (self.owner(), self.session());
         let by = By::Backend { name, session };
@@ -250,8 +252,22 @@ impl Shared {
             }
         };
         let client = register.client();
-        let (outcome, seat) = match register.change(|seat| seat.step(input, Some(client))) {
+        // A frozen record or one that is given up does not exist on images.
+        let [swapping, swapped] = match ask {
+            Asked::Seal => ["seal.swapping", "seal.swapped"],
+            Asked::Activate => ["activate.swapping", "activate.swapped"],
+            Asked::Reclaim | Asked::Abdicate | Asked::Unfreeze { .. } => {
+                ["reclaim.swapping", "reclaim.swapped"]
+            }
+        };
+        let step = |seat: &Seat| {
+            let next = seat.step(input, Some(client));
+            fault_point::at(swapping);
+            next
+        };
+        let (outcome, seat) = match register.change(step) {
             Ok(seat) => {
+                fault_point::at(swapped);
                 let side = match ask {
                     Asked::Activate => Some(Side::Destination),
                     Asked::Reclaim => Some(Side::Source),
@@ -273,8 +289,14 @@ impl Shared {
         let session = self.session();
         let input = Input::Open { attempt: open.attempt, session, proof: open.proof };
         let client = register.client();
-        let epoch = match register.change(|seat| seat.step(input, Some(client))) {
+        let step = |seat: &Seat| {
+            let next = seat.step(input, Some(client));
+            fault_point::at("open.swapping");
+            next
+        };
+        let epoch = match register.change(step) {
             Ok(seat) => {
+                fault_point::at("open.swapped");
                 self.saw(&seat);
                 Some(seat.record.epoch)
             }
@@ -297,7 +319,10 @@ impl Shared {
             return Ok(());
         }
         match register.enter(self.session()) {
-            Ok(seat) => self.saw(&seat),
+            Ok(seat) => {
+                fault_point::at("image.entered");
+                self.saw(&seat);
+            }
             // The record has gone on: the role hears of it, and asks or parks.
             Err(SeatError::Refused(Refusal::StaleEpoch { .. }, seat)) => {
                 self.saw(&seat);

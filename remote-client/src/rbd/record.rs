@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_fault_point as fault_point;
 use baton_protocol::VolumeId;
 use baton_protocol::access::{Input, Refusal};
 
@@ -65,7 +66,20 @@ impl ImageRecord {
     /// # Errors
     /// [`RecordError`]; a refusal changes nothing.
     pub fn change(&self, input: Input<'_>) -> Result<Seat, RecordError> {
-        self.register.change(|seat| seat.step(input, None)).map_err(|error| self.failed(error))
+        let [swapping, swapped] = match input {
+            Input::Arm { .. } => ["arm.swapping", "arm.swapped"],
+            Input::Settle { .. } => ["settle.swapping", "settle.swapped"],
+            _ => ["record.swapping", "record.swapped"],
+        };
+        let changed = self.register.change(|seat| {
+            let next = seat.step(input, None);
+            fault_point::at(swapping);
+            next
+        });
+        if changed.is_ok() {
+            fault_point::at(swapped);
+        }
+        changed.map_err(|error| self.failed(error))
     }
 
     /// Takes the image from its owner: every client that could still write is on

@@ -6,6 +6,7 @@
 use std::io;
 use std::sync::Arc;
 
+use baton_fault_point as fault_point;
 use baton_protocol::access::Refusal;
 use baton_protocol::{SessionId, VolumeId};
 
@@ -124,10 +125,14 @@ impl Register {
             let clients = which(&seat);
             for client in &clients {
                 self.blocklist(client)?;
+                fault_point::at("former.listed");
             }
             all.extend(clients);
             let listed = seat.clone().with_listed(&all);
             if listed == seat || self.swap(text.as_deref(), &listed)? {
+                if !all.is_empty() {
+                    fault_point::at("former.noted");
+                }
                 return Ok((listed, all));
             }
         }
@@ -145,6 +150,7 @@ impl Register {
         if dead.listed {
             let ended = self.image.pool.cluster.unlist(&dead.client);
             ended.map_err(failed("end a dead client's entry on the blocklist"))?;
+            fault_point::at("entry.ended");
         }
         self.change(|seat| {
             let mut seat = seat.clone();
@@ -168,6 +174,7 @@ impl Register {
             let loose: Vec<String> = seat.loose().map(str::to_owned).collect();
             for client in &loose {
                 self.blocklist(client)?;
+                fault_point::at("loose.listed");
             }
             let client = Some(self.client.clone());
             let entered = Seat { client, ..seat.clone() }.with_listed(&loose);
@@ -176,6 +183,7 @@ impl Register {
             }
         };
         self.image.pool.cluster.barrier().map_err(failed("wait for the cluster's map"))?;
+        fault_point::at("map.waited");
         loop {
             let lock = self.image.lock_owner().map_err(failed("look at the lock"))?;
             if lock.as_ref() != Some(&self.client) {
@@ -188,11 +196,15 @@ impl Register {
                         self.blocklist(&client)?;
                         let broken = self.image.break_lock(&client);
                         broken.map_err(failed("break the earlier client's lock"))?;
+                        fault_point::at("lock.broken");
                     }
                 }
             }
             match self.image.lock() {
-                Ok(()) => return Ok(seat),
+                Ok(()) => {
+                    fault_point::at("lock.taken");
+                    return Ok(seat);
+                }
                 // Somebody was faster: look who.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EROFS | libc::EBUSY)) => {}
                 Err(error) => return Err(failed("take the exclusive lock")(error)),
