@@ -60,6 +60,39 @@ impl Running {
         let late = asked[first_new..].iter().find(|asked| old.contains(&asked.connection));
         assert_eq!(late, None, "the source asked after the destination");
     }
+
+    /// The guest moves away from `host`, which is where it is afterwards, and the coordinator is killed when the row is
+    /// `at` this state. False: by then it was not any more.
+    fn is_killed_at(&mut self, dir: &TestDir, at: &str, host: &mut usize) -> bool {
+        let (before, old) = self.asked();
+        let mut operator = self.migrate_in_the_background(dir, HOSTS[1 - *host]);
+        self.wait_state(at);
+        let killing = now_us();
+        self.cluster.coordinator.kill().unwrap();
+        let killed = now_us();
+        self.cluster.restart_coordinator().unwrap();
+        operator.wait_exit(2 * SOON).unwrap();
+        let last = self.last();
+        assert_eq!(last["over"], true, "{last:#}");
+        // When it came to be in each state, as the journal has it.
+        let reached = last["reached_unix_us"].as_object().unwrap();
+        let times = || reached.iter().map(|(state, us)| (us.as_u64().unwrap(), &**state));
+        let state = times().filter(|(us, _)| *us <= killed).max().unwrap().1;
+        let hit = state == at && times().all(|(us, _)| us <= killing || us > killed);
+        eprintln!("killed at {state}: the {} won", last["outcome"]);
+        if hit && at == "ACTIVE" {
+            assert_eq!(last["outcome"], "destination", "it was decided: {last:#}");
+        }
+        if last["outcome"] == "destination" {
+            *host = 1 - *host;
+            self.goes_on_at(*host);
+            self.nothing_more_by(&old, before);
+        } else {
+            self.serves_at(*host);
+        }
+        assert_ne!(self.standing(1 - *host), "serving", "both serve");
+        hit
+    }
 }
 
 impl<Server> Running<Server> {
@@ -95,39 +128,6 @@ impl<Server> Running<Server> {
         let mut command = self.cluster.command(&["vm", "migrate", VM, "--to", to]).unwrap();
         command.stdin(std::process::Stdio::null());
         Daemon::start_command(dir.path(), "operator", command).unwrap()
-    }
-
-    /// The guest moves away from `host`, which is where it is afterwards, and the coordinator is killed when the row is
-    /// `at` this state. False: by then it was not any more.
-    fn is_killed_at(&mut self, dir: &TestDir, at: &str, host: &mut usize) -> bool {
-        let (before, old) = self.asked();
-        let mut operator = self.migrate_in_the_background(dir, HOSTS[1 - *host]);
-        self.wait_state(at);
-        let killing = now_us();
-        self.cluster.coordinator.kill().unwrap();
-        let killed = now_us();
-        self.cluster.restart_coordinator().unwrap();
-        operator.wait_exit(2 * SOON).unwrap();
-        let last = self.last();
-        assert_eq!(last["over"], true, "{last:#}");
-        // When it came to be in each state, as the journal has it.
-        let reached = last["reached_unix_us"].as_object().unwrap();
-        let times = || reached.iter().map(|(state, us)| (us.as_u64().unwrap(), &**state));
-        let state = times().filter(|(us, _)| *us <= killed).max().unwrap().1;
-        let hit = state == at && times().all(|(us, _)| us <= killing || us > killed);
-        eprintln!("killed at {state}: the {} won", last["outcome"]);
-        if hit && at == "ACTIVE" {
-            assert_eq!(last["outcome"], "destination", "it was decided: {last:#}");
-        }
-        if last["outcome"] == "destination" {
-            *host = 1 - *host;
-            self.goes_on_at(*host);
-            self.nothing_more_by(&old, before);
-        } else {
-            self.serves_at(*host);
-        }
-        assert_ne!(self.standing(1 - *host), "serving", "both serve");
-        hit
     }
 
     fn last(&self) -> serde_json::Value {
