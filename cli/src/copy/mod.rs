@@ -33,6 +33,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use baton_protocol::units::SECTOR_BYTES;
 use baton_remote_client::{IoError, OpenError, QueueError, VolumeUri};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -46,9 +47,6 @@ pub(crate) use side::Role;
 use side::Side;
 pub(crate) use state::StateError;
 use state::{About, State, StateFile};
-
-/// What a file's length is counted in.
-const SECTOR_BYTES: u64 = 512;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CopyError {

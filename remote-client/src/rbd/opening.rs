@@ -48,7 +48,7 @@ const SETTINGS: [(&str, &str); 8] = [
 ];
 /// What makes it faster, where the library knows it and neither image nor pool
 /// has its own. The scheduler holds writes back to merge them, which guests have
-/// done before; it is 15 to 40 % of this process's time for a small write at depth 32.
+/// done before; docs/performance.md has what it costs.
 const TUNING: [(&str, &str); 1] = [("rbd_io_scheduler", "none")];
 /// Of `SETTINGS`, the ones that an image or its pool may have of its own, which wins.
 const IMAGE_SETTINGS: usize = 6;
