@@ -9,7 +9,7 @@ use baton_protocol::message::OWNER_BYTES_MAX;
 use baton_protocol::{SessionId, Status};
 
 use crate::baton::Timing;
-use crate::baton::volume::{BatonVolume, Servers};
+use crate::baton::{claim::Servers, volume::BatonVolume};
 use crate::file::FileVolume;
 use crate::nbd::volume::NbdVolume;
 use crate::rbd::{RbdError, RbdVolume};

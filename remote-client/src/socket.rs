@@ -62,11 +62,16 @@ impl Endpoint {
         Ok(Self::Tcp { server: server.clone(), addresses, user_timeout_ms })
     }
 
+    /// Whether there is a name to resolve.
+    pub(crate) fn has_name(&self) -> bool {
+        matches!(self, Self::Tcp { server, .. } if server.host.parse::<std::net::IpAddr>().is_err())
+    }
+
     /// Resolves the name again, which may block. A name that does not resolve
     /// any more leaves the old addresses.
     pub(crate) fn refresh(&self) {
         if let Self::Tcp { server, addresses, .. } = self
-            && server.host.parse::<std::net::IpAddr>().is_err()
+            && self.has_name()
             && let Ok(found) = lookup(server)
         {
             *addresses.lock().unwrap_or_else(PoisonError::into_inner) = found;

@@ -240,6 +240,37 @@ fn a_queue_that_is_opened_again_goes_on_with_its_numbers() {
     assert!(volume.open_queue(u16::MAX, 4).is_err());
 }
 
+/// One thread attends to all volumes: what one listener does must not cost the others.
+#[test]
+fn a_listener_that_panics_or_lets_its_volume_go_does_not_disturb_other_volumes() {
+    let servers = [(); 3].map(|()| TinyServer::tcp(Server::new(1 << 20)));
+    let [panics, leaves, stays] = servers.each_ref().map(|server| opened(&server.uri));
+    let told = listen(&stays);
+    panics.set_listener(Arc::new(|_| panic!("a listener's own fault")));
+    let last = Mutex::new(Some(Arc::clone(&leaves)));
+    let (tell, left) = std::sync::mpsc::channel();
+    leaves.set_listener(Arc::new(move |_| {
+        drop(last.lock().expect("the volume").take());
+        tell.send(()).expect("the test waits");
+    }));
+    drop(leaves);
+    let grown = Event { id: 1, kind: EventKind::Resized, value: 2 << 20 };
+    for server in &servers {
+        server.state().tell(grown);
+    }
+    // It would wait three seconds for a thread that is itself.
+    left.recv_timeout(Duration::from_secs(2)).expect("nobody waits for the thread in itself");
+    eventually("told", || told.lock().expect("events").contains(&VolumeEvent::Resized(2 << 20)));
+    // The one whose listener panicked can be closed.
+    panics.close(false);
+    eventually("the connections are closed", || servers[0].state().connections() == 0);
+    // And a volume that comes later is attended to.
+    let later = opened(&servers[0].uri);
+    let told = listen(&later);
+    servers[0].state().tell(Event { id: 2, value: 3 << 20, ..grown });
+    eventually("told", || told.lock().expect("events").contains(&VolumeEvent::Resized(3 << 20)));
+}
+
 #[test]
 fn growth_reaches_the_listener_and_the_geometry() {
     let mut server = TinyServer::tcp(Server::new(1 << 20));

@@ -11,6 +11,8 @@
 //!
 //! | module | noun |
 //! |---|---|
+//! | [`claim`] | how a volume is found |
+//! | [`control`] | the thread that attends to the control links of all volumes |
 //! | [`handover`] | what all links of a volume know of a handoff |
 //! | [`ledger`] | what was acknowledged and not flushed, and whether it was lost |
 //! | [`session`] | one conversation over any number of connections, sans-IO |
@@ -18,6 +20,8 @@
 //! | [`queue`] | a virtqueue's link |
 //! | [`volume`] | the control link, and what all links of a volume share |
 
+pub(crate) mod claim;
+mod control;
 pub(crate) mod handover;
 pub(crate) mod ledger;
 pub(crate) mod link;

@@ -1,55 +1,44 @@
-//! A Baton volume: claims it, keeps watch over it on the control connection,
-//! and gives it back.
+//! A Baton volume: what its control connection and its queues share.
 //!
-//! The control connection has a thread of its own, which sleeps until there is
-//! news: an idle volume wakes nobody. It carries no I/O; queues connect
-//! themselves, with the epoch that the control connection was granted, and the
-//! loss of one connection does not disturb the others.
+//! The control connection claims the volume, keeps watch over it and gives it
+//! back. It carries no I/O; queues connect themselves, with the epoch that the
+//! control connection was granted, and the loss of one connection does not disturb
+//! the others.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use std::{io, thread};
 
-use baton_protocol::message::{EventKind, Welcome};
-use baton_protocol::{AccessMode, QueueId, Seq, Status};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use baton_protocol::message::Welcome;
+use baton_protocol::{AccessMode, QueueId, Seq};
 
+use super::claim::{Servers, claim};
+use super::control::{self, RELEASE_WAIT};
 use super::handover::{Errands, Handover};
 use super::ledger::Ledger;
 use super::link::Link;
-use super::queue::{BatonQueue, Halt, Reporter};
-use super::session::{DropReason, Grant, Identity, LostReason, Notice, Session, Timing};
+use super::queue::{BatonQueue, Halt};
+use super::session::{Grant, Identity, Session, Timing};
 use crate::handoff::HandoffPort;
 use crate::open::{OpenError, OpenOptions, random_nonzero};
 use crate::socket::{Endpoint, Wake};
-use crate::uri::HostPort;
 use crate::volume::{
     EventListener, Geometry, QueueError, Volume, VolumeEvent, VolumeQueue, VolumeState,
 };
 
-/// How long `close` waits for the server to take the volume back.
-const RELEASE_WAIT: Duration = Duration::from_secs(2);
-/// Pause between rounds of attempts while a volume is opened.
-const OPEN_PAUSE: Duration = Duration::from_millis(50);
-/// Sent data that nobody acknowledges for this long ends the connection.
-const USER_TIMEOUT_MS: u32 = 15_000;
-/// Names are resolved again at most this often while the server is away.
-const RESOLVE_PAUSE: Duration = Duration::from_secs(1);
-
 /// What the links of one volume share.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    who: Identity,
+    pub(super) who: Identity,
     timing: Timing,
-    endpoint: Arc<Endpoint>,
+    pub(super) endpoint: Arc<Endpoint>,
     grant: Grant,
     geometry: Geometry,
     size_bytes: AtomicU64,
     /// From HELLO to WELCOME of the control connection, µs.
-    welcomed_after_us: AtomicU64,
+    pub(super) welcomed_after_us: AtomicU64,
     ledger: Arc<Ledger>,
     control: Arc<Wake>,
     /// `None` once the control thread is done.
@@ -59,24 +48,24 @@ pub(crate) struct Shared {
     done: Condvar,
 }
 
-/// The control connection. Served by its thread; whoever has something to ask
+/// The control connection. Served by the control thread; whoever has something to ask
 /// sends it at once when the thread is asleep, without waking it. Locked before
 /// the hub, and by no one who calls a listener.
 #[derive(Debug)]
-struct Line {
-    link: Link,
-    errands: Errands,
+pub(super) struct Line {
+    pub(super) link: Link,
+    pub(super) errands: Errands,
 }
 
 pub(super) struct Hub {
-    halt: Option<Halt>,
+    pub(super) halt: Option<Halt>,
     /// Queues, and the control connection, that lost their connection.
     down: BTreeSet<u16>,
     told: VolumeState,
     listener: Option<EventListener>,
     /// Every queue that was ever opened.
     queues: BTreeMap<u16, QueueRecord>,
-    closing: Option<GiveBack>,
+    pub(super) closing: Option<GiveBack>,
     control_done: bool,
     pub(super) handover: Handover,
 }
@@ -92,7 +81,7 @@ impl std::fmt::Debug for Hub {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum GiveBack {
+pub(super) enum GiveBack {
     Yes,
     No,
 }
@@ -141,7 +130,7 @@ impl Shared {
         self.hub.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn line(&self) -> MutexGuard<'_, Option<Line>> {
+    pub(super) fn line(&self) -> MutexGuard<'_, Option<Line>> {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -216,8 +205,15 @@ impl Shared {
         }
     }
 
+    /// The control connection is over, and nobody attends to it any more.
+    pub(super) fn left(&self) {
+        *self.line() = None;
+        self.hub().control_done = true;
+        self.done.notify_all();
+    }
+
     /// Tells the listener what it was not told yet. Control thread only.
-    fn tell(&self, grown: Option<u64>) {
+    pub(super) fn tell(&self, grown: Option<u64>) {
         let (state, listener) = {
             let mut hub = self.hub();
             let state = hub.state();
@@ -237,7 +233,7 @@ impl Shared {
     }
 
     /// Records a size; returns it when the volume grew.
-    fn grow(&self, size_bytes: u64) -> Option<u64> {
+    pub(super) fn grow(&self, size_bytes: u64) -> Option<u64> {
         let before = self.size_bytes.fetch_max(size_bytes, Ordering::AcqRel);
         (size_bytes > before).then_some(size_bytes)
     }
@@ -247,12 +243,6 @@ impl Shared {
 #[derive(Debug)]
 pub(crate) struct BatonVolume {
     shared: Arc<Shared>,
-}
-
-/// Where to look for a volume.
-pub(crate) enum Servers {
-    Tcp(Vec<HostPort>),
-    Unix(std::path::PathBuf),
 }
 
 impl BatonVolume {
@@ -323,12 +313,7 @@ impl BatonVolume {
         // Of the same epoll instance.
         let wake = link.wake_fd().try_clone_to_owned()?;
         *shared.line() = Some(Line { link, errands: Errands::default() });
-        let watch = Arc::clone(&shared);
-        thread::Builder::new().name("baton-control".to_owned()).spawn(move || {
-            // Also when the thread panics: `close` must not wait in vain.
-            let _done = SignalDone(&watch);
-            control(&watch, wake.as_fd());
-        })?;
+        control::attend(Arc::clone(&shared), wake)?;
         Ok(Self { shared })
     }
 }
@@ -345,226 +330,8 @@ impl Line {
     }
 }
 
-struct SignalDone<'a>(&'a Shared);
-
-impl Drop for SignalDone<'_> {
-    fn drop(&mut self) {
-        *self.0.line() = None;
-        self.0.hub().control_done = true;
-        self.0.done.notify_all();
-    }
-}
-
-/// Tries server after server until one answers or the time is over.
-fn claim(
-    servers: &Servers,
-    who: &Identity,
-    options: &OpenOptions,
-) -> Result<(Link, Welcome), OpenError> {
-    let deadline = Instant::now() + options.connect_timeout;
-    loop {
-        let count = match servers {
-            Servers::Tcp(list) => list.len(),
-            Servers::Unix(_) => 1,
-        };
-        let mut last = None;
-        for index in 0..count {
-            let left = deadline.saturating_duration_since(Instant::now());
-            // Later servers get their share when an earlier one is silent.
-            let share = left / u32::try_from(count - index).unwrap_or(1);
-            match attempt(servers, index, who, options, Instant::now() + share)? {
-                Attempt::Welcomed(link, welcome) => return Ok((*link, welcome)),
-                Attempt::Failed(error) => last = Some(error),
-            }
-        }
-        if Instant::now() + OPEN_PAUSE >= deadline {
-            return Err(last.unwrap_or(OpenError::NoServer));
-        }
-        thread::sleep(OPEN_PAUSE);
-    }
-}
-
-enum Attempt {
-    Welcomed(Box<Link>, Welcome),
-    /// May be better the next time.
-    Failed(OpenError),
-}
-
-/// One connection to one server. An error is final: trying again cannot help.
-fn attempt(
-    servers: &Servers,
-    index: usize,
-    who: &Identity,
-    options: &OpenOptions,
-    until: Instant,
-) -> Result<Attempt, OpenError> {
-    let endpoint = match servers {
-        Servers::Tcp(list) => match Endpoint::resolve(&list[index], USER_TIMEOUT_MS) {
-            Ok(endpoint) => endpoint,
-            Err(source) => {
-                let host = list[index].host.clone();
-                return Ok(Attempt::Failed(OpenError::Resolve { host, source }));
-            }
-        },
-        Servers::Unix(path) => Endpoint::Unix(path.clone()),
-    };
-    let server = endpoint.to_string();
-    let now = Instant::now();
-    let mut session =
-        Session::new(who.clone(), options.timing, None, 0, Seq(1), random_nonzero(), now);
-    session.start(now);
-    let mut link = Link::new(session, Arc::new(endpoint), false).map_err(OpenError::System)?;
-    loop {
-        link.poll(&mut Vec::new());
-        while let Some(notice) = link.session().pop_notice() {
-            match notice {
-                Notice::Welcomed(welcome) => return Ok(Attempt::Welcomed(Box::new(link), welcome)),
-                Notice::Dropped(reason) => return failed(server, reason).map(Attempt::Failed),
-                Notice::Lost(LostReason::Refused { status, text }) => {
-                    return Err(refused(server, who, status, text));
-                }
-                Notice::Lost(_)
-                | Notice::Fenced
-                | Notice::Event(_)
-                | Notice::Released
-                | Notice::WritesLost(_)
-                | Notice::StandsBy
-                | Notice::View { .. }
-                | Notice::Answered { .. }
-                | Notice::Opened(_)
-                | Notice::Stuck
-                | Notice::FirstAnswer => {}
-            }
-        }
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            let after_ms = options.connect_timeout.as_millis();
-            return Ok(Attempt::Failed(OpenError::Timeout { server, after_ms }));
-        }
-        wait(link.wake_fd(), Some(left));
-    }
-}
-
-fn failed(server: String, reason: DropReason) -> Result<OpenError, OpenError> {
-    match reason {
-        DropReason::Connect(source) => Ok(OpenError::Unreachable { server, source }),
-        DropReason::Violation(violation) => {
-            Err(OpenError::NotBaton { server, source: Box::new(violation) })
-        }
-        reason => Ok(OpenError::NoAnswer { server, source: Box::new(reason) }),
-    }
-}
-
-fn refused(server: String, who: &Identity, status: Status, text: String) -> OpenError {
-    let volume = who.volume.clone();
-    match status {
-        Status::NoSuchVolume => OpenError::NoSuchVolume { server, volume },
-        Status::NotOwner => OpenError::NotOwner { server, volume, text },
-        Status::Version => OpenError::Version { server, text },
-        _ => OpenError::Refused { server, volume, status, text },
-    }
-}
-
-/// Waits until the descriptor is readable, at most `limit`.
-fn wait(fd: BorrowedFd<'_>, limit: Option<Duration>) {
-    // One more millisecond, so that a wait rounded down does not spin.
-    let timeout = limit.map_or(PollTimeout::NONE, |limit| {
-        PollTimeout::try_from(limit + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
-    });
-    // An interrupted wait is a short one; the caller looks again anyway.
-    let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout);
-}
-
-/// The control thread; `wake` tells of anything at the control connection.
-fn control(shared: &Shared, wake: BorrowedFd<'_>) {
-    let mut reporter = Reporter::default();
-    let mut resolved = Instant::now();
-    let mut release_until = None;
-    loop {
-        let Some(news) = attend(shared, &mut reporter, &mut release_until) else { return };
-        shared.tell(news.grown);
-        // What happens to a volume that is being given back is not news: this process asked for it.
-        if release_until.is_none() {
-            shared.tell_of_handoff(news.of_handoff);
-        }
-        if news.unreachable && resolved.elapsed() >= RESOLVE_PAUSE {
-            shared.endpoint.refresh();
-            resolved = Instant::now();
-        }
-        let limit = release_until.map(|until| until.saturating_duration_since(Instant::now()));
-        if limit.is_some_and(|limit| limit.is_zero()) {
-            tracing::warn!(
-                volume = shared.who.volume,
-                "the storage server did not take the volume back in time; it stays with this owner"
-            );
-            return;
-        }
-        wait(wake, limit);
-    }
-}
-
-fn micros(time: Option<Duration>) -> u64 {
+pub(super) fn micros(time: Option<Duration>) -> u64 {
     time.map_or(0, |time| time.as_micros().try_into().unwrap_or(u64::MAX))
-}
-
-/// What a look at the control connection brought.
-#[derive(Default)]
-struct News {
-    grown: Option<u64>,
-    of_handoff: Vec<Notice>,
-    unreachable: bool,
-}
-
-/// Does what is due at the control connection. `None`: it is over.
-fn attend(
-    shared: &Shared,
-    reporter: &mut Reporter,
-    release_until: &mut Option<Instant>,
-) -> Option<News> {
-    let mut line = shared.line();
-    let Line { link, errands } = line.as_mut()?;
-    link.wake().take();
-    let (closing, halt) = {
-        let hub = shared.hub();
-        (hub.closing, hub.halt)
-    };
-    match halt {
-        Some(Halt::Fenced) => link.session().fence(),
-        Some(Halt::Lost) => link.session().lose(LostReason::Gone),
-        None => {}
-    }
-    if closing.is_some() {
-        let owner = link.session().who().mode == AccessMode::Owner
-            && halt.is_none()
-            && !shared.course().held;
-        if closing != Some(GiveBack::Yes) || !owner {
-            return None;
-        }
-        link.session().release();
-        release_until.get_or_insert_with(|| Instant::now() + RELEASE_WAIT);
-    }
-    errands.run(link.session(), shared);
-    link.poll(&mut Vec::new());
-    let mut news = News::default();
-    while let Some(notice) = link.session().pop_notice() {
-        reporter.report(&notice, link.session(), shared);
-        match notice {
-            Notice::Welcomed(welcome) => {
-                let after = micros(link.session().welcomed_after());
-                shared.welcomed_after_us.store(after, Ordering::Relaxed);
-                news.grown = shared.grow(welcome.size_bytes).or(news.grown);
-            }
-            Notice::Event(event) if event.kind == EventKind::Resized => {
-                news.grown = shared.grow(event.value).or(news.grown);
-            }
-            Notice::Dropped(DropReason::Connect(_) | DropReason::ConnectTimeout(_)) => {
-                news.unreachable = true;
-            }
-            Notice::Released => return None,
-            notice => news.of_handoff.push(notice),
-        }
-    }
-    Some(news)
 }
 
 impl Volume for BatonVolume {
@@ -629,8 +396,11 @@ impl Volume for BatonVolume {
             hub.closing = Some(if give_back { GiveBack::Yes } else { GiveBack::No });
         }
         self.shared.control.notify();
-        // A little longer than the thread itself waits; it may also be asking
-        // for a name, which can take long, and then it ends by itself later.
+        if control::is_here() {
+            // A listener has the last hold on the volume: its thread attends to it next.
+            return;
+        }
+        // A little longer than the thread itself waits.
         let limit = RELEASE_WAIT + Duration::from_secs(1);
         let waited = self.shared.done.wait_timeout_while(hub, limit, |hub| !hub.control_done);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
