@@ -8,12 +8,14 @@
 //! | [`session`] | one connection's requests, judged (pure) |
 //! | `handshake` | from an accepted socket to a welcomed connection |
 //! | `worker` | the data path |
+//! | [`listeners`] | whom to tell of news |
 //! | [`admin`] | the REST API and metrics |
 //! | [`server`] | all of it put together |
 //!
-//! Under `--cfg loom` only the gate is built, for its proofs.
+//! Under `--cfg loom` only the gate and the listeners are built, for their proofs.
 
 pub mod gate;
+pub mod listeners;
 
 #[cfg(not(loom))]
 pub mod admin;

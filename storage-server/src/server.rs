@@ -106,11 +106,7 @@ pub async fn start(config: Config) -> Result<Server, StartError> {
         .map_err(io::Error::from)?;
     let announce: Announce = {
         let mailboxes = mailboxes.clone();
-        Arc::new(move |volume| {
-            for mailbox in &mailboxes {
-                mailbox.send(Message::News(volume));
-            }
-        })
+        Arc::new(move |worker: usize, volume| mailboxes[worker].send(Message::News(volume)))
     };
     let volumes = Arc::new(Volumes::new(Arc::clone(&store), config.workers, boot_id()?, announce)?);
 

@@ -22,7 +22,8 @@ use baton_protocol::message::HELLO_BYTES_MAX;
 use baton_protocol::units::SECTOR_BYTES;
 use baton_protocol::window::Window;
 use baton_protocol::{
-    AccessMode, Epoch, Features, Opcode, QueueId, ReplyHeader, RequestHeader, Seq, Status, Welcome,
+    AccessMode, Epoch, Features, Opcode, QueueId, ReplyHeader, RequestHeader, Seq, Status,
+    VolumeId, Welcome,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -138,7 +139,7 @@ impl Lobby {
         if takes_part && is_new {
             volume.incarnations.came(&wanted.hello.owner, header.session);
         }
-        let desk = self.choose(header.queue);
+        let desk = self.choose(header.queue, volume.id());
         let weight = if header.queue == QueueId::CONTROL { 1 } else { QUEUE_WEIGHT };
         desk.load.fetch_add(weight, Ordering::Relaxed);
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
@@ -260,14 +261,16 @@ impl Lobby {
         reply(Opcode::Hello, header.seq, epoch, Status::Ok, &body)
     }
 
-    /// The least loaded worker.
-    fn choose(&self, queue: QueueId) -> Desk {
-        let least = self.desks.iter().enumerate().min_by_key(|(n, desk)| {
-            // Spread control connections from the other end.
-            let tie = if queue == QueueId::CONTROL { self.desks.len() - n } else { *n };
-            (desk.load.load(Ordering::Relaxed), tie)
-        });
-        least.map(|(_, desk)| desk.clone()).expect("there is a worker")
+    /// The least loaded worker; for control connections the volume's: what one of them
+    /// does is news to the others.
+    fn choose(&self, queue: QueueId, volume: VolumeId) -> Desk {
+        if queue == QueueId::CONTROL {
+            let volumes = self.desks.len() as u64;
+            let n = usize::try_from(volume.0 % volumes).expect("less than there are workers");
+            return self.desks[n].clone();
+        }
+        let least = self.desks.iter().min_by_key(|desk| desk.load.load(Ordering::Relaxed));
+        least.cloned().expect("there is a worker")
     }
 
     fn hand_over<S: Socket>(&self, socket: S, ready: Ready) {

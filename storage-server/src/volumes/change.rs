@@ -255,6 +255,8 @@ impl RunningVolume {
         match request.step() {
             // The winner knows it, and the guest waits for its first answers.
             AccessStep::Activate | AccessStep::Open => self.common.quiet.announce(self.id()),
+            // Only those who wait to hear it have anything to do then, and the guest stands still.
+            AccessStep::Seal | AccessStep::Sealed => self.announce_to_listeners(),
             _ => self.announce(),
         }
     }

@@ -43,22 +43,39 @@ pub use change::{Begun, ChangeError, Control};
 pub use events::Events;
 pub use incarnations::Incarnations;
 pub use request::{Asker, Request, SeenOwner};
-pub use running::{Connection, RunningVolume};
+pub use running::{Connection, Ears, RunningVolume};
 pub use seal::{Arrivals, SealWait, Sealing};
 pub use seat::{Killer, Lease, NoSeat, Seat};
 
 /// Most queues of one session. A client needs one per virtqueue and one more.
 pub const QUEUES_MAX: usize = 512;
 
-/// Told after something was published, so that parked requests are looked at.
-pub type Announce = Arc<dyn Fn(VolumeId) + Send + Sync>;
+/// Has a worker look at a volume's parked requests, after something was published.
+pub type Announce = Arc<dyn Fn(usize, VolumeId) + Send + Sync>;
+
+/// Tells workers that there is something to look at.
+#[derive(Clone)]
+pub(crate) struct Announcer {
+    slots: usize,
+    announce: Announce,
+}
+
+impl Announcer {
+    pub(crate) fn to_all(&self, volume: VolumeId) {
+        (0..self.slots).for_each(|worker| self.to(worker, volume));
+    }
+
+    pub(crate) fn to(&self, worker: usize, volume: VolumeId) {
+        (self.announce)(worker, volume);
+    }
+}
 
 /// What all volumes of a server share.
 pub(crate) struct Common {
     pub(crate) store: Arc<Store>,
     /// This incarnation of the server.
     pub(crate) boot_id: u64,
-    pub(crate) announce: Announce,
+    pub(crate) announce: Announcer,
     pub(crate) quiet: Arc<Quiet>,
     pub(crate) keeper: Arc<Keeper>,
     pub(crate) metrics: Arc<AccessMetrics>,
@@ -118,7 +135,8 @@ impl Volumes {
     ) -> Result<Self, DamagedRecord> {
         let metrics = Arc::new(AccessMetrics::default());
         let keeper = Arc::new(Keeper::new(Arc::<Store>::clone(&store), Arc::clone(&metrics)));
-        let quiet = Arc::new(Quiet::new(Arc::clone(&announce)));
+        let announce = Announcer { slots, announce };
+        let quiet = Arc::new(Quiet::new(announce.clone()));
         let common = Arc::new(Common { store, boot_id, announce, quiet, keeper, metrics });
         let mut running = BTreeMap::new();
         for info in common.store.list() {

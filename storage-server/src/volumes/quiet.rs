@@ -11,14 +11,14 @@ use std::time::Duration;
 
 use baton_protocol::VolumeId;
 
-use super::Announce;
+use super::Announcer;
 
 /// How much later: longer than a VM with many disks takes to start its rings.
 const QUIET: Duration = Duration::from_millis(50);
 
 /// See the module's documentation.
 pub(crate) struct Quiet {
-    announce: Announce,
+    announce: Announcer,
     runtime: tokio::runtime::Handle,
     /// Volumes with news; a task tells of them unless there are none.
     untold: Mutex<BTreeSet<VolumeId>>,
@@ -26,7 +26,7 @@ pub(crate) struct Quiet {
 
 impl Quiet {
     /// Inside a runtime.
-    pub(super) fn new(announce: Announce) -> Self {
+    pub(super) fn new(announce: Announcer) -> Self {
         let runtime = tokio::runtime::Handle::current();
         Self { announce, runtime, untold: Mutex::default() }
     }
@@ -52,7 +52,7 @@ impl Quiet {
             std::mem::take(&mut *untold)
         };
         for volume in untold {
-            (self.announce)(volume);
+            self.announce.to_all(volume);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! One volume as it is served.
 
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -10,6 +11,7 @@ use baton_protocol::{AccessMode, Epoch, EventKind, QueueId, SessionId, VolumeId}
 use tokio::sync::{OwnedMutexGuard, watch};
 
 use crate::gate::Gate;
+use crate::listeners::{Listeners, Listening};
 use crate::metrics::AccessMetrics;
 use crate::store;
 
@@ -45,6 +47,7 @@ pub struct RunningVolume {
     pub events: Events,
     /// Wakes a SEAL that waits.
     pub arrivals: Arrivals,
+    listeners: Listeners,
     /// Who of an owner name is heard in a handoff.
     pub incarnations: Incarnations,
     pub(super) common: Arc<Common>,
@@ -57,6 +60,18 @@ pub struct RunningVolume {
     /// The record for those who only look or wait for a change: who changes it
     /// may hold the control as long as the disk takes.
     pub(super) shown: watch::Sender<Arc<AccessRecord>>,
+}
+
+/// The listeners of a volume that cannot go before them.
+#[derive(Debug)]
+pub struct Ears(Arc<RunningVolume>);
+
+impl Deref for Ears {
+    type Target = Listeners;
+
+    fn deref(&self) -> &Listeners {
+        &self.0.listeners
+    }
 }
 
 impl RunningVolume {
@@ -80,6 +95,7 @@ impl RunningVolume {
             gate: Arc::new(Gate::new(slots)),
             events: Events::default(),
             arrivals: Arrivals::default(),
+            listeners: Listeners::new(slots),
             incarnations: Incarnations::default(),
             common,
             kept: Arc::default(),
@@ -155,7 +171,20 @@ impl RunningVolume {
 
     /// Has every worker look at this volume's connections.
     pub(super) fn announce(&self) {
-        (self.common.announce)(self.id());
+        self.common.announce.to_all(self.id());
+    }
+
+    /// Has the workers look at this volume's connections where one of them waits for
+    /// news.
+    pub(super) fn announce_to_listeners(&self) {
+        for worker in self.listeners.to_tell() {
+            self.common.announce.to(worker, self.id());
+        }
+    }
+
+    /// Somebody waits for news at this worker, as long as what is returned lives.
+    pub fn listen(self: &Arc<Self>, worker: usize) -> Listening<Ears> {
+        Listeners::listen(Ears(Arc::clone(self)), worker)
     }
 
     pub(super) fn wake_watchers(&self) {

@@ -30,7 +30,7 @@ use crate::volumes::{
 };
 
 use super::Context;
-use super::conn::{Conn, Life, Place};
+use super::conn::{Conn, Life, Parked, Place};
 use super::mailbox::{Mailbox, Message};
 
 /// SEALs of one connection that may wait. A client has one.
@@ -591,8 +591,8 @@ impl Conn {
         let Asked { opcode, seq, status, body, kind, tells, .. } = asked;
         // What the answer says need not be pushed as well. A later version may have
         // been told already.
-        if let (Some(told), Some((_, known, _))) = (tells, &mut self.access) {
-            *known = told.max(*known);
+        if let (Some(told), Some(Parked { known: (version, _), .. })) = (tells, &mut self.access) {
+            *version = told.max(*version);
         }
         let mut epoch = self.volume().epoch();
         match kind {
@@ -635,13 +635,13 @@ impl Conn {
 
     /// Answers a parked ACCESS if the record is not the one its sender knows.
     pub(super) fn answer_access(&mut self, metrics: &WorkerMetrics) {
-        let Some((seq, version, boot_id)) = self.access else { return };
+        let Some(&Parked { seq, known, .. }) = self.access.as_ref() else { return };
         let volume = self.volume();
         let (status, body) = if volume.is_deleted() {
             (Status::Gone, Vec::new())
         } else {
             let record = volume.record();
-            if (record.version, volume.boot_id()) == (version, boot_id) {
+            if (record.version, volume.boot_id()) == known {
                 return;
             }
             let record = record.as_ref().clone();

@@ -13,9 +13,10 @@ use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::gate::Principal;
+use crate::listeners::Listening;
 use crate::metrics::WorkerMetrics;
 use crate::session::Identity;
-use crate::volumes::{Lease, RunningVolume};
+use crate::volumes::{Ears, Lease, RunningVolume};
 
 use super::ask::Asks;
 use super::buffers::{InBuf, OutBuf, READ_AHEAD};
@@ -92,6 +93,16 @@ pub(super) enum Life {
     Dead,
 }
 
+/// A request that is answered when there is news.
+#[derive(Debug)]
+pub(super) struct Parked<K> {
+    pub(super) seq: Seq,
+    /// What its sender knows.
+    pub(super) known: K,
+    /// Has the worker told.
+    pub(super) _listening: Listening<Ears>,
+}
+
 #[derive(Debug)]
 pub(super) struct Conn {
     // Dropped first to last: the socket is closed before the place is free.
@@ -109,9 +120,9 @@ pub(super) struct Conn {
     /// Whole answers that found no room in `output`.
     pub(super) late: VecDeque<Vec<u8>>,
     /// A parked EVENT and the last event its sender knows.
-    pub(super) parked: Option<(Seq, u64)>,
+    pub(super) parked: Option<Parked<u64>>,
     /// A parked ACCESS: the version and the boot id that its sender knows.
-    pub(super) access: Option<(Seq, u64, u64)>,
+    pub(super) access: Option<Parked<(u64, u64)>>,
     /// What was asked of the access record.
     pub(super) asks: Asks,
     /// The socket takes no more for now.

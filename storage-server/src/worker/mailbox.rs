@@ -1,6 +1,8 @@
 //! Messages from other threads to a worker.
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use baton_protocol::{Opcode, RequestHeader, Seq, Status, VolumeId};
@@ -44,17 +46,36 @@ impl Done {
     }
 }
 
-/// A queue of messages with an eventfd that wakes the worker.
+/// A queue of messages with an eventfd that wakes the worker. Who puts the first one
+/// into an empty queue sees to it that the worker looks: others write the eventfd, the
+/// worker itself notes that it has to.
 #[derive(Debug)]
 pub(crate) struct Mailbox {
     messages: Mutex<Vec<Message>>,
     wake: EventFd,
+    /// Written and read by the worker only.
+    own: AtomicBool,
+}
+
+thread_local! {
+    /// The mailbox of the worker that this thread is; compared, never followed.
+    static MINE: Cell<*const Mailbox> = const { Cell::new(std::ptr::null()) };
 }
 
 impl Mailbox {
     pub(crate) fn new() -> nix::Result<Arc<Self>> {
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        Ok(Arc::new(Self { messages: Mutex::default(), wake }))
+        Ok(Arc::new(Self { messages: Mutex::default(), wake, own: AtomicBool::new(false) }))
+    }
+
+    /// The calling thread takes the messages.
+    pub(super) fn is_mine(&self) {
+        MINE.set(self);
+    }
+
+    /// Whether the worker itself put a message into the empty queue.
+    pub(super) fn has_own(&self) -> bool {
+        self.own.load(Ordering::Relaxed)
     }
 
     pub(crate) fn send(&self, message: Message) {
@@ -63,7 +84,9 @@ impl Mailbox {
             messages.push(message);
             messages.len() == 1
         };
-        if first {
+        if first && std::ptr::eq(MINE.get(), self) {
+            self.own.store(true, Ordering::Relaxed);
+        } else if first {
             // Fails only when the counter is full, and then the worker wakes anyway.
             let _ = self.wake.write(1);
         }
@@ -78,7 +101,11 @@ impl Mailbox {
     pub(super) fn take(&self, into: &mut Vec<Message>) {
         debug_assert!(into.is_empty());
         // First the eventfd, then the queue: a message in between wakes again.
-        let _ = self.wake.read();
+        if self.has_own() {
+            self.own.store(false, Ordering::Relaxed);
+        } else {
+            let _ = self.wake.read();
+        }
         let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::swap(&mut *messages, into);
     }

@@ -137,6 +137,7 @@ pub(crate) fn start(setup: Setup) -> std::io::Result<JoinHandle<()>> {
 
 impl Worker {
     fn run(&mut self) {
+        self.context.setup.mailbox.is_mine();
         let mut events = [EpollEvent::empty(); EVENTS];
         let mut messages = Vec::new();
         let mut back = Vec::new();
@@ -175,10 +176,7 @@ impl Worker {
             // Newcomers last: an event above may belong to a connection whose
             // place in the table they take.
             if mail {
-                self.context.setup.mailbox.take(&mut messages);
-                for message in messages.drain(..) {
-                    self.on_message(message);
-                }
+                self.take_mail(&mut messages);
             }
             std::mem::swap(&mut now, &mut self.context.ready);
             for index in now.drain(..) {
@@ -187,7 +185,18 @@ impl Worker {
             if let Some(index) = self.context.rounds.next() {
                 self.next_turn(index);
             }
+            // What was done above is news to other connections of this worker.
+            while self.context.setup.mailbox.has_own() {
+                self.take_mail(&mut messages);
+            }
             self.sweep_if_due();
+        }
+    }
+
+    fn take_mail(&mut self, messages: &mut Vec<Message>) {
+        self.context.setup.mailbox.take(messages);
+        for message in messages.drain(..) {
+            self.on_message(message);
         }
     }
 

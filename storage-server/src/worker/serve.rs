@@ -15,7 +15,7 @@ use crate::volumes::RunningVolume;
 
 use super::Context;
 use super::buffers::SEND_AT;
-use super::conn::{Conn, HELD_BYTES_MAX, INFLIGHT_MAX, Life, reply_header};
+use super::conn::{Conn, HELD_BYTES_MAX, INFLIGHT_MAX, Life, Parked, reply_header};
 use super::flusher::FlushJob;
 use super::mailbox::Done;
 use super::pool::{Job, Work};
@@ -218,7 +218,7 @@ impl Context {
                     if conn.parked.is_some() {
                         return Err(Violation::SecondParked(Opcode::Event));
                     }
-                    conn.parked = Some((header.seq, header.offset));
+                    conn.parked = Some(self.park(volume, header.seq, header.offset));
                     conn.answer_parked(&self.setup.metrics);
                     None
                 }
@@ -231,7 +231,7 @@ impl Context {
                     if conn.access.is_some() {
                         return Err(Violation::SecondParked(Opcode::Access));
                     }
-                    conn.access = Some((header.seq, header.offset, header.len));
+                    conn.access = Some(self.park(volume, header.seq, (header.offset, header.len)));
                     conn.answer_parked(&self.setup.metrics);
                     None
                 }
@@ -393,6 +393,12 @@ impl Context {
         });
     }
 
+    /// A request that waits for news. Whether there are some already is looked at after
+    /// this.
+    fn park<K>(&self, volume: &Arc<RunningVolume>, seq: Seq, known: K) -> Parked<K> {
+        Parked { seq, known, _listening: volume.listen(self.setup.number) }
+    }
+
     /// Counts a request that is handed away.
     pub(super) fn lend(&self, conn: &mut Conn) {
         debug_assert!(conn.inflight < INFLIGHT_MAX, "throttled before");
@@ -443,7 +449,7 @@ impl Conn {
     /// Answers a parked EVENT or ACCESS if there is news.
     pub(super) fn answer_parked(&mut self, metrics: &WorkerMetrics) {
         self.answer_access(metrics);
-        let Some((seq, known)) = self.parked else { return };
+        let Some(&Parked { seq, known, .. }) = self.parked.as_ref() else { return };
         let Some(event) = self.volume().events.after(known) else { return };
         if !self.output.has_room(SMALL_ANSWER) {
             // Looked at again when the socket takes bytes.
