@@ -285,7 +285,7 @@ impl From<cooperative::Refusal> for Refusal {
         use cooperative::Refusal as Why;
         let kind = match refusal {
             Why::Running | Why::NotMoving => RefusalKind::StillServing,
-            Why::Unanswered | Why::NeverServed => RefusalKind::NotProven,
+            Why::Unanswered | Why::GivenUp | Why::NeverServed => RefusalKind::NotProven,
             Why::StandsBy(_) | Why::Sealed(_) | Why::OtherTry(_) | Why::Serves => {
                 RefusalKind::StaleAttempt
             }

@@ -137,6 +137,10 @@ impl CooperativeVm {
         let _ = self.feed(Input::Drained(at));
     }
 
+    pub(super) fn given_up(&self, at: usize) {
+        let _ = self.feed(Input::GivenUp(at));
+    }
+
     pub(super) fn is_shut(&self) -> bool {
         self.machine().is_shut()
     }

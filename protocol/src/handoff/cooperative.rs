@@ -12,7 +12,8 @@
 //!   process. So nothing can undo a seal that somebody has built upon.
 //! - A seal needs rings that a migration stopped, and an answer of the storage to
 //!   everything that they had taken: what is under way could be done after the
-//!   destination's first request.
+//!   destination's first request. What was given up unanswered, in whichever stop
+//!   of the rings, nobody will ever know to be over: such a process never seals.
 //! - A standby sends nothing of the guest before it is permitted, and it is good for
 //!   one try. It does not judge: the one who permits has seen the proof.
 //!
@@ -74,6 +75,8 @@ pub enum Input {
     },
     /// Everything that the disk's rings had taken is answered.
     Drained(usize),
+    /// The disk's rings let requests go that the storage had not answered.
+    GivenUp(usize),
     /// Its agent orders: stop for good, for the sake of this try.
     Seal(Try),
     /// Its agent says: the source is proven gone.
@@ -103,6 +106,11 @@ pub enum Refusal {
         "the storage has not answered everything that the guest asked for, so it could still be done after the other host's first request"
     )]
     Unanswered,
+    /// What was given up at an earlier stop may still be done.
+    #[error(
+        "requests were given up while the storage did not answer, and it may still do them, after the other host's first request; when it surely has none of them any more, stop this backend and start it again"
+    )]
+    GivenUp,
     /// No ring of the machine ever ran in this process: an earlier one may have
     /// left requests behind that nobody has answered.
     #[error(
@@ -128,6 +136,8 @@ pub enum Refusal {
 pub struct Cooperative {
     phase: Phase,
     rings: Vec<Rings>,
+    /// Requests were let go that the storage may still have.
+    given_up: bool,
     /// The last try that it took part in.
     attempt: Option<Try>,
 }
@@ -136,14 +146,17 @@ impl Cooperative {
     /// A process that serves so many disks.
     #[must_use]
     pub fn serving(disks: usize) -> Self {
-        Self { phase: Phase::Serving, rings: vec![Rings::Idle; disks], attempt: None }
+        Self::of(disks, Phase::Serving, None)
     }
 
     /// A process that waits for permission in this try.
     #[must_use]
     pub fn standby(disks: usize, attempt: Try) -> Self {
-        let rings = vec![Rings::Idle; disks];
-        Self { phase: Phase::Standby(attempt), rings, attempt: Some(attempt) }
+        Self::of(disks, Phase::Standby(attempt), Some(attempt))
+    }
+
+    fn of(disks: usize, phase: Phase, attempt: Option<Try>) -> Self {
+        Self { phase, rings: vec![Rings::Idle; disks], given_up: false, attempt }
     }
 
     /// How the VM stands.
@@ -183,6 +196,8 @@ impl Cooperative {
                     self.set(disk, Rings::Drained { migrating });
                 }
             }
+            // Behind a shut gate nothing was sent.
+            Input::GivenUp(_) => self.given_up |= !self.is_shut(),
             Input::Seal(attempt) => return self.seal(attempt),
             Input::Permit(attempt) => return self.permit(attempt),
         }
@@ -205,6 +220,9 @@ impl Cooperative {
         let any = |found: fn(&Rings) -> bool| self.rings.iter().any(found);
         if any(|rings| *rings == Rings::Running) {
             return Err(Refusal::Running);
+        }
+        if self.given_up {
+            return Err(Refusal::GivenUp);
         }
         if any(|rings| matches!(rings, Rings::Draining { .. })) {
             return Err(Refusal::Unanswered);
@@ -253,6 +271,7 @@ mod tests {
                 Input::Stopped { disk, migrating: true },
                 Input::Stopped { disk, migrating: false },
                 Input::Drained(disk),
+                Input::GivenUp(disk),
             ]);
         }
         inputs
@@ -286,6 +305,7 @@ mod tests {
                         };
                         assert!(state.rings.iter().all(done), "{state:?}");
                         assert!(state.rings.iter().any(|rings| *rings != Rings::Idle));
+                        assert!(!state.given_up, "{state:?}");
                     }
                     Ok(Some(Output::Open)) => {
                         permits += 1;
@@ -296,6 +316,7 @@ mod tests {
                         assert_eq!(state.is_shut(), next.is_shut(), "{input:?}");
                     }
                 }
+                assert!(next.given_up || !state.given_up, "nobody learns that it is over");
                 if state.standing() == Standing::Sealed {
                     assert_eq!(next.phase, state.phase, "a seal is for ever");
                 }
@@ -303,7 +324,28 @@ mod tests {
             }
         }
         assert!(known.len() > 100 && seals > 0 && permits > 0, "{}", known.len());
-        assert_eq!(refusals.len(), 8, "a refusal that no state gives is none");
+        assert_eq!(refusals.len(), 9, "a refusal that no state gives is none");
+    }
+
+    /// In a stop of any kind, however cleanly the rings are stopped afterwards.
+    #[test]
+    fn what_was_given_up_is_never_taken_for_answered() {
+        let moves = |vm: &mut Cooperative| {
+            vm.step(Input::Started(0)).expect("no order");
+            vm.step(Input::Stopped { disk: 0, migrating: true }).expect("no order");
+            vm.step(Input::Drained(0)).expect("no order");
+            vm.step(Input::Seal(TWO))
+        };
+        let mut vm = Cooperative::serving(2);
+        vm.step(Input::Started(0)).expect("no order");
+        vm.step(Input::Stopped { disk: 0, migrating: false }).expect("no order");
+        vm.step(Input::GivenUp(0)).expect("no order");
+        assert_eq!(moves(&mut vm), Err(Refusal::GivenUp));
+        // One that stood by has sent nothing.
+        let mut vm = Cooperative::standby(1, ONE);
+        vm.step(Input::GivenUp(0)).expect("no order");
+        vm.step(Input::Permit(ONE)).expect("permitted");
+        assert_eq!(moves(&mut vm), Ok(Some(Output::Shut)));
     }
 
     #[test]
