@@ -91,6 +91,14 @@ pub(super) fn source(vm: &str, found: &Found) -> Result<String, Fault> {
     ))
 }
 
+/// The place of a new try among all of the VM: behind what the journal knows, and what
+/// the two hosts have heard, whose agents may know of a journal before this one.
+pub(super) fn turn(core: &Core, vm: &str, sides: &[Option<VmView>]) -> u64 {
+    let journal = core.latest(vm).map_or(0, |handle| handle.row().cooperation.turn);
+    let heard = sides.iter().flatten().map(VmView::turn).max().unwrap_or(0);
+    journal.max(heard) + 1
+}
+
 /// The volumes, as the plan keeps them.
 pub(super) fn members(disks: &[DiskView], engines: &[Engine]) -> Vec<Member> {
     let member = |(place, (disk, engine)): (usize, (&DiskView, &Engine))| Member {

@@ -30,6 +30,9 @@ use super::{Action, Because, Refusal, Row, Standing, State, Trigger, Winner};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Cooperation {
+    /// The place of this try among all of the VM, from 1: the agents refuse what an
+    /// earlier one asks of them, however late.
+    pub turn: u64,
     /// The source's backend may have been ordered to end.
     pub end_asked: bool,
     /// The agent's proof that it has, as it was told.
@@ -38,7 +41,7 @@ pub struct Cooperation {
     pub forced: Option<String>,
     /// The destination's backend was told.
     pub permitted: bool,
-    /// The source's agent knows that it has the volumes.
+    /// The source's agent knows that it keeps the volumes.
     pub restored: bool,
 }
 
@@ -61,10 +64,17 @@ impl Row {
         if !self.is_cooperative() {
             return Err(Refusal::Fenced);
         }
-        self.finish = true;
         match self.winner {
-            Some(Winner::Destination) => Ok(()),
+            Some(Winner::Destination) => {
+                self.finish = true;
+                Ok(())
+            }
             None if self.back.is_none() && !self.fenced && !self.state.is_over() => {
+                // Only who stands by can be permitted.
+                if !self.state.reached(State::Ready) {
+                    return Err(self.early(State::Ready));
+                }
+                self.finish = true;
                 self.cooperation.forced = Some(reason);
                 Ok(())
             }
@@ -148,10 +158,10 @@ impl Row {
             Some(Winner::Destination) => {}
             Some(Winner::Source) => {
                 if *end_asked && !restored {
-                    due.push(Action::Restore);
+                    due.push(Action::Keep);
                 }
                 if self.stood && !self.loser_gone {
-                    due.push(Action::StopDestination);
+                    due.push(Action::Dismiss);
                 }
             }
         }
@@ -254,7 +264,7 @@ mod tests {
                     permitted += 1;
                     assert_eq!(next.winner, Some(Winner::Destination));
                 }
-                if begins(Action::Restore) {
+                if begins(Action::Keep) {
                     restored += 1;
                     assert_eq!(next.winner, Some(Winner::Source));
                 }
@@ -286,6 +296,7 @@ mod tests {
                         | Action::OrderSeal
                         | Action::OrderActivate
                         | Action::StopSource
+                        | Action::StopDestination
                 )));
                 todo.push_back(next);
             }
@@ -309,6 +320,11 @@ mod tests {
         // Its machine may run before the proof is there: it waits.
         let early = after(&ready, &[Input::Standing(Standing::Active)]);
         assert_eq!((early.state, early.winner), (State::Ready, None));
+        // Nobody stands by yet who could be permitted.
+        assert!(matches!(
+            start.step(Input::Force("why".to_owned())),
+            Err(Refusal::NotReady { .. })
+        ));
         let sealed = after(&ready, &[Input::Ended(json!({}))]);
         assert_eq!((sealed.state, sealed.winner), (State::Sealed, None));
         for row in [
@@ -323,7 +339,7 @@ mod tests {
         let back = after(&sealed, &[Input::Cancel]);
         assert_eq!(
             (back.state, back.due()),
-            (State::Reclaimed, vec![Action::Restore, Action::StopDestination])
+            (State::Reclaimed, vec![Action::Keep, Action::Dismiss])
         );
         assert!(after(&back, &[Input::Restored, Input::LoserGone]).is_over());
         let forced = after(&ready, &[Input::Force("host-a lost power".to_owned())]);

@@ -422,7 +422,7 @@ impl Row {
         }
     }
 
-    fn early(&self, needed: State) -> Refusal {
+    pub(super) fn early(&self, needed: State) -> Refusal {
         Refusal::NotReady { state: self.state, needed }
     }
 
