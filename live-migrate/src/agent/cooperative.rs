@@ -35,6 +35,15 @@ use crate::problem::{Problem, found_no_room};
 use crate::supervisor::control::{Control, ControlError};
 use crate::supervisor::{BackendState, Ending, Role, Run};
 
+/// The source's backend when a try began.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Since {
+    /// Its process.
+    pub pid: i32,
+    /// How often its guest had come back.
+    pub returns: u32,
+}
+
 /// A VM's note.
 #[derive(Debug)]
 struct Slot {
@@ -184,7 +193,12 @@ impl Agent {
 
     /// Has the backend of a VM seal, ends it, and proves that. Said again it shows the
     /// same proof.
-    pub(super) async fn end_for(&self, vm: &VmDefinition, turn: Turn) -> Result<Proof, Problem> {
+    pub(super) async fn end_for(
+        &self,
+        vm: &VmDefinition,
+        turn: Turn,
+        since: Since,
+    ) -> Result<Proof, Problem> {
         let (name, host) = (&vm.name, &self.config.host);
         let slot = self.cooperative.slot(name)?;
         let _alone = slot.orders.lock().await;
@@ -199,8 +213,19 @@ impl Agent {
                 "no backend of {name} runs on {host} that could say that nothing of the guest is under way to the storage"
             )));
         };
+        if state.pid != Some(since.pid) {
+            return Err(Problem::new(
+                StatusCode::CONFLICT,
+                "baton:came-back",
+                "The guest may have come back in this try",
+                format!(
+                    "another process of the backend of {name} runs on {host} than when the try began, so nobody knows whether the guest was stopped and went on meanwhile, and left a copy of its memory behind: begin another handoff"
+                ),
+            ));
+        }
         let control = Control::new(self.config.control_socket(name));
-        let order = json!({"cmd": "seal", "try": turn.attempt.to_string()});
+        let order =
+            json!({"cmd": "seal", "try": turn.attempt.to_string(), "returns": since.returns});
         let answer = match control.ask(&order, COMMAND_LIMIT).await {
             Err(error @ (ControlError::Silent { .. } | ControlError::Absent { .. })) => {
                 return Err(not_proven(format!(

@@ -161,6 +161,14 @@ impl VmView {
         self.0["ledger"]["turn"].as_u64().unwrap_or(0)
     }
 
+    /// The backend's process, and how often its guest was stopped and went on, where no
+    /// storage fences.
+    #[must_use]
+    pub fn returns(&self) -> Option<(i32, u32)> {
+        let pid = i32::try_from(self.status()["pid"].as_i64()?).ok()?;
+        Some((pid, u32::try_from(self.handoff()["returns"].as_u64()?).ok()?))
+    }
+
     /// The backend's process is there, or may be.
     #[must_use]
     pub fn backend_runs(&self) -> bool {
@@ -378,7 +386,11 @@ impl Agent {
     /// [`AgentError`].
     pub async fn order_of_try(&self, row: &Row, what: &str) -> Result<Value, AgentError> {
         let path = format!("/v1/vms/{}/backend/{what}", row.vm);
-        let body = json!({"try": row.attempt().to_string(), "turn": row.cooperation.turn});
+        let mut body = json!({"try": row.attempt().to_string(), "turn": row.cooperation.turn});
+        if what == "end" {
+            body["pid"] = row.cooperation.source_pid.into();
+            body["returns"] = row.cooperation.source_returns.into();
+        }
         // A backend may be started or ended first.
         let within = self.timeout * 4;
         let answer = self.client.call_within(Method::POST, &path, Some(&body), within).await;

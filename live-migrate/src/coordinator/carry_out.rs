@@ -349,6 +349,10 @@ impl Work {
             let Some(agent) = self.core.agents.of(&self.row.from) else { return };
             match agent.order_of_try(&self.row, "end").await {
                 Ok(proof) => return self.reports.tell(Input::Ended(proof)).await,
+                Err(AgentError::Refused { trouble, .. }) if trouble.kind == "baton:came-back" => {
+                    let trouble = self.owned(&trouble);
+                    return self.reports.tell(Input::CameBack(trouble)).await;
+                }
                 // The machine goes on: that is what is waited for.
                 Err(AgentError::Refused { trouble, .. })
                     if trouble.kind == "baton:still-serving" =>

@@ -215,7 +215,10 @@ async fn plan(
     // of the source's agent.
     let orders = cooperative || driven.is_some() || request.mode == Trigger::Explicit;
     let sides = sides::answer(core, vm, (&from, &request.to), orders).await?;
-    let turn = if cooperative { cooperative::turn(core, vm, &sides) } else { 0 };
+    let cooperation = match cooperative {
+        true => cooperative::begin(core, vm, &from, &sides)?,
+        false => plan::Cooperation::default(),
+    };
     let [here, _] = sides;
     let view = here.unwrap_or(view);
     if driven.is_some() && view.monitor_is_foreign() {
@@ -268,7 +271,7 @@ async fn plan(
         last: false,
         loser_gone: false,
         trouble: None,
-        cooperation: plan::Cooperation { turn, ..plan::Cooperation::default() },
+        cooperation,
         driven,
         version: 0,
         term: core.term,

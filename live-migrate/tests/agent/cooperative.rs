@@ -11,7 +11,12 @@ const TWO: &str = "01ARZ3NDEKTSV4RRFFQ69G5FAV/2";
 const THREE: &str = "01ARZ3NDEKTSV4RRFFQ69G5FAV/3";
 
 async fn order(agent: &Agent, what: &str, attempt: &str) -> Result<Value, CallError> {
-    let told = json!({"try": attempt, "turn": turn_of(attempt)});
+    let mut told = json!({"try": attempt, "turn": turn_of(attempt)});
+    if what == "end" {
+        // As the plan would have found it.
+        told["pid"] = agent.backend().await["pid"].as_i64().unwrap_or(0).into();
+        told["returns"] = 3.into();
+    }
     agent.post(&format!("/v1/vms/web/backend/{what}"), told).await
 }
 
@@ -308,6 +313,25 @@ async fn nobody_claims_between_a_look_at_the_note_and_the_proof() {
     ended.expect("proven");
     assert_eq!(agent.backend().await["run"], "stopped");
     assert_eq!(ledger(&agent).await, ("ended".to_owned(), 1));
+}
+
+/// The guest may have been stopped and gone on meanwhile, and the destination have a copy of it that is out of date.
+#[tokio::test]
+async fn a_source_is_ended_in_a_try_that_its_process_has_seen_begin() {
+    let agent = Agent::start().await;
+    let pid = pid_of(&agent.start_backend("owner").await);
+    signal(pid, Signal::SIGKILL);
+    let next = agent.wait_successor(pid).await;
+    let end = async |pid| {
+        let told = json!({"try": ONE, "turn": 1, "pid": pid, "returns": 3});
+        agent.post("/v1/vms/web/backend/end", told).await
+    };
+    assert_eq!(kind(end(pid).await), "baton:came-back");
+    assert!(runs(next));
+    end(next).await.expect("proven");
+    // And the process is told how often the guest had come back.
+    let told = std::fs::read_to_string(agent.path("run/web/control.sealed")).expect("told");
+    assert_eq!(told, "3");
 }
 
 /// A backend that has sealed serves nobody, and one that does not answer may have.

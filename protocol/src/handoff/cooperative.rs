@@ -14,6 +14,10 @@
 //!   everything that they had taken: what is under way could be done after the
 //!   destination's first request. What was given up unanswered, in whichever stop
 //!   of the rings, nobody will ever know to be over: such a process never seals.
+//! - A seal is for a try in which the guest did not come back: rings that stop and run
+//!   again may leave a copy of the machine behind, at the destination, whose memory is
+//!   of before. Whoever orders the seal says how often they had come back when the try
+//!   began; nothing else keeps such a copy from being the one that is let run.
 //! - A standby sends nothing of the guest before it is permitted, and it is good for
 //!   one try. It does not judge: the one who permits has seen the proof.
 //!
@@ -78,7 +82,12 @@ pub enum Input {
     /// The disk's rings let requests go that the storage had not answered.
     GivenUp(usize),
     /// Its agent orders: stop for good, for the sake of this try.
-    Seal(Try),
+    Seal {
+        /// Which.
+        attempt: Try,
+        /// [`Cooperative::returns`] when it began.
+        returns: u32,
+    },
     /// Its agent says: the source is proven gone.
     Permit(Try),
 }
@@ -101,6 +110,11 @@ pub enum Refusal {
     /// The VMM stopped its rings for another reason.
     #[error("the guest has stopped, but not to be moved: no dirty log was kept")]
     NotMoving,
+    /// The destination may have a copy of the machine from before.
+    #[error(
+        "the guest was stopped and went on since the try began, so the other host may have a copy of its memory that is out of date"
+    )]
+    CameBack,
     /// What was under way when its rings stopped may still be done.
     #[error(
         "the storage has not answered everything that the guest asked for, so it could still be done after the other host's first request"
@@ -138,6 +152,7 @@ pub struct Cooperative {
     rings: Vec<Rings>,
     /// Requests were let go that the storage may still have.
     given_up: bool,
+    returns: u32,
     /// The last try that it took part in.
     attempt: Option<Try>,
 }
@@ -156,7 +171,7 @@ impl Cooperative {
     }
 
     fn of(disks: usize, phase: Phase, attempt: Option<Try>) -> Self {
-        Self { phase, rings: vec![Rings::Idle; disks], given_up: false, attempt }
+        Self { phase, rings: vec![Rings::Idle; disks], given_up: false, returns: 0, attempt }
     }
 
     /// How the VM stands.
@@ -169,6 +184,12 @@ impl Cooperative {
             Phase::Standby(_) if self.rings.iter().any(waits) => Standing::Activating,
             Phase::Standby(_) => Standing::Ready,
         }
+    }
+
+    /// How often rings that had stopped have run again, in this process.
+    #[must_use]
+    pub fn returns(&self) -> u32 {
+        self.returns
     }
 
     /// The last try that it took part in.
@@ -189,7 +210,12 @@ impl Cooperative {
     /// [`Refusal`] of an order.
     pub fn step(&mut self, input: Input) -> Result<Option<Output>, Refusal> {
         match input {
-            Input::Started(disk) => self.set(disk, Rings::Running),
+            Input::Started(disk) => {
+                let stopped =
+                    |rings: &Rings| matches!(rings, Rings::Draining { .. } | Rings::Drained { .. });
+                self.returns += u32::from(self.rings.get(disk).is_some_and(stopped));
+                self.set(disk, Rings::Running);
+            }
             Input::Stopped { disk, migrating } => self.set(disk, Rings::Draining { migrating }),
             Input::Drained(disk) => {
                 if let Some(Rings::Draining { migrating }) = self.rings.get(disk).copied() {
@@ -198,7 +224,7 @@ impl Cooperative {
             }
             // Behind a shut gate nothing was sent.
             Input::GivenUp(_) => self.given_up |= !self.is_shut(),
-            Input::Seal(attempt) => return self.seal(attempt),
+            Input::Seal { attempt, returns } => return self.seal(attempt, returns),
             Input::Permit(attempt) => return self.permit(attempt),
         }
         Ok(None)
@@ -210,12 +236,15 @@ impl Cooperative {
         }
     }
 
-    fn seal(&mut self, attempt: Try) -> Result<Option<Output>, Refusal> {
+    fn seal(&mut self, attempt: Try, returns: u32) -> Result<Option<Output>, Refusal> {
         match self.phase {
             Phase::Sealed(sealed) if sealed == attempt => return Ok(None),
             Phase::Sealed(sealed) => return Err(Refusal::Sealed(sealed)),
             Phase::Standby(standby) => return Err(Refusal::StandsBy(standby)),
             Phase::Serving => {}
+        }
+        if self.returns != returns {
+            return Err(Refusal::CameBack);
         }
         let any = |found: fn(&Rings) -> bool| self.rings.iter().any(found);
         if any(|rings| *rings == Rings::Running) {
@@ -263,8 +292,9 @@ mod tests {
     const TWO: Try = Try { id: HandoffId(2), attempt: 1 };
 
     fn inputs(disks: usize) -> Vec<Input> {
+        let seal = |attempt, returns| Input::Seal { attempt, returns };
         let mut inputs =
-            vec![Input::Seal(ONE), Input::Seal(TWO), Input::Permit(ONE), Input::Permit(TWO)];
+            vec![seal(ONE, 0), seal(TWO, 0), seal(ONE, 1), Input::Permit(ONE), Input::Permit(TWO)];
         for disk in 0..disks {
             inputs.extend([
                 Input::Started(disk),
@@ -285,7 +315,7 @@ mod tests {
         let mut todo = vec![Cooperative::serving(2), Cooperative::standby(2, ONE)];
         let (mut seals, mut permits, mut refusals) = (0, 0, HashSet::new());
         while let Some(state) = todo.pop() {
-            if !known.insert(state.clone()) {
+            if state.returns > 2 || !known.insert(state.clone()) {
                 continue;
             }
             for input in inputs(2) {
@@ -293,7 +323,7 @@ mod tests {
                 let answer = next.step(input);
                 if let Err(refusal) = answer {
                     assert_eq!(next, state, "a refused order changes nothing: {input:?}");
-                    assert!(matches!(input, Input::Seal(_) | Input::Permit(_)));
+                    assert!(matches!(input, Input::Seal { .. } | Input::Permit(_)));
                     refusals.insert(std::mem::discriminant(&refusal));
                 }
                 match answer {
@@ -306,6 +336,9 @@ mod tests {
                         assert!(state.rings.iter().all(done), "{state:?}");
                         assert!(state.rings.iter().any(|rings| *rings != Rings::Idle));
                         assert!(!state.given_up, "{state:?}");
+                        assert!(
+                            matches!(input, Input::Seal { returns, .. } if returns == state.returns)
+                        );
                     }
                     Ok(Some(Output::Open)) => {
                         permits += 1;
@@ -324,7 +357,27 @@ mod tests {
             }
         }
         assert!(known.len() > 100 && seals > 0 && permits > 0, "{}", known.len());
-        assert_eq!(refusals.len(), 9, "a refusal that no state gives is none");
+        assert_eq!(refusals.len(), 10, "a refusal that no state gives is none");
+    }
+
+    /// In whichever way it was stopped: a copy of the machine may have been made then.
+    #[test]
+    fn a_guest_that_came_back_is_not_handed_over_in_that_try() {
+        for migrating in [true, false] {
+            let mut vm = Cooperative::serving(1);
+            let stops = |vm: &mut Cooperative, migrating| {
+                vm.step(Input::Started(0)).expect("no order");
+                vm.step(Input::Stopped { disk: 0, migrating }).expect("no order");
+                vm.step(Input::Drained(0)).expect("no order");
+            };
+            stops(&mut vm, migrating);
+            stops(&mut vm, true);
+            let seal = |attempt, returns| Input::Seal { attempt, returns };
+            assert_eq!(vm.step(seal(ONE, 0)), Err(Refusal::CameBack));
+            // In another try, which knows of it.
+            assert_eq!(vm.step(seal(TWO, 1)), Ok(Some(Output::Shut)));
+            assert_eq!(vm.step(seal(TWO, 0)), Ok(None), "said again");
+        }
     }
 
     /// In a stop of any kind, however cleanly the rings are stopped afterwards.
@@ -334,7 +387,7 @@ mod tests {
             vm.step(Input::Started(0)).expect("no order");
             vm.step(Input::Stopped { disk: 0, migrating: true }).expect("no order");
             vm.step(Input::Drained(0)).expect("no order");
-            vm.step(Input::Seal(TWO))
+            vm.step(Input::Seal { attempt: TWO, returns: vm.returns() })
         };
         let mut vm = Cooperative::serving(2);
         vm.step(Input::Started(0)).expect("no order");
@@ -351,16 +404,17 @@ mod tests {
     #[test]
     fn the_words_for_how_it_stands() {
         let mut vm = Cooperative::standby(1, ONE);
+        let seal = Input::Seal { attempt: TWO, returns: 0 };
         assert_eq!(vm.standing(), Standing::Ready);
         vm.step(Input::Started(0)).expect("no order");
         assert_eq!(vm.standing(), Standing::Activating);
         vm.step(Input::Permit(ONE)).expect("permitted");
         assert_eq!(vm.standing(), Standing::Serving);
-        assert_eq!(vm.step(Input::Seal(TWO)), Err(Refusal::Running));
+        assert_eq!(vm.step(seal), Err(Refusal::Running));
         vm.step(Input::Stopped { disk: 0, migrating: true }).expect("no order");
-        assert_eq!(vm.step(Input::Seal(TWO)), Err(Refusal::Unanswered));
+        assert_eq!(vm.step(seal), Err(Refusal::Unanswered));
         vm.step(Input::Drained(0)).expect("no order");
-        assert_eq!(vm.step(Input::Seal(TWO)), Ok(Some(Output::Shut)));
+        assert_eq!(vm.step(seal), Ok(Some(Output::Shut)));
         assert_eq!(vm.standing(), Standing::Sealed);
         // A machine that is resumed gets nothing.
         vm.step(Input::Started(0)).expect("no order");

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::super::Agent;
+use super::super::cooperative::Since;
 use super::super::ledger::{Proof, Turn};
 use super::{body, find};
 use crate::problem::Problem;
@@ -24,6 +25,22 @@ pub(super) struct OfTry {
     attempt: String,
     /// The try's place among all of the VM.
     turn: u64,
+}
+
+/// Which try, and how the source's backend was when it began.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EndOfTry {
+    /// Its id, a slash and the attempt's number.
+    #[serde(rename = "try")]
+    #[schema(example = "01ARZ3NDEKTSV4RRFFQ69G5FAV/1")]
+    attempt: String,
+    /// The try's place among all of the VM.
+    turn: u64,
+    /// The backend's process then.
+    pid: i32,
+    /// How often the guest had come back to it then.
+    returns: u32,
 }
 
 fn turn(request: Result<Json<OfTry>, JsonRejection>) -> Result<Turn, Problem> {
@@ -46,17 +63,19 @@ pub(super) async fn whole<T: Send + 'static>(
 }
 
 /// Source: has the backend seal and ends it, and answers when the process is proven gone.
-#[utoipa::path(post, path = "/v1/vms/{vm}/backend/end", params(("vm" = String, Path)), request_body = OfTry,
+#[utoipa::path(post, path = "/v1/vms/{vm}/backend/end", params(("vm" = String, Path)), request_body = EndOfTry,
     responses((status = 200, body = Proof), (status = 404, body = Problem),
-    (status = 409, description = "`baton:still-serving`: the guest is at its disks. `baton:not-proven`. `baton:stale-attempt`.", body = Problem)))]
+    (status = 409, description = "`baton:still-serving`: the guest is at its disks. `baton:came-back`: it was stopped and went on. `baton:not-proven`. `baton:stale-attempt`.", body = Problem)))]
 pub(super) async fn end(
     State(agent): State<Arc<Agent>>,
     Path(name): Path<String>,
-    request: Result<Json<OfTry>, JsonRejection>,
+    request: Result<Json<EndOfTry>, JsonRejection>,
 ) -> Result<Json<Proof>, Problem> {
-    let turn = turn(request)?;
+    let EndOfTry { attempt, turn, pid, returns } = body(request)?;
+    let turn = Turn { number: turn, attempt: attempt.parse().map_err(Problem::bad_request)? };
     let vm = find(&agent, &name)?;
-    whole(async move { agent.end_for(&vm, turn).await }).await.map(Json)
+    let since = Since { pid, returns };
+    whole(async move { agent.end_for(&vm, turn, since).await }).await.map(Json)
 }
 
 /// Source: the try was called off; its volumes stay, or a backend claims them again.

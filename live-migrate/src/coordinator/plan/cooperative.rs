@@ -24,7 +24,7 @@
 use baton_remote_client::Fence;
 use serde::{Deserialize, Serialize};
 
-use super::{Action, Because, Refusal, Row, Standing, State, Trigger, Winner};
+use super::{Action, Because, Refusal, Row, Standing, State, Trigger, Trouble, Winner};
 
 /// What a handoff without a fence notes. Rows of before, and others, have none of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +33,11 @@ pub struct Cooperation {
     /// The place of this try among all of the VM, from 1: the agents refuse what an
     /// earlier one asks of them, however late.
     pub turn: u64,
+    /// The process of the source's backend when the try was planned.
+    pub source_pid: i32,
+    /// How often its guest had come back then. Whoever has stopped and gone on since may
+    /// have left a copy of the machine at the destination that is out of date.
+    pub source_returns: u32,
     /// The source's backend may have been ordered to end.
     pub end_asked: bool,
     /// The agent's proof that it has, as it was told.
@@ -56,6 +61,13 @@ impl Row {
     pub(super) fn ended(&mut self, proof: serde_json::Value) {
         if self.winner.is_none() {
             self.cooperation.proof.get_or_insert(proof);
+        }
+    }
+
+    /// The source's guest went on in the middle of the try, or may have.
+    pub(super) fn came_back(&mut self, trouble: Trouble) {
+        if self.winner.is_none() && self.cooperation.proof.is_none() && !self.state.is_over() {
+            self.fail(trouble);
         }
     }
 
@@ -201,6 +213,7 @@ mod tests {
             Input::Start,
             Input::CannotStand(trouble()),
             Input::Ended(json!({"pid": 1})),
+            Input::CameBack(trouble()),
             Input::Permitted,
             Input::Restored,
             Input::LoserGone,
@@ -335,6 +348,10 @@ mod tests {
             assert_eq!(row.step(Input::Cancel), Err(Refusal::LostRace));
             assert!(after(&row, &[Input::Permitted]).is_over());
         }
+        // A guest that went on has left a copy behind: that try is over.
+        let gone_on = after(&early, &[Input::CameBack(trouble())]);
+        assert_eq!((gone_on.state, gone_on.winner), (State::Reclaimed, Some(Winner::Source)));
+        assert_eq!(after(&sealed, &[Input::CameBack(trouble())]).winner, None, "it was proven");
         // A cancel in time gives the source a backend again.
         let back = after(&sealed, &[Input::Cancel]);
         assert_eq!(
