@@ -1,14 +1,11 @@
-//! An NBD server's end of a connection, for the tests of the link: in clear text, and
-//! through TLS with a key that both have.
+//! An NBD server's end of a connection, for the tests of the link: in clear text here,
+//! through TLS in `sealed`.
 
-use std::io::{self, Read, Write};
-use std::sync::{Arc, OnceLock};
+mod sealed;
+
 use std::time::Duration;
 
-use openssl::ssl::{SslContextBuilder, SslMethod, SslStream, SslVersion};
-
 use super::super::session::{Opened, Wishes};
-use super::super::uri::{TlsAs, TlsUri};
 use super::super::wire::{self, REQUEST_BYTES};
 use super::*;
 use crate::baton::Timing;
@@ -34,6 +31,8 @@ struct Plain {
     tls: bool,
     inbox: Vec<u8>,
     heard: Vec<(u64, Frame)>,
+    /// The client said goodbye.
+    parted: bool,
 }
 
 fn option_reply(option: u32, kind: u32, body: &[u8]) -> Vec<u8> {
@@ -93,7 +92,12 @@ impl Plain {
                 };
                 let frame = self.pull(REQUEST_BYTES + len as usize)?;
                 assert_eq!(frame[..6], [0x25, 0x60, 0x95, 0x13, 0, 0], "a frame begins here");
+                assert!(!self.parted, "something behind the goodbye");
                 let what = match frame[7] {
+                    2 => {
+                        self.parted = true;
+                        return Some(vec![]);
+                    }
                     0 => What::Read,
                     1 => What::Write,
                     3 => What::Flush,
@@ -132,7 +136,14 @@ impl Server for Plain {
     }
 
     fn new(payload_max: u32) -> Self {
-        Self { payload_max, at: At::Begin, tls: false, inbox: Vec::new(), heard: Vec::new() }
+        Self {
+            payload_max,
+            at: At::Begin,
+            tls: false,
+            inbox: Vec::new(),
+            heard: Vec::new(),
+            parted: false,
+        }
     }
 
     fn take(&mut self, bytes: &[u8]) -> Vec<u8> {
@@ -158,119 +169,6 @@ impl Server for Plain {
     }
 }
 
-const KEY: [u8; 16] = *b"0123456789abcdef";
-
-/// What the server's TLS reads and writes.
-#[derive(Debug, Default)]
-struct Pipe {
-    inbox: std::collections::VecDeque<u8>,
-    outbox: Vec<u8>,
-}
-
-impl Read for Pipe {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        match self.inbox.read(out)? {
-            0 => Err(io::ErrorKind::WouldBlock.into()),
-            n => Ok(n),
-        }
-    }
-}
-
-impl Write for Pipe {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.outbox.write(bytes)
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// A server through TLS.
-struct Sealed {
-    plain: Plain,
-    tls: Option<SslStream<Pipe>>,
-}
-
-impl Sealed {
-    fn accept() -> SslStream<Pipe> {
-        let mut context = SslContextBuilder::new(SslMethod::tls_server()).expect("TLS");
-        context.set_max_proto_version(Some(SslVersion::TLS1_2)).expect("1.2");
-        context.set_cipher_list("PSK").expect("ciphers");
-        context.set_psk_server_callback(|_, user, out| {
-            assert_eq!(user, Some(&b"alice"[..]));
-            out[..KEY.len()].copy_from_slice(&KEY);
-            Ok(KEY.len())
-        });
-        let mut ssl = openssl::ssl::Ssl::new(&context.build()).expect("TLS");
-        ssl.set_accept_state();
-        SslStream::new(ssl, Pipe::default()).expect("TLS")
-    }
-}
-
-impl Server for Sealed {
-    type Session = Session;
-    const WHOLE: bool = true;
-
-    fn session() -> Session {
-        Plain::session(true)
-    }
-
-    fn settings() -> Option<Arc<TlsSettings>> {
-        static FILE: OnceLock<tempfile::NamedTempFile> = OnceLock::new();
-        let file = FILE.get_or_init(|| {
-            let mut file = tempfile::NamedTempFile::new().expect("a file");
-            let digits: String = KEY.iter().map(|byte| format!("{byte:02x}")).collect();
-            writeln!(file, "alice:{digits}").expect("written");
-            file
-        });
-        let auth = TlsAs::Psk { file: file.path().to_owned(), user: "alice".to_owned() };
-        let uri = TlsUri { auth, hostname: None, verify: true };
-        Some(Arc::new(TlsSettings::new(&uri, None)))
-    }
-
-    fn submit(session: &mut Session, tag: Tag, op: Op, data: &[libc::iovec]) {
-        session.submit(tag, op, data);
-    }
-
-    fn new(payload_max: u32) -> Self {
-        Self { plain: Plain { tls: true, ..Plain::new(payload_max) }, tls: None }
-    }
-
-    fn take(&mut self, bytes: &[u8]) -> Vec<u8> {
-        let Some(tls) = &mut self.tls else {
-            let reply = self.plain.take(bytes);
-            // In clear text nothing is said but the wish for TLS.
-            if reply.starts_with(&wire::OPTION_REPLY_MAGIC.to_be_bytes()) {
-                self.tls = Some(Self::accept());
-            }
-            return reply;
-        };
-        tls.get_mut().inbox.extend(bytes);
-        let mut buffer = [0; 16 << 10];
-        while let Ok(n @ 1..) = tls.ssl_read(&mut buffer) {
-            let reply = self.plain.take(&buffer[..n]);
-            if !reply.is_empty() {
-                tls.ssl_write(&reply).expect("taken");
-            }
-        }
-        std::mem::take(&mut tls.get_mut().outbox)
-    }
-
-    fn heard(&self) -> &[(u64, Frame)] {
-        self.plain.heard()
-    }
-
-    fn tail(&self) -> &[u8] {
-        self.plain.tail()
-    }
-
-    fn answer(&mut self, number: u64, frame: &Frame) -> Vec<u8> {
-        let tls = self.tls.as_mut().expect("TLS");
-        tls.ssl_write(&self.plain.answer(number, frame)).expect("taken");
-        std::mem::take(&mut tls.get_mut().outbox)
-    }
-}
-
 #[test]
 fn a_break_at_each_byte_says_nothing_twice() {
     link::a_break_at_each_byte_says_nothing_twice::<Plain>(1);
@@ -289,19 +187,4 @@ fn a_batch_of_several_calls_is_said_once() {
 #[test]
 fn more_than_the_socket_holds_is_said_once() {
     link::more_than_the_socket_holds_is_said_once::<Plain>();
-}
-
-#[test]
-fn a_break_in_a_sealed_stream_says_nothing_twice() {
-    link::a_break_at_each_byte_says_nothing_twice::<Sealed>(5);
-}
-
-#[test]
-fn pieces_of_a_sealed_stream_are_put_together() {
-    link::pieces_of_any_size_are_put_together::<Sealed>(37);
-}
-
-#[test]
-fn more_than_the_socket_holds_is_said_once_through_a_seal() {
-    link::more_than_the_socket_holds_is_said_once::<Sealed>();
 }
