@@ -44,6 +44,9 @@ pub enum Command {
         /// `ID/ATTEMPT`.
         #[serde(rename = "try", default)]
         attempt: Option<String>,
+        /// With `try`: how often the guest had come back when it began, by `status`.
+        #[serde(default)]
+        returns: u32,
     },
     /// Destination, where the storage keeps nobody out: the source is proven gone.
     Permit {
@@ -92,6 +95,8 @@ pub enum RefusalKind {
     StillServing,
     /// What the guest had asked for may still be done by the storage.
     NotProven,
+    /// The guest was stopped and went on since the try began.
+    CameBack,
     /// It is for another try, or is over.
     StaleAttempt,
 }
@@ -166,8 +171,8 @@ impl Vm {
             Command::Status => Ok(serde_json::json!(self.status())),
             Command::Latency { watch_s } => Ok(self.latency(watch_s)),
             Command::Handoff => self.ordered(None),
-            Command::Seal { attempt: Some(attempt) } if self.cooperative.is_some() => {
-                self.cooperate(|vm| vm.seal(tried(&attempt)?).map_err(Refusal::from))
+            Command::Seal { attempt: Some(attempt), returns } if self.cooperative.is_some() => {
+                self.cooperate(|vm| vm.seal(tried(&attempt)?, returns).map_err(Refusal::from))
             }
             Command::Permit { attempt } => {
                 self.cooperate(|vm| vm.permit(tried(&attempt)?).map_err(Refusal::from))
@@ -285,7 +290,8 @@ impl From<cooperative::Refusal> for Refusal {
         use cooperative::Refusal as Why;
         let kind = match refusal {
             Why::Running | Why::NotMoving => RefusalKind::StillServing,
-            Why::Unanswered | Why::NeverServed => RefusalKind::NotProven,
+            Why::CameBack => RefusalKind::CameBack,
+            Why::Unanswered | Why::GivenUp | Why::NeverServed => RefusalKind::NotProven,
             Why::StandsBy(_) | Why::Sealed(_) | Why::OtherTry(_) | Why::Serves => {
                 RefusalKind::StaleAttempt
             }

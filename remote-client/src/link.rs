@@ -11,6 +11,8 @@
 //! is known when this is compiled: Baton's link has no trace of a [`Seal`].
 
 mod seal;
+#[cfg(test)]
+pub(crate) mod tests;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

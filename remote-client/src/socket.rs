@@ -2,6 +2,9 @@
 //! connection to it, a way to be woken from another thread, and a timer that is a
 //! descriptor. Knows no protocol.
 
+#[cfg(test)]
+pub(crate) mod narrow;
+
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -257,12 +260,17 @@ fn message(iov: &mut [libc::iovec]) -> libc::msghdr {
 }
 
 pub(crate) fn sendmsg(fd: &OwnedFd, iov: &mut [libc::iovec]) -> nix::Result<usize> {
+    #[cfg(test)]
+    let iov = narrow::cut(iov)?;
     let flags = (MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT).bits();
     let message = message(iov);
     // SAFETY: the header names `iov` and nothing else; the memory behind it is
     // the session's own or vouched for by the submitter, and the kernel checks it.
-    Errno::result(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, flags) })
-        .map(|n| usize::try_from(n).expect("not negative"))
+    let sent = Errno::result(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, flags) })
+        .map(|n| usize::try_from(n).expect("not negative"));
+    #[cfg(test)]
+    narrow::count(&sent);
+    sent
 }
 
 pub(crate) fn recvmsg(fd: &OwnedFd, iov: &mut [libc::iovec]) -> nix::Result<usize> {

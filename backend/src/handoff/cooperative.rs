@@ -36,6 +36,8 @@ pub struct ShownCooperative {
     only_for: Option<String>,
     id: Option<String>,
     attempt: u32,
+    /// How often the guest was stopped and went on, in this process.
+    returns: u32,
 }
 
 impl CooperativeVm {
@@ -95,12 +97,12 @@ impl CooperativeVm {
         Ok(())
     }
 
-    /// Stop for good, for the sake of this try.
+    /// Stop for good, for the sake of this try, which began when the guest had come back so often.
     ///
     /// # Errors
     /// [`Refusal`]; nothing has changed.
-    pub fn seal(&self, attempt: Try) -> Result<(), Refusal> {
-        self.feed(Input::Seal(attempt))
+    pub fn seal(&self, attempt: Try, returns: u32) -> Result<(), Refusal> {
+        self.feed(Input::Seal { attempt, returns })
     }
 
     /// The source is proven gone.
@@ -122,6 +124,7 @@ impl CooperativeVm {
             only_for: self.standby.map(|attempt| attempt.to_string()),
             id: attempt.map(|attempt| attempt.id.to_string()),
             attempt: attempt.map_or(0, |attempt| attempt.attempt),
+            returns: machine.returns(),
         }
     }
 
@@ -135,6 +138,10 @@ impl CooperativeVm {
 
     pub(super) fn drained(&self, at: usize) {
         let _ = self.feed(Input::Drained(at));
+    }
+
+    pub(super) fn given_up(&self, at: usize) {
+        let _ = self.feed(Input::GivenUp(at));
     }
 
     pub(super) fn is_shut(&self) -> bool {

@@ -66,6 +66,14 @@ impl MemberHandle {
         }
     }
 
+    /// The disk's rings have let requests go that the storage had not answered. Said
+    /// when nothing more of them can be sent: a gate that opens meanwhile counts.
+    pub(crate) fn given_up(&self) {
+        if let Self::Cooperative { vm, at } = self {
+            vm.given_up(*at);
+        }
+    }
+
     /// New requests of the disk wait for somebody's word.
     pub(crate) fn is_held(&self) -> bool {
         match self {

@@ -622,7 +622,11 @@ impl<'a> Session<'a> {
                     "stopping a ring whose requests the storage has not answered"
                 );
                 self.stop = Stop::Abandoned;
-                break queue.abandon();
+                let next_avail = queue.abandon();
+                if let Some(member) = &self.disk.member {
+                    member.given_up();
+                }
+                break next_avail;
             }
         };
         self.stopping = Some((begun, Instant::now()));

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use baton_backend::handoff::CooperativeVm;
+use baton_integration::blk::{OK, Request};
 use baton_integration::raw_frontend::{Options, RawFrontend};
 use baton_protocol::handoff::{HandoffId, Try};
 use baton_remote_client::{
     EventListener, Gate, Geometry, QueueError, Volume, VolumeQueue, VolumeState,
 };
 
-use crate::device::{DISK_BYTES, Device};
+use crate::device::{DISK_BYTES, Device, SOON, get_base};
 use crate::volume::{Mode, TestVolume};
 
 /// A test volume that has a gate.
@@ -100,11 +101,49 @@ fn a_source_whose_start_fails_does_not_seal_and_says_why() {
     volume.set_queues_fail(true);
     RawFrontend::connect(&device.socket, Options::default()).map(drop).expect_err("no queue opens");
     // Whether an earlier process left something behind, nobody knows.
-    assert_eq!(vm.seal(TRY), Err(Refusal::Unanswered));
+    assert_eq!(vm.seal(TRY, 0), Err(Refusal::Unanswered));
     volume.set_queues_fail(false);
     let front_end = device.front_end();
-    assert_eq!(vm.seal(TRY), Err(Refusal::Running));
+    assert_eq!(vm.seal(TRY, 1), Err(Refusal::Running));
     drop(front_end);
+}
+
+/// The storage may do them after the other host's first request, and will not say when.
+#[test]
+fn what_was_given_up_keeps_the_source_from_sealing_however_it_is_stopped_later() {
+    use baton_protocol::handoff::cooperative::Refusal;
+    for given_up in [true, false] {
+        let volume = TestVolume::new(DISK_BYTES, Mode::Hold);
+        let gated: Arc<dyn Volume> =
+            Arc::new(Gated { volume: Arc::clone(&volume), shut: false.into(), read_only: false });
+        let (vm, mut members) = CooperativeVm::new("host-a/web", None, &[gated]);
+        let vm = vm.expect("it has a gate");
+        let device = Device::serve(Arc::clone(&volume), members.remove(0));
+        let mut front_end = device.front_end();
+        let write = Request::Write { sector: 0, data: &[1; 512] };
+        front_end.queue(0).submit(&write).unwrap();
+        front_end.queue(0).kick_anyway().unwrap();
+        volume.wait_held(0, 1);
+        // The machine is stopped for another reason, and goes on.
+        if given_up {
+            volume.set_state(VolumeState::Lost);
+        } else {
+            volume.release_all(0);
+        }
+        let base = get_base(&front_end);
+        volume.set_state(VolumeState::Connected);
+        volume.set_mode(Mode::Immediate);
+        front_end.set_up_queue(0, base).unwrap();
+        front_end.enable(0, true).unwrap();
+        assert_eq!(front_end.queue(0).wait_completion(SOON).unwrap().expect("done").status, OK);
+        // Now it moves, and everything that this stop took is answered.
+        front_end.start_logging().unwrap();
+        get_base(&front_end);
+        assert!(device.disk.status.rings().drained);
+        assert_eq!(vm.seal(TRY, 0), Err(Refusal::CameBack));
+        let sealed = if given_up { Err(Refusal::GivenUp) } else { Ok(()) };
+        assert_eq!(vm.seal(TRY, 1), sealed);
+    }
 }
 
 #[test]

@@ -1,20 +1,22 @@
-//! Handoffs of volumes whose storage keeps nobody out: what this host's agent has
-//! proven, and what it was told of the decision.
+//! Handoffs of volumes whose storage keeps nobody out: carries out what the ledger
+//! allows.
 //!
 //! ```text
-//!   source:       end(try): backend sealed -> process ended, its end seen -> note `ended`
-//!                 restore(try): note `restored` -> backend started again
-//!   destination:  permit(try): note `permitted` -> standby serves, and what comes after it claims
+//!   source:       end(try): backend sealed -> process ended, its end seen -> note
+//!                 keep(try): note -> backend started again
+//!   destination:  stand(try): note -> backend that waits    dismiss(try): note -> ended
+//!                 permit(try): note -> it serves, and what comes after it claims
 //! ```
 //!
 //! Rules:
 //! - A proof is of one process: the one that said that it is sealed is the one whose
 //!   end the kernel told ([`Ending`]). Anything less is no proof.
-//! - The note is on disk before anybody is told. What a host gave up, it does not
-//!   start again by itself, nor for who does not know of the try.
-//! - A try that was called off ends nothing any more, however late it asks.
+//! - The note is on disk before anything starts, and before anybody is told.
+//! - One order of a VM at a time, and no backend of it is started meanwhile: between a
+//!   look at the note and what follows from it nobody else acts.
 //!
-//! Does not decide who has the volumes: the coordinator does, once.
+//! Does not decide who has the volumes: the coordinator does, once. What an order does
+//! to a note: `ledger`.
 
 use std::collections::HashMap;
 use std::io;
@@ -22,61 +24,49 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::http::StatusCode;
-use baton_protocol::handoff::Try;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use utoipa::ToSchema;
 
 use super::definition::VmDefinition;
 use super::events::now_us;
 use super::inventory::write_durably;
+use super::ledger::{self, Fate, Note, Order, Proof, Refusal, Turn, Verdict};
 use super::{Agent, COMMAND_LIMIT, STATUS_LIMIT};
 use crate::problem::{Problem, found_no_room};
 use crate::supervisor::control::{Control, ControlError};
-use crate::supervisor::{Ending, Role, Run};
+use crate::supervisor::{BackendState, Ending, Role, Run};
 
-/// That the source's backend has stopped for good, and how that is known.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub(super) struct Proof {
-    /// The process that had sealed, by its number then.
+/// The source's backend when a try began.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Since {
+    /// Its process.
     pub pid: i32,
-    /// How its end was seen: `waitpid` or `pidfd`.
-    pub seen_by: String,
-    /// How it ended, if that was ours to learn.
-    pub status: Option<String>,
-    /// Microseconds since 1970. For people.
-    pub at_unix_us: u64,
+    /// How often its guest had come back.
+    pub returns: u32,
 }
 
-/// The last thing that happened to a VM here, durable.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "state")]
-enum Note {
-    /// Its volumes left.
-    Ended {
-        #[serde(rename = "try")]
-        attempt: String,
-        proof: Proof,
-    },
-    /// They did not, or came back.
-    Restored {
-        #[serde(rename = "try")]
-        attempt: String,
-    },
-    /// They came.
-    Permitted {
-        #[serde(rename = "try")]
-        attempt: String,
-    },
+/// A VM's note.
+#[derive(Debug)]
+struct Slot {
+    /// Held while an order is carried out, which may take a while.
+    orders: tokio::sync::Mutex<()>,
+    note: Mutex<Option<Note>>,
 }
 
-type Slot = Arc<tokio::sync::Mutex<Option<Note>>>;
+impl Slot {
+    fn note(&self) -> Option<Note> {
+        self.note.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, note: Note) {
+        *self.note.lock().unwrap_or_else(PoisonError::into_inner) = Some(note);
+    }
+}
 
 /// Notes of all VMs. One change of a VM at a time.
 #[derive(Debug)]
 pub(super) struct Notes {
     dir: PathBuf,
-    slots: Mutex<HashMap<String, Slot>>,
+    slots: Mutex<HashMap<String, Arc<Slot>>>,
 }
 
 impl Notes {
@@ -92,7 +82,7 @@ impl Notes {
     ///
     /// # Errors
     /// It is there and cannot be read: it may say that the volumes left.
-    fn slot(&self, vm: &str) -> Result<Slot, Problem> {
+    fn slot(&self, vm: &str) -> Result<Arc<Slot>, Problem> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(slot) = slots.get(vm) {
             return Ok(Arc::clone(slot));
@@ -114,9 +104,27 @@ impl Notes {
                 ),
             )
         })?;
-        let slot = Arc::new(tokio::sync::Mutex::new(note));
+        let slot = Arc::new(Slot { orders: tokio::sync::Mutex::default(), note: Mutex::new(note) });
         slots.insert(vm.to_owned(), Arc::clone(&slot));
         Ok(slot)
+    }
+
+    /// What was heard last, for who only looks; none where it cannot be read.
+    pub(super) fn last_heard(&self, vm: &str) -> Option<Note> {
+        self.slot(vm).ok()?.note()
+    }
+
+    /// Whether a backend that an agent before this one kept is kept on. It may have died, and what came in
+    /// its place would claim.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn may_be_kept(&self, vm: &str, role: Role) -> Result<(), String> {
+        let note = self.slot(vm).map_err(|problem| problem.detail)?.note();
+        match note.filter(|note| role == Role::Owner && !note.is_here()) {
+            Some(note) => Err(format!("its volumes are elsewhere since try {}", note.turn.attempt)),
+            None => Ok(()),
+        }
     }
 
     fn write(&self, vm: &str, note: &Note) -> Result<(), Problem> {
@@ -151,28 +159,53 @@ fn not_proven(detail: String) -> Problem {
 }
 
 impl Agent {
+    /// The ledger's word, or its refusal for people.
+    fn judge(&self, name: &str, note: Option<Note>, order: Order) -> Result<Verdict, Problem> {
+        let serves = self.supervisor.launch_of(name).is_some_and(|launch| !launch.standby);
+        let refusal = match ledger::step(note.as_ref(), serves, order) {
+            Ok(verdict) => return Ok(verdict),
+            Err(refusal) => refusal,
+        };
+        let host = &self.config.host;
+        let last = note.map_or("none that is known".to_owned(), |n| n.turn.attempt.to_string());
+        Err(match (order, refusal) {
+            (Order::Claim { .. }, _) => Problem::new(
+                StatusCode::CONFLICT,
+                "baton:given-away",
+                "The volumes are another host's",
+                format!(
+                    "the volumes of {name} left {host}, or never came, in try {last}, and their storage keeps nobody out: two backends would destroy them; hand the VM over from where it runs, or, if it runs nowhere and the other host cannot reach the storage, say `force`"
+                ),
+            ),
+            (_, Refusal::Here) => Problem::new(
+                StatusCode::CONFLICT,
+                "baton:destination-runs-vm",
+                "The destination has the volumes already",
+                format!(
+                    "the volumes of {name} are on {host} already; a backend that waits for them would wait for nobody"
+                ),
+            ),
+            (order, refusal) => stale(format!(
+                "{order} is refused on {host}: {refusal} (last try of {name} here: {last})"
+            )),
+        })
+    }
+
     /// Has the backend of a VM seal, ends it, and proves that. Said again it shows the
     /// same proof.
-    pub(super) async fn end_for(&self, vm: &VmDefinition, attempt: Try) -> Result<Proof, Problem> {
+    pub(super) async fn end_for(
+        &self,
+        vm: &VmDefinition,
+        turn: Turn,
+        since: Since,
+    ) -> Result<Proof, Problem> {
         let (name, host) = (&vm.name, &self.config.host);
         let slot = self.cooperative.slot(name)?;
-        let mut note = slot.lock().await;
-        let this = attempt.to_string();
-        match &*note {
-            Some(known @ Note::Ended { attempt, proof }) if *attempt == this => {
-                // It may be known and not on the disk, for want of room when it became true.
-                self.cooperative.write(name, known)?;
-                return Ok(proof.clone());
-            }
-            Some(Note::Ended { attempt, .. }) => {
-                return Err(stale(format!("the volumes of {name} left {host} in try {attempt}")));
-            }
-            Some(Note::Restored { attempt }) if *attempt == this => {
-                return Err(stale(format!(
-                    "try {this} was called off, and {host} has the volumes of {name}"
-                )));
-            }
-            _ => {}
+        let _alone = slot.orders.lock().await;
+        if let Verdict::Proven(proof) = self.judge(name, slot.note(), Order::End(turn))? {
+            // It may be known and not on the disk, for want of room when it became true.
+            self.cooperative.write(name, &Note::ended(turn, proof.clone()))?;
+            return Ok(proof);
         }
         let state = self.supervisor.state(name);
         let (Run::Running, Some(_)) = (state.run, state.pid) else {
@@ -180,8 +213,19 @@ impl Agent {
                 "no backend of {name} runs on {host} that could say that nothing of the guest is under way to the storage"
             )));
         };
+        if state.pid != Some(since.pid) {
+            return Err(Problem::new(
+                StatusCode::CONFLICT,
+                "baton:came-back",
+                "The guest may have come back in this try",
+                format!(
+                    "another process of the backend of {name} runs on {host} than when the try began, so nobody knows whether the guest was stopped and went on meanwhile, and left a copy of its memory behind: begin another handoff"
+                ),
+            ));
+        }
         let control = Control::new(self.config.control_socket(name));
-        let order = json!({"cmd": "seal", "try": this});
+        let order =
+            json!({"cmd": "seal", "try": turn.attempt.to_string(), "returns": since.returns});
         let answer = match control.ask(&order, COMMAND_LIMIT).await {
             Err(error @ (ControlError::Silent { .. } | ControlError::Absent { .. })) => {
                 return Err(not_proven(format!(
@@ -203,63 +247,75 @@ impl Agent {
                 "the backend of {name} on {host} is gone, but nobody saw the end of the process that had sealed: make sure that {host} does not reach the storage any more, then force, or cancel"
             )));
         };
-        let ended = Note::Ended { attempt: this, proof: proof.clone() };
+        let ended = Note::ended(turn, proof.clone());
         // It is true whether or not there is room for it.
-        *note = Some(ended.clone());
+        slot.set(ended.clone());
         self.cooperative.write(name, &ended)?;
-        tracing::info!(vm = name, %attempt, ?proof, "the volumes were given up");
+        tracing::info!(vm = name, attempt = %turn.attempt, ?proof, "the volumes were given up");
         Ok(proof)
     }
 
-    /// The source has its volumes back, unless they left in another try.
-    pub(super) async fn restore(&self, vm: &VmDefinition, attempt: Try) -> Result<(), Problem> {
-        let (name, host) = (&vm.name, &self.config.host);
+    /// The source keeps its volumes, or has them back.
+    pub(super) async fn keep(&self, vm: &VmDefinition, turn: Turn) -> Result<(), Problem> {
+        let name = &vm.name;
         let slot = self.cooperative.slot(name)?;
-        let mut note = slot.lock().await;
-        let this = attempt.to_string();
-        match &*note {
-            Some(Note::Ended { attempt, .. }) if *attempt != this => {
-                return Err(stale(format!("the volumes of {name} left {host} in try {attempt}")));
-            }
-            Some(Note::Permitted { attempt }) if *attempt == this => {
-                return Err(stale(format!(
-                    "{host} is where the volumes of {name} went in that try"
-                )));
-            }
-            _ => {}
+        let _alone = slot.orders.lock().await;
+        self.obey(name, &slot, Order::Keep(turn))?;
+        self.serve(vm).await?;
+        // One that has sealed and could not be ended serves nobody any more. One that
+        // does not answer may have: it is asked again.
+        let control = Control::new(self.config.control_socket(name));
+        let status = control.ask(&json!({"cmd": "status"}), STATUS_LIMIT).await?;
+        if status["handoff"]["standing"] == "sealed" {
+            self.supervisor.stop(name).await?;
+            self.serve(vm).await?;
         }
-        let restored = Note::Restored { attempt: this };
-        self.cooperative.write(name, &restored)?;
-        *note = Some(restored);
-        // One that has sealed and could not be ended serves nobody any more.
-        if self.handoff_of(name).await["standing"] == "sealed" {
+        Ok(())
+    }
+
+    /// A backend that waits for this try; one that waits for another is ended first.
+    pub(super) async fn stand(
+        &self,
+        vm: &VmDefinition,
+        turn: Turn,
+    ) -> Result<BackendState, Problem> {
+        let name = &vm.name;
+        let settled = {
+            let slot = self.cooperative.slot(name)?;
+            let _alone = slot.orders.lock().await;
+            self.judge(name, slot.note(), Order::Stand(turn))?;
+            let launch = self.supervisor.launch_of(name);
+            if launch.as_ref().is_none_or(|launch| launch.only_for != Some(turn.attempt)) {
+                self.supervisor.stop(name).await?;
+                // Nobody can be permitted whom an old machine could find.
+                self.supervisor.no_machine_is_left(name)?;
+            }
+            self.obey(name, &slot, Order::Stand(turn))?;
+            self.supervisor.begin(self.to_launch(vm, Role::Standby, Some(turn.attempt))?)?
+        };
+        Ok(settled.wait().await?)
+    }
+
+    /// The destination's try was called off: what stands by is ended.
+    pub(super) async fn dismiss(&self, vm: &VmDefinition, turn: Turn) -> Result<(), Problem> {
+        let name = &vm.name;
+        let slot = self.cooperative.slot(name)?;
+        let _alone = slot.orders.lock().await;
+        if self.obey(name, &slot, Order::Dismiss(turn))? {
             self.supervisor.stop(name).await?;
         }
-        self.started(vm).await
+        Ok(())
     }
 
     /// The destination may serve: its standby goes on, and what comes after it claims.
-    pub(super) async fn permit(&self, vm: &VmDefinition, attempt: Try) -> Result<(), Problem> {
-        let (name, host) = (&vm.name, &self.config.host);
+    pub(super) async fn permit(&self, vm: &VmDefinition, turn: Turn) -> Result<(), Problem> {
+        let name = &vm.name;
         let slot = self.cooperative.slot(name)?;
-        let mut note = slot.lock().await;
-        let permitted = Note::Permitted { attempt: attempt.to_string() };
-        if note.as_ref() != Some(&permitted) {
-            let stands_by = self
-                .supervisor
-                .launch_of(name)
-                .is_some_and(|launch| launch.standby && launch.only_for == Some(attempt));
-            if !stands_by {
-                return Err(stale(format!(
-                    "no backend of {name} stands by on {host} for try {attempt}"
-                )));
-            }
-            self.cooperative.write(name, &permitted)?;
-            *note = Some(permitted);
-        }
-        self.started(vm).await?;
+        let _alone = slot.orders.lock().await;
+        self.obey(name, &slot, Order::Permit(turn))?;
+        self.serve(vm).await?;
         let control = Control::new(self.config.control_socket(name));
-        let order = json!({"cmd": "permit", "try": attempt.to_string()});
+        let order = json!({"cmd": "permit", "try": turn.attempt.to_string()});
         match control.ask(&order, COMMAND_LIMIT).await {
             // Its next process, which claimed by itself.
             Err(ControlError::Refused { .. })
@@ -271,37 +327,49 @@ impl Agent {
         }
     }
 
-    /// Whether a backend may claim the volumes here.
-    ///
-    /// # Errors
-    /// They left this host.
-    pub(super) async fn may_claim(&self, name: &str, force: bool) -> Result<(), Problem> {
-        let slot = self.cooperative.slot(name)?;
-        let mut note = slot.lock().await;
-        let Some(Note::Ended { attempt, .. }) = &*note else { return Ok(()) };
-        let (attempt, host) = (attempt.clone(), &self.config.host);
-        if !force {
-            return Err(Problem::new(
-                StatusCode::CONFLICT,
-                "baton:given-away",
-                "The volumes left this host",
-                format!(
-                    "the volumes of {name} left {host} in try {attempt}, and their storage keeps nobody out: two backends would destroy them; hand the VM back from where it runs, or, if it runs nowhere and the other host cannot reach the storage, say `force`"
-                ),
-            ));
+    /// A backend that claims the volumes, which somebody asks for.
+    pub(super) async fn claim(
+        &self,
+        vm: &VmDefinition,
+        force: bool,
+    ) -> Result<BackendState, Problem> {
+        let name = &vm.name;
+        // Held until it is being kept: from then on an order to end it finds it.
+        let settled = {
+            let slot = self.cooperative.slot(name)?;
+            let _alone = slot.orders.lock().await;
+            let order = Order::Claim { force };
+            if matches!(self.judge(name, slot.note(), order)?, Verdict::Note(_)) {
+                // Its memory is of before; nobody would keep its requests out.
+                self.supervisor.no_machine_is_left(name)?;
+                self.supervisor.stop(name).await?;
+                self.supervisor.no_machine_is_left(name)?;
+                self.obey(name, &slot, order)?;
+                tracing::warn!(vm = name, "volumes that are elsewhere are claimed by force");
+            }
+            self.supervisor.begin(self.to_launch(vm, Role::Owner, None)?)?
+        };
+        Ok(settled.wait().await?)
+    }
+
+    /// Writes what an order changes. False: there is nothing to do.
+    fn obey(&self, name: &str, slot: &Slot, order: Order) -> Result<bool, Problem> {
+        match self.judge(name, slot.note(), order)? {
+            Verdict::Void => return Ok(false),
+            Verdict::Go | Verdict::Proven(_) => {}
+            Verdict::Note(next) => {
+                self.cooperative.write(name, &next)?;
+                slot.set(next);
+            }
         }
-        tracing::warn!(vm = name, attempt, "volumes that were given up are claimed by force");
-        let restored = Note::Restored { attempt };
-        self.cooperative.write(name, &restored)?;
-        *note = Some(restored);
-        Ok(())
+        Ok(true)
     }
 
     /// The VM's backend was proven gone, for a handoff that was not called off.
     pub(super) async fn has_given_up(&self, name: &str) -> Result<bool, Problem> {
         let slot = self.cooperative.slot(name)?;
-        let note = slot.lock().await;
-        Ok(matches!(&*note, Some(Note::Ended { .. })))
+        let _alone = slot.orders.lock().await;
+        Ok(slot.note().is_some_and(|note| matches!(note.fate, Fate::Ended { .. })))
     }
 
     async fn handoff_of(&self, name: &str) -> Value {
@@ -311,15 +379,8 @@ impl Agent {
     }
 
     /// A backend that claims, if none runs; one that runs does so from its next start on.
-    async fn started(&self, vm: &VmDefinition) -> Result<(), Problem> {
-        let launch = self.launch(vm, Role::Owner, None).map_err(|error| {
-            Problem::new(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "baton:state-failed",
-                "The agent cannot write what the backend needs",
-                format!("cannot write in {}: {error}", self.config.run_dir.display()),
-            )
-        })?;
+    async fn serve(&self, vm: &VmDefinition) -> Result<(), Problem> {
+        let launch = self.to_launch(vm, Role::Owner, None)?;
         Ok(self.supervisor.start(launch).await.map(drop)?)
     }
 }

@@ -8,6 +8,7 @@ pub mod definition;
 mod events;
 mod facts;
 mod inventory;
+mod ledger;
 mod machine;
 mod term;
 mod zombie;
@@ -18,7 +19,10 @@ use std::time::Duration;
 
 use baton_protocol::handoff::Try;
 
+use axum::http::StatusCode;
+
 use crate::door::{Address, Door, DoorError, Peer};
+use crate::problem::{Problem, found_no_room};
 use crate::supervisor::{Launch, Role, Settings, Supervisor};
 use crate::tls::{Credentials, CredentialsError};
 
@@ -156,6 +160,10 @@ impl Agent {
     fn take_over(&self) {
         for vm in self.inventory.list() {
             let Some((role, only_for)) = self.supervisor.remembered(&vm.name) else { continue };
+            if let Err(why) = self.cooperative.may_be_kept(&vm.name, role) {
+                tracing::error!(vm = vm.name, why, "a backend is not taken over");
+                continue;
+            }
             match self.launch(&vm, role, only_for) {
                 Ok(launch) => self.supervisor.adopt(launch),
                 Err(error) => {
@@ -163,6 +171,28 @@ impl Agent {
                 }
             }
         }
+    }
+
+    /// [`Self::launch`], its failure for people.
+    fn to_launch(
+        &self,
+        vm: &VmDefinition,
+        role: Role,
+        only_for: Option<Try>,
+    ) -> Result<Launch, Problem> {
+        self.launch(vm, role, only_for).map_err(|error| {
+            let (name, dir) = (&vm.name, &self.config.run_dir);
+            if found_no_room(&error) {
+                let what = format!("the agent cannot write what the backend of {name} needs");
+                return Problem::state_full(&what, dir);
+            }
+            Problem::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "baton:state-failed",
+                "The agent cannot write what the backend needs",
+                format!("cannot write in {}: {error}", dir.display()),
+            )
+        })
     }
 
     /// Writes a backend's configuration and says how to start it.

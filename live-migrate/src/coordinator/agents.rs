@@ -5,12 +5,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_protocol::handoff::Try;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::config::{Config, Host};
-use super::plan::{Standing, Trouble};
+use super::plan::{Row, Standing, Trouble};
 use crate::client::{CallError, Client, Method};
 use crate::identity::{Identity, Role};
 use crate::problem::Problem;
@@ -144,6 +143,32 @@ impl VmView {
         self.handoff()["standing"].as_str()
     }
 
+    /// It waits for a machine, in another handoff than this one.
+    #[must_use]
+    pub fn waits_in_another(&self, id: &str, attempt: u32) -> bool {
+        matches!(self.standing_word(), Some("ready" | "activating")) && !self.is_in(id, attempt)
+    }
+
+    fn is_in(&self, id: &str, attempt: u32) -> bool {
+        let handoff = self.handoff();
+        handoff["id"].as_str() == Some(id)
+            && handoff["attempt"].as_u64() == Some(u64::from(attempt))
+    }
+
+    /// The number of the last try that its agent has heard of, where no storage fences; 0: of none.
+    #[must_use]
+    pub fn turn(&self) -> u64 {
+        self.0["ledger"]["turn"].as_u64().unwrap_or(0)
+    }
+
+    /// The backend's process, and how often its guest was stopped and went on, where no
+    /// storage fences.
+    #[must_use]
+    pub fn returns(&self) -> Option<(i32, u32)> {
+        let pid = i32::try_from(self.status()["pid"].as_i64()?).ok()?;
+        Some((pid, u32::try_from(self.handoff()["returns"].as_u64()?).ok()?))
+    }
+
     /// The backend's process is there, or may be.
     #[must_use]
     pub fn backend_runs(&self) -> bool {
@@ -184,9 +209,7 @@ impl VmView {
             let runs = matches!(self.run(), "running" | "unknown");
             return if runs { Standing::Unknown } else { Standing::Dead };
         }
-        let handoff = self.handoff();
-        let same = handoff["id"].as_str() == Some(id)
-            && handoff["attempt"].as_u64() == Some(u64::from(attempt));
+        let same = self.is_in(id, attempt);
         match self.standing_word() {
             Some("ready") if same => Standing::Ready,
             Some("activating") if same => Standing::Active,
@@ -321,9 +344,13 @@ impl Agent {
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn stand_by(&self, vm: &str, attempt: Try) -> Result<(), AgentError> {
-        let path = format!("/v1/vms/{vm}/backend");
-        let told = json!({"role": "standby", "try": attempt.to_string()});
+    pub async fn stand_by(&self, row: &Row) -> Result<(), AgentError> {
+        let path = format!("/v1/vms/{}/backend", row.vm);
+        let mut told = json!({"role": "standby", "try": row.attempt().to_string()});
+        if row.is_cooperative() {
+            told["turn"] = row.cooperation.turn.into();
+            return self.call(Method::PUT, &path, Some(&told)).await.map(drop);
+        }
         match self.call(Method::PUT, &path, Some(&told)).await {
             // An agent from before there was a try to tell. Its backends take the first
             // of which they hear.
@@ -353,18 +380,17 @@ impl Agent {
         self.call(Method::POST, &format!("/v1/vms/{vm}/backend/{what}"), Some(&json!({}))).await
     }
 
-    /// An order of a handoff that no storage fences: `end`, `permit`, `restore`.
+    /// An order of a handoff that no storage fences: `end`, `keep`, `permit`, `dismiss`.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn order_of_try(
-        &self,
-        vm: &str,
-        what: &str,
-        attempt: Try,
-    ) -> Result<Value, AgentError> {
-        let path = format!("/v1/vms/{vm}/backend/{what}");
-        let body = json!({"try": attempt.to_string()});
+    pub async fn order_of_try(&self, row: &Row, what: &str) -> Result<Value, AgentError> {
+        let path = format!("/v1/vms/{}/backend/{what}", row.vm);
+        let mut body = json!({"try": row.attempt().to_string(), "turn": row.cooperation.turn});
+        if what == "end" {
+            body["pid"] = row.cooperation.source_pid.into();
+            body["returns"] = row.cooperation.source_returns.into();
+        }
         // A backend may be started or ended first.
         let within = self.timeout * 4;
         let answer = self.client.call_within(Method::POST, &path, Some(&body), within).await;
@@ -470,6 +496,18 @@ mod tests {
         // Not proven: its machine runs, or nobody says.
         assert_eq!(stopped(json!({"run": "running"})), Standing::Unknown);
         assert_eq!(stopped(Value::Null), Standing::Unknown);
+    }
+
+    /// It is to make room for this one; one that starts, or has the volumes, is not.
+    #[test]
+    fn who_waits_in_another_handoff_is_told_from_who_waits_in_this_one() {
+        let waits = |standing: &str, id: &str| {
+            let handoff = json!({"standing": standing, "id": id, "attempt": 1});
+            VmView(json!({"status": {"handoff": handoff}})).waits_in_another("ID", 1)
+        };
+        assert!(waits("ready", "OTHER") && waits("activating", "OTHER"));
+        assert!(!waits("ready", "ID") && !waits("serving", "OTHER") && !waits("sealed", "OTHER"));
+        assert!(!VmView(Value::Null).waits_in_another("ID", 1));
     }
 
     #[test]

@@ -42,7 +42,8 @@ pub(super) async fn carry_out(core: Arc<Core>, row: Arc<Row>, action: Action, re
         Action::Settle(place) => work.settle(place).await,
         Action::EndSource => work.end_source().await,
         Action::Permit => work.tell_winner(&work.row.to, "permit", Input::Permitted).await,
-        Action::Restore => work.tell_winner(&work.row.from, "restore", Input::Restored).await,
+        Action::Keep => work.tell_winner(&work.row.from, "keep", Input::Restored).await,
+        Action::Dismiss => work.dismiss().await,
         Action::StopSource => work.stop(&work.row.from).await,
         Action::StopDestination => work.stop(&work.row.to).await,
     }
@@ -277,7 +278,6 @@ impl Work {
         id: &str,
         heard: &mut tokio::time::Instant,
     ) -> Result<Standing, AgentError> {
-        let attempt = self.row.attempt();
         let found = agent.vm(&self.row.vm).await;
         if !matches!(found, Err(AgentError::Unreachable(_))) {
             *heard = tokio::time::Instant::now();
@@ -287,7 +287,7 @@ impl Work {
             Err(error) if error.is_missing() && start => {
                 let definition = self.core.definition(&self.row.vm, &self.row.from).await?;
                 agent.define(&self.row.vm, &definition).await?;
-                agent.stand_by(&self.row.vm, attempt).await?;
+                agent.stand_by(&self.row).await?;
                 return Ok(Standing::Starting);
             }
             // Its machine may run all the same.
@@ -305,11 +305,14 @@ impl Work {
             // Of a handoff before this one.
             Standing::Parked => {
                 agent.stop_backend(&self.row.vm).await?;
-                agent.stand_by(&self.row.vm, attempt).await?;
+                agent.stand_by(&self.row).await?;
                 Ok(Standing::Starting)
             }
-            _ if !vm.backend_runs() => {
-                agent.stand_by(&self.row.vm, attempt).await?;
+            // Its agent may not have heard that the try before this one is over.
+            _ if !vm.backend_runs()
+                || (self.row.is_cooperative() && vm.waits_in_another(id, self.row.attempt)) =>
+            {
+                agent.stand_by(&self.row).await?;
                 Ok(Standing::Starting)
             }
             other => Ok(other),
@@ -344,8 +347,12 @@ impl Work {
         let mut patience = Patience::new();
         loop {
             let Some(agent) = self.core.agents.of(&self.row.from) else { return };
-            match agent.order_of_try(&self.row.vm, "end", self.row.attempt()).await {
+            match agent.order_of_try(&self.row, "end").await {
                 Ok(proof) => return self.reports.tell(Input::Ended(proof)).await,
+                Err(AgentError::Refused { trouble, .. }) if trouble.kind == "baton:came-back" => {
+                    let trouble = self.owned(&trouble);
+                    return self.reports.tell(Input::CameBack(trouble)).await;
+                }
                 // The machine goes on: that is what is waited for.
                 Err(AgentError::Refused { trouble, .. })
                     if trouble.kind == "baton:still-serving" =>
@@ -377,11 +384,25 @@ impl Work {
         let mut patience = Patience::new();
         loop {
             let Some(agent) = self.core.agents.of(host) else { return };
-            match agent.order_of_try(&self.row.vm, what, self.row.attempt()).await {
+            match agent.order_of_try(&self.row, what).await {
                 Ok(_) => return self.reports.tell(done).await,
                 Err(error) => patience.wait(&self.reports, Some(error.trouble())).await,
             }
         }
+    }
+
+    /// Ends what stands by, unless it serves.
+    async fn dismiss(&self) {
+        let Some(agent) = self.core.agents.of(&self.row.to) else {
+            return self.reports.tell(Input::LoserGone).await;
+        };
+        let input = match agent.order_of_try(&self.row, "dismiss").await {
+            Ok(_) => Input::LoserGone,
+            // It was never told of the VM.
+            Err(error) if error.is_missing() => Input::LoserGone,
+            Err(error) => Input::LoserLeft(error.trouble().clone()),
+        };
+        self.reports.tell(input).await;
     }
 
     async fn reclaim(&self) {

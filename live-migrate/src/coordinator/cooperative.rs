@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::agents::{DiskView, VmView};
 use super::core::Core;
 use super::fault::Fault;
-use super::plan::{self, Member, Progress, Seen, Winner};
+use super::plan::{self, Cooperation, Member, Progress, Seen, Winner};
 use super::sides::{self, Found};
 
 /// A disk that other hosts reach, on a storage that keeps no access record, and how it is fenced.
@@ -89,6 +89,35 @@ pub(super) fn source(vm: &str, found: &Found) -> Result<String, Fault> {
             "{who} `{vm}`, whose volumes are on NBD servers: these do not know who may write, so a VM moves only from a backend that can be asked; nothing was begun: start its backend where the VM runs, or see to that host's agent"
         ),
     ))
+}
+
+/// What a new try begins with: its place among all of the VM, behind what the journal
+/// knows, and what the two hosts have heard, whose agents may know of a journal before
+/// this one; and how the source's backend is now.
+///
+/// # Errors
+/// The source's backend does not say how it is.
+pub(super) fn begin(
+    core: &Core,
+    vm: &str,
+    from: &str,
+    sides: &[Option<VmView>; 2],
+) -> Result<Cooperation, Fault> {
+    let journal = core.latest(vm).map_or(0, |handle| handle.row().cooperation.turn);
+    let heard = sides.iter().flatten().map(VmView::turn).max().unwrap_or(0);
+    let [source, _] = sides;
+    let Some((source_pid, source_returns)) = source.as_ref().and_then(VmView::returns) else {
+        return Err(Fault::new(
+            StatusCode::CONFLICT,
+            "baton:not-owner",
+            "The source does not own the volumes",
+            format!(
+                "the backend of `{vm}` on {from} does not say how it is, so nothing was begun: see to it (a backend of an older version cannot), and ask again"
+            ),
+        ));
+    };
+    let turn = journal.max(heard) + 1;
+    Ok(Cooperation { turn, source_pid, source_returns, ..Cooperation::default() })
 }
 
 /// The volumes, as the plan keeps them.

@@ -113,6 +113,16 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
             ),
         ));
     }
+    if !super::cooperative::has_records(&view) {
+        return Err(Fault::new(
+            StatusCode::CONFLICT,
+            "baton:no-fence",
+            "The storage cannot be told",
+            format!(
+                "`{vm}` has no writable disk on a storage that can keep a host out, so nothing was taken from {dead_host}, and it may reach them still: see to that host"
+            ),
+        ));
+    }
     if !force {
         is_not_alive(core, vm, &dead_host).await?;
     }

@@ -214,8 +214,13 @@ async fn plan(
     // Where the rings switch it and somebody else drives the machines, nothing is asked
     // of the source's agent.
     let orders = cooperative || driven.is_some() || request.mode == Trigger::Explicit;
-    let there = sides::answer(core, vm, (&from, &request.to), orders).await?;
-    let view = there.unwrap_or(view);
+    let sides = sides::answer(core, vm, (&from, &request.to), orders).await?;
+    let cooperation = match cooperative {
+        true => cooperative::begin(core, vm, &from, &sides)?,
+        false => plan::Cooperation::default(),
+    };
+    let [here, _] = sides;
+    let view = here.unwrap_or(view);
     if driven.is_some() && view.monitor_is_foreign() {
         return Err(Fault::new(
             StatusCode::CONFLICT,
@@ -241,7 +246,11 @@ async fn plan(
         fast: request.durability == Durability::Fast,
         key,
         labels: request.labels,
-        created_unix_us: unix_us(),
+        // A clock that was set back must not hide a handoff behind an older one.
+        created_unix_us: core
+            .latest(vm)
+            .map_or(0, |handle| handle.row().created_unix_us + 1)
+            .max(unix_us()),
         ready_timeout_ms: u64::try_from(ready_timeout.as_millis()).unwrap_or(u64::MAX),
         members,
         state: State::Preparing,
@@ -262,7 +271,7 @@ async fn plan(
         last: false,
         loser_gone: false,
         trouble: None,
-        cooperation: plan::Cooperation::default(),
+        cooperation,
         driven,
         version: 0,
         term: core.term,

@@ -93,7 +93,7 @@ pub(super) async fn find(core: &Core, vm: &str, from: Option<&str>) -> Result<Fo
 
 /// The agents that are needed answer: the destination's, which says that the VM does
 /// not run there, and, if it will be given orders, the source's, which knows the VM.
-/// What that one says of it.
+/// What they say of it, the source first.
 ///
 /// # Errors
 /// [`Fault`]; nothing was armed.
@@ -102,7 +102,7 @@ pub(super) async fn answer(
     vm: &str,
     (from, to): (&str, &str),
     source_has_orders: bool,
-) -> Result<Option<VmView>, Fault> {
+) -> Result<[Option<VmView>; 2], Fault> {
     let patience = core.config.agent_patience;
     let (source, destination) = (agent(core, from)?, agent(core, to)?);
     let source = source_has_orders.then(|| source.vm_patiently(vm, patience));
@@ -122,10 +122,10 @@ pub(super) async fn answer(
     let there = if missing(&there) { Ok(None) } else { there.map(Some) };
     match (here.transpose(), there) {
         (Ok(here), Ok(there)) => {
-            if let Some(there) = there {
-                does_not_run(vm, &there, from, to)?;
+            if let Some(there) = &there {
+                does_not_run(vm, there, from, to)?;
             }
-            Ok(here)
+            Ok([here, there])
         }
         (here, there) => {
             let mut errors = Vec::new();

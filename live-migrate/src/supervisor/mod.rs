@@ -131,6 +131,35 @@ struct Kept {
     over: watch::Receiver<bool>,
 }
 
+/// A backend that is being started.
+#[derive(Debug)]
+pub(crate) struct Started {
+    vm: String,
+    state: watch::Receiver<BackendState>,
+    after: Duration,
+}
+
+impl Started {
+    /// Until it answers.
+    ///
+    /// # Errors
+    /// [`SuperviseError`].
+    pub(crate) async fn wait(self) -> Result<BackendState, SuperviseError> {
+        let Self { vm, mut state, after } = self;
+        let settled =
+            state.wait_for(|state| matches!(state.run, Run::Running | Run::Failed | Run::Stopped));
+        match tokio::time::timeout(after, settled).await {
+            Ok(Ok(state)) if state.run == Run::Running => Ok(state.clone()),
+            Ok(Ok(state)) => {
+                let reason =
+                    state.reason.clone().unwrap_or_else(|| "it was stopped meanwhile".to_owned());
+                Err(SuperviseError::Failed { vm, reason })
+            }
+            Ok(Err(_)) | Err(_) => Err(SuperviseError::Slow { vm, after }),
+        }
+    }
+}
+
 /// All backends of this host. Dropping it leaves them running.
 #[derive(Debug)]
 pub struct Supervisor {
@@ -180,11 +209,19 @@ impl Supervisor {
     /// # Errors
     /// [`SuperviseError`].
     pub async fn start(&self, launch: Launch) -> Result<BackendState, SuperviseError> {
+        self.begin(launch)?.wait().await
+    }
+
+    /// [`Self::start`] without the wait: from now on it is kept, and can be stopped.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn begin(&self, launch: Launch) -> Result<Started, SuperviseError> {
         let vm = launch.vm.clone();
         if !self.is_kept(&vm) && self.found(&vm).is_none() {
             self.may_begin(&launch)?;
         }
-        let mut state = {
+        let state = {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
             match kept.get(&vm) {
                 Some(Kept { keeper, over, .. }) if !*over.borrow() => {
@@ -199,18 +236,7 @@ impl Supervisor {
                 }
             }
         };
-        let after = self.settings.start_limit;
-        let settled =
-            state.wait_for(|state| matches!(state.run, Run::Running | Run::Failed | Run::Stopped));
-        match tokio::time::timeout(after, settled).await {
-            Ok(Ok(state)) if state.run == Run::Running => Ok(state.clone()),
-            Ok(Ok(state)) => {
-                let reason =
-                    state.reason.clone().unwrap_or_else(|| "it was stopped meanwhile".to_owned());
-                Err(SuperviseError::Failed { vm, reason })
-            }
-            Ok(Err(_)) | Err(_) => Err(SuperviseError::Slow { vm, after }),
-        }
+        Ok(Started { vm, state, after: self.settings.start_limit })
     }
 
     /// How the backend of a VM is started the next time, while it is kept running.
@@ -250,14 +276,8 @@ impl Supervisor {
     /// Whether a backend may be started where there is none.
     fn may_begin(&self, launch: &Launch) -> Result<(), SuperviseError> {
         let vm = launch.vm.clone();
-        if launch.standby
-            && let Some(left) = self.front_ends.left(&vm)
-        {
-            return Err(SuperviseError::EarlierMachine {
-                vm,
-                pid: left.process.pid,
-                name: left.name,
-            });
+        if launch.standby {
+            self.no_machine_is_left(&vm)?;
         }
         let path = self.settings.record(&vm);
         match Record::make_room(&path) {
@@ -265,6 +285,16 @@ impl Supervisor {
             // Whatever else there is to say is said when it is written.
             _ => Ok(()),
         }
+    }
+
+    /// Of those that were at the VM's disks here.
+    ///
+    /// # Errors
+    /// [`SuperviseError::EarlierMachine`].
+    pub(crate) fn no_machine_is_left(&self, vm: &str) -> Result<(), SuperviseError> {
+        let Some(left) = self.front_ends.left(vm) else { return Ok(()) };
+        let (vm, pid, name) = (vm.to_owned(), left.process.pid, left.name);
+        Err(SuperviseError::EarlierMachine { vm, pid, name })
     }
 
     /// Somebody keeps one running, also while it is down between two lives: whoever

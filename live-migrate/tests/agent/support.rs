@@ -162,6 +162,13 @@ impl Agent {
         self.get("/v1/vms/web").await.expect("a view")["backend"].take()
     }
 
+    /// The agent itself has this file open.
+    pub(crate) fn holds_open(&self, path: &Path) -> bool {
+        let child = self.child.as_ref().expect("runs");
+        let Ok(open) = std::fs::read_dir(format!("/proc/{}/fd", child.id())) else { return false };
+        open.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()).any(|at| at == path)
+    }
+
     /// Waits until the backend runs with another process than `pid`.
     pub(crate) async fn wait_successor(&self, pid: i32) -> i32 {
         wait("a successor", async || {

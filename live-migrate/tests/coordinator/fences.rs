@@ -154,3 +154,55 @@ async fn row_36_no_volume_is_fenced_before_the_one_that_decides() {
     fence(&coordinator, "host-a", "host-b").await.expect("fenced");
     assert_eq!(cluster.owner(), "host-b/web");
 }
+
+/// Gives `web` one more disk.
+fn add_disk(cluster: &Cluster, disk: Value) {
+    cluster.a.with("web", |machine| {
+        machine.definition["disk"].as_array_mut().expect("disks").push(disk);
+    });
+}
+
+/// A disk in a file of the host goes with the host, and one that nobody writes needs no
+/// fence: neither holds up what can be taken.
+#[tokio::test]
+async fn a_scratch_disk_of_the_host_and_a_read_only_one_hold_up_no_fence() {
+    let cluster = Cluster::new().await;
+    add_disk(&cluster, json!({"name": "scratch", "volume": "file:///scratch/web.raw"}));
+    let cd = json!({"name": "cd", "volume": "nbd://images:10809/cd", "read_only": true});
+    add_disk(&cluster, cd);
+    let coordinator = cluster.coordinator("c", "").await;
+    let done = fence(&coordinator, "host-a", "host-b").await.expect("fenced");
+    let volumes = done["volumes"].as_array().expect("volumes");
+    let taken = |volume: &Value| (volume["volume"].clone(), volume["taken"].clone());
+    let want = [(json!("root"), json!(true)), (json!("data"), json!(true))];
+    assert_eq!(volumes.iter().map(taken).collect::<Vec<_>>(), want, "{done:#}");
+    assert_eq!(cluster.owner(), "host-b/web");
+}
+
+/// Half of a VM taken would look like all of it.
+#[tokio::test]
+async fn of_a_vm_that_mixes_baton_and_nbd_nothing_is_fenced() {
+    let cluster = Cluster::new().await;
+    add_disk(&cluster, json!({"name": "logs", "volume": "nbd://nas:10809/web-logs"}));
+    let coordinator = cluster.coordinator("c", "").await;
+    let before = [("root", 0), ("data", 1)].map(|(name, at)| cluster.storages[at].record(name));
+    let (problem, detail) = kind(fence(&coordinator, "host-a", "host-b").await);
+    assert_eq!(problem, "baton:no-fence", "{detail}");
+    for part in ["disk `logs`", "nbd://nas:10809/web-logs", "took nothing", "baton volume fence"] {
+        assert!(detail.contains(part), "{part}: {detail}");
+    }
+    let after = [("root", 0), ("data", 1)].map(|(name, at)| cluster.storages[at].record(name));
+    assert_eq!(after, before);
+}
+
+/// It was said to be fenced, with no volume in the answer.
+#[tokio::test]
+async fn a_vm_that_is_all_on_files_of_its_host_is_not_said_to_be_fenced() {
+    let cluster = Cluster::new().await;
+    cluster.a.with("web", |machine| machine.definition["disk"] = json!([]));
+    add_disk(&cluster, json!({"name": "root", "volume": "file:///images/web.raw"}));
+    let coordinator = cluster.coordinator("c", "").await;
+    let (problem, detail) = kind(fence(&coordinator, "host-a", "host-b").await);
+    assert_eq!(problem, "baton:no-fence", "{detail}");
+    assert!(detail.contains("nothing was taken from host-a"), "{detail}");
+}

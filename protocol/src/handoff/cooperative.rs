@@ -12,7 +12,12 @@
 //!   process. So nothing can undo a seal that somebody has built upon.
 //! - A seal needs rings that a migration stopped, and an answer of the storage to
 //!   everything that they had taken: what is under way could be done after the
-//!   destination's first request.
+//!   destination's first request. What was given up unanswered, in whichever stop
+//!   of the rings, nobody will ever know to be over: such a process never seals.
+//! - A seal is for a try in which the guest did not come back: rings that stop and run
+//!   again may leave a copy of the machine behind, at the destination, whose memory is
+//!   of before. Whoever orders the seal says how often they had come back when the try
+//!   began; nothing else keeps such a copy from being the one that is let run.
 //! - A standby sends nothing of the guest before it is permitted, and it is good for
 //!   one try. It does not judge: the one who permits has seen the proof.
 //!
@@ -74,8 +79,15 @@ pub enum Input {
     },
     /// Everything that the disk's rings had taken is answered.
     Drained(usize),
+    /// The disk's rings let requests go that the storage had not answered.
+    GivenUp(usize),
     /// Its agent orders: stop for good, for the sake of this try.
-    Seal(Try),
+    Seal {
+        /// Which.
+        attempt: Try,
+        /// [`Cooperative::returns`] when it began.
+        returns: u32,
+    },
     /// Its agent says: the source is proven gone.
     Permit(Try),
 }
@@ -98,11 +110,21 @@ pub enum Refusal {
     /// The VMM stopped its rings for another reason.
     #[error("the guest has stopped, but not to be moved: no dirty log was kept")]
     NotMoving,
+    /// The destination may have a copy of the machine from before.
+    #[error(
+        "the guest was stopped and went on since the try began, so the other host may have a copy of its memory that is out of date"
+    )]
+    CameBack,
     /// What was under way when its rings stopped may still be done.
     #[error(
         "the storage has not answered everything that the guest asked for, so it could still be done after the other host's first request"
     )]
     Unanswered,
+    /// What was given up at an earlier stop may still be done.
+    #[error(
+        "requests were given up while the storage did not answer, and it may still do them, after the other host's first request; when it surely has none of them any more, stop this backend and start it again"
+    )]
+    GivenUp,
     /// No ring of the machine ever ran in this process: an earlier one may have
     /// left requests behind that nobody has answered.
     #[error(
@@ -128,6 +150,9 @@ pub enum Refusal {
 pub struct Cooperative {
     phase: Phase,
     rings: Vec<Rings>,
+    /// Requests were let go that the storage may still have.
+    given_up: bool,
+    returns: u32,
     /// The last try that it took part in.
     attempt: Option<Try>,
 }
@@ -136,14 +161,17 @@ impl Cooperative {
     /// A process that serves so many disks.
     #[must_use]
     pub fn serving(disks: usize) -> Self {
-        Self { phase: Phase::Serving, rings: vec![Rings::Idle; disks], attempt: None }
+        Self::of(disks, Phase::Serving, None)
     }
 
     /// A process that waits for permission in this try.
     #[must_use]
     pub fn standby(disks: usize, attempt: Try) -> Self {
-        let rings = vec![Rings::Idle; disks];
-        Self { phase: Phase::Standby(attempt), rings, attempt: Some(attempt) }
+        Self::of(disks, Phase::Standby(attempt), Some(attempt))
+    }
+
+    fn of(disks: usize, phase: Phase, attempt: Option<Try>) -> Self {
+        Self { phase, rings: vec![Rings::Idle; disks], given_up: false, returns: 0, attempt }
     }
 
     /// How the VM stands.
@@ -156,6 +184,12 @@ impl Cooperative {
             Phase::Standby(_) if self.rings.iter().any(waits) => Standing::Activating,
             Phase::Standby(_) => Standing::Ready,
         }
+    }
+
+    /// How often rings that had stopped have run again, in this process.
+    #[must_use]
+    pub fn returns(&self) -> u32 {
+        self.returns
     }
 
     /// The last try that it took part in.
@@ -176,14 +210,21 @@ impl Cooperative {
     /// [`Refusal`] of an order.
     pub fn step(&mut self, input: Input) -> Result<Option<Output>, Refusal> {
         match input {
-            Input::Started(disk) => self.set(disk, Rings::Running),
+            Input::Started(disk) => {
+                let stopped =
+                    |rings: &Rings| matches!(rings, Rings::Draining { .. } | Rings::Drained { .. });
+                self.returns += u32::from(self.rings.get(disk).is_some_and(stopped));
+                self.set(disk, Rings::Running);
+            }
             Input::Stopped { disk, migrating } => self.set(disk, Rings::Draining { migrating }),
             Input::Drained(disk) => {
                 if let Some(Rings::Draining { migrating }) = self.rings.get(disk).copied() {
                     self.set(disk, Rings::Drained { migrating });
                 }
             }
-            Input::Seal(attempt) => return self.seal(attempt),
+            // Behind a shut gate nothing was sent.
+            Input::GivenUp(_) => self.given_up |= !self.is_shut(),
+            Input::Seal { attempt, returns } => return self.seal(attempt, returns),
             Input::Permit(attempt) => return self.permit(attempt),
         }
         Ok(None)
@@ -195,16 +236,22 @@ impl Cooperative {
         }
     }
 
-    fn seal(&mut self, attempt: Try) -> Result<Option<Output>, Refusal> {
+    fn seal(&mut self, attempt: Try, returns: u32) -> Result<Option<Output>, Refusal> {
         match self.phase {
             Phase::Sealed(sealed) if sealed == attempt => return Ok(None),
             Phase::Sealed(sealed) => return Err(Refusal::Sealed(sealed)),
             Phase::Standby(standby) => return Err(Refusal::StandsBy(standby)),
             Phase::Serving => {}
         }
+        if self.returns != returns {
+            return Err(Refusal::CameBack);
+        }
         let any = |found: fn(&Rings) -> bool| self.rings.iter().any(found);
         if any(|rings| *rings == Rings::Running) {
             return Err(Refusal::Running);
+        }
+        if self.given_up {
+            return Err(Refusal::GivenUp);
         }
         if any(|rings| matches!(rings, Rings::Draining { .. })) {
             return Err(Refusal::Unanswered);
@@ -245,14 +292,16 @@ mod tests {
     const TWO: Try = Try { id: HandoffId(2), attempt: 1 };
 
     fn inputs(disks: usize) -> Vec<Input> {
+        let seal = |attempt, returns| Input::Seal { attempt, returns };
         let mut inputs =
-            vec![Input::Seal(ONE), Input::Seal(TWO), Input::Permit(ONE), Input::Permit(TWO)];
+            vec![seal(ONE, 0), seal(TWO, 0), seal(ONE, 1), Input::Permit(ONE), Input::Permit(TWO)];
         for disk in 0..disks {
             inputs.extend([
                 Input::Started(disk),
                 Input::Stopped { disk, migrating: true },
                 Input::Stopped { disk, migrating: false },
                 Input::Drained(disk),
+                Input::GivenUp(disk),
             ]);
         }
         inputs
@@ -266,7 +315,7 @@ mod tests {
         let mut todo = vec![Cooperative::serving(2), Cooperative::standby(2, ONE)];
         let (mut seals, mut permits, mut refusals) = (0, 0, HashSet::new());
         while let Some(state) = todo.pop() {
-            if !known.insert(state.clone()) {
+            if state.returns > 2 || !known.insert(state.clone()) {
                 continue;
             }
             for input in inputs(2) {
@@ -274,7 +323,7 @@ mod tests {
                 let answer = next.step(input);
                 if let Err(refusal) = answer {
                     assert_eq!(next, state, "a refused order changes nothing: {input:?}");
-                    assert!(matches!(input, Input::Seal(_) | Input::Permit(_)));
+                    assert!(matches!(input, Input::Seal { .. } | Input::Permit(_)));
                     refusals.insert(std::mem::discriminant(&refusal));
                 }
                 match answer {
@@ -286,6 +335,10 @@ mod tests {
                         };
                         assert!(state.rings.iter().all(done), "{state:?}");
                         assert!(state.rings.iter().any(|rings| *rings != Rings::Idle));
+                        assert!(!state.given_up, "{state:?}");
+                        assert!(
+                            matches!(input, Input::Seal { returns, .. } if returns == state.returns)
+                        );
                     }
                     Ok(Some(Output::Open)) => {
                         permits += 1;
@@ -296,6 +349,7 @@ mod tests {
                         assert_eq!(state.is_shut(), next.is_shut(), "{input:?}");
                     }
                 }
+                assert!(next.given_up || !state.given_up, "nobody learns that it is over");
                 if state.standing() == Standing::Sealed {
                     assert_eq!(next.phase, state.phase, "a seal is for ever");
                 }
@@ -303,22 +357,64 @@ mod tests {
             }
         }
         assert!(known.len() > 100 && seals > 0 && permits > 0, "{}", known.len());
-        assert_eq!(refusals.len(), 8, "a refusal that no state gives is none");
+        assert_eq!(refusals.len(), 10, "a refusal that no state gives is none");
+    }
+
+    /// In whichever way it was stopped: a copy of the machine may have been made then.
+    #[test]
+    fn a_guest_that_came_back_is_not_handed_over_in_that_try() {
+        for migrating in [true, false] {
+            let mut vm = Cooperative::serving(1);
+            let stops = |vm: &mut Cooperative, migrating| {
+                vm.step(Input::Started(0)).expect("no order");
+                vm.step(Input::Stopped { disk: 0, migrating }).expect("no order");
+                vm.step(Input::Drained(0)).expect("no order");
+            };
+            stops(&mut vm, migrating);
+            stops(&mut vm, true);
+            let seal = |attempt, returns| Input::Seal { attempt, returns };
+            assert_eq!(vm.step(seal(ONE, 0)), Err(Refusal::CameBack));
+            // In another try, which knows of it.
+            assert_eq!(vm.step(seal(TWO, 1)), Ok(Some(Output::Shut)));
+            assert_eq!(vm.step(seal(TWO, 0)), Ok(None), "said again");
+        }
+    }
+
+    /// In a stop of any kind, however cleanly the rings are stopped afterwards.
+    #[test]
+    fn what_was_given_up_is_never_taken_for_answered() {
+        let moves = |vm: &mut Cooperative| {
+            vm.step(Input::Started(0)).expect("no order");
+            vm.step(Input::Stopped { disk: 0, migrating: true }).expect("no order");
+            vm.step(Input::Drained(0)).expect("no order");
+            vm.step(Input::Seal { attempt: TWO, returns: vm.returns() })
+        };
+        let mut vm = Cooperative::serving(2);
+        vm.step(Input::Started(0)).expect("no order");
+        vm.step(Input::Stopped { disk: 0, migrating: false }).expect("no order");
+        vm.step(Input::GivenUp(0)).expect("no order");
+        assert_eq!(moves(&mut vm), Err(Refusal::GivenUp));
+        // One that stood by has sent nothing.
+        let mut vm = Cooperative::standby(1, ONE);
+        vm.step(Input::GivenUp(0)).expect("no order");
+        vm.step(Input::Permit(ONE)).expect("permitted");
+        assert_eq!(moves(&mut vm), Ok(Some(Output::Shut)));
     }
 
     #[test]
     fn the_words_for_how_it_stands() {
         let mut vm = Cooperative::standby(1, ONE);
+        let seal = Input::Seal { attempt: TWO, returns: 0 };
         assert_eq!(vm.standing(), Standing::Ready);
         vm.step(Input::Started(0)).expect("no order");
         assert_eq!(vm.standing(), Standing::Activating);
         vm.step(Input::Permit(ONE)).expect("permitted");
         assert_eq!(vm.standing(), Standing::Serving);
-        assert_eq!(vm.step(Input::Seal(TWO)), Err(Refusal::Running));
+        assert_eq!(vm.step(seal), Err(Refusal::Running));
         vm.step(Input::Stopped { disk: 0, migrating: true }).expect("no order");
-        assert_eq!(vm.step(Input::Seal(TWO)), Err(Refusal::Unanswered));
+        assert_eq!(vm.step(seal), Err(Refusal::Unanswered));
         vm.step(Input::Drained(0)).expect("no order");
-        assert_eq!(vm.step(Input::Seal(TWO)), Ok(Some(Output::Shut)));
+        assert_eq!(vm.step(seal), Ok(Some(Output::Shut)));
         assert_eq!(vm.standing(), Standing::Sealed);
         // A machine that is resumed gets nothing.
         vm.step(Input::Started(0)).expect("no order");

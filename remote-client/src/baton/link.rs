@@ -118,3 +118,6 @@ impl Conversation for Session {
         match why {}
     }
 }
+
+#[cfg(test)]
+mod tests;

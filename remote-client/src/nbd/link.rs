@@ -157,3 +157,6 @@ impl Seal for Box<Channel> {
         Channel::hung_up(self)
     }
 }
+
+#[cfg(test)]
+mod tests;

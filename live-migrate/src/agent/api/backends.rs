@@ -12,10 +12,12 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::super::cooperative::{Proof, proof_of};
+use super::super::cooperative::proof_of;
+use super::super::ledger::{Proof, Turn};
 use super::super::{Agent, COMMAND_LIMIT};
+use super::cooperative::whole;
 use super::{body, find};
-use crate::problem::{Problem, found_no_room};
+use crate::problem::Problem;
 use crate::supervisor::control::Control;
 use crate::supervisor::{BackendState, Role};
 
@@ -31,6 +33,10 @@ pub(super) struct StartBackend {
     #[serde(rename = "try", default)]
     #[schema(example = "01ARZ3NDEKTSV4RRFFQ69G5FAV/1")]
     only_for: Option<String>,
+    /// With `try`, where the storage keeps nobody out: the try's place among all of the
+    /// VM. The agent remembers it, and refuses what comes late.
+    #[serde(default)]
+    turn: Option<u64>,
     /// For `owner`: although the volumes left this host in a handoff, and nothing but
     /// the caller's word says that no other host can reach them.
     #[serde(default)]
@@ -64,20 +70,13 @@ pub(super) async fn start(
     let only_for = request.only_for()?;
     let vm = find(&agent, &name)?;
     if request.role == Role::Owner {
-        agent.may_claim(&name, request.force).await?;
+        return whole(async move { agent.claim(&vm, request.force).await }).await.map(Json);
     }
-    let launch = agent.launch(&vm, request.role, only_for).map_err(|error| {
-        if found_no_room(&error) {
-            let what = format!("the agent cannot write what the backend of {name} needs");
-            return Problem::state_full(&what, &agent.config.run_dir);
-        }
-        Problem::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "baton:state-failed",
-            "The agent cannot write what the backend needs",
-            format!("cannot write in {}: {error}", agent.config.run_dir.display()),
-        )
-    })?;
+    if let (Some(attempt), Some(number)) = (only_for, request.turn) {
+        let turn = Turn { number, attempt };
+        return whole(async move { agent.stand(&vm, turn).await }).await.map(Json);
+    }
+    let launch = agent.to_launch(&vm, request.role, only_for)?;
     Ok(Json(agent.supervisor.start(launch).await?))
 }
 

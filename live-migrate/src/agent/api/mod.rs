@@ -60,7 +60,8 @@ const CALLERS: [Role; 2] = [Role::Coordinator, Role::Operator];
         backends::reclaim,
         backends::latency,
         cooperative::end,
-        cooperative::restore,
+        cooperative::keep,
+        cooperative::dismiss,
         cooperative::permit,
         monitors::status,
         monitors::incoming,
@@ -80,7 +81,7 @@ struct Document;
 type Method = fn() -> MethodRouter<Arc<Agent>>;
 
 /// Path, methods, handlers.
-const ROUTES: [(&str, &[&str], Method); 23] = [
+const ROUTES: [(&str, &[&str], Method); 24] = [
     ("/v1/host", &["get"], || get(host)),
     ("/v1/vms", &["get"], || get(vms::list)),
     ("/v1/vms/{vm}", &["get", "put", "delete"], || {
@@ -93,7 +94,8 @@ const ROUTES: [(&str, &[&str], Method); 23] = [
     ("/v1/vms/{vm}/backend/reclaim", &["post"], || post(backends::reclaim)),
     ("/v1/vms/{vm}/backend/latency", &["post"], || post(backends::latency)),
     ("/v1/vms/{vm}/backend/end", &["post"], || post(cooperative::end)),
-    ("/v1/vms/{vm}/backend/restore", &["post"], || post(cooperative::restore)),
+    ("/v1/vms/{vm}/backend/keep", &["post"], || post(cooperative::keep)),
+    ("/v1/vms/{vm}/backend/dismiss", &["post"], || post(cooperative::dismiss)),
     ("/v1/vms/{vm}/backend/permit", &["post"], || post(cooperative::permit)),
     ("/v1/vms/{vm}/vmm", &["get"], || get(monitors::status)),
     ("/v1/vms/{vm}/vmm/incoming", &["post"], || post(monitors::incoming)),

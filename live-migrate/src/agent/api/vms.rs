@@ -28,6 +28,10 @@ pub(super) struct VmView {
     /// What the backend says of itself; null when it does not answer.
     #[schema(value_type = Object)]
     status: Value,
+    /// Where the storage keeps nobody out: what became here of the last handoff that was
+    /// heard of, and the number of its try; null: none was.
+    #[schema(value_type = Object)]
+    ledger: Value,
     /// What its monitor says; null when there is none to ask, or it does not answer.
     vmm: Option<VmmStatus>,
     /// Why it does not.
@@ -87,7 +91,10 @@ pub(super) async fn show(
         Err(error) => (None, Some(Problem::described(&error))),
     };
     let backend = agent.supervisor.state(&name);
-    Ok(Json(VmView { definition, backend, status, vmm, vmm_error }))
+    // One that cannot be read is told to whoever orders something.
+    let note = agent.cooperative.last_heard(&name);
+    let ledger = note.and_then(|note| serde_json::to_value(note).ok()).unwrap_or_default();
+    Ok(Json(VmView { definition, backend, status, ledger, vmm, vmm_error }))
 }
 
 /// Defines a VM, so that it can come to this host. The same again changes nothing.

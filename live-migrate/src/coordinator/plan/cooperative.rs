@@ -24,12 +24,20 @@
 use baton_remote_client::Fence;
 use serde::{Deserialize, Serialize};
 
-use super::{Action, Because, Refusal, Row, Standing, State, Trigger, Winner};
+use super::{Action, Because, Refusal, Row, Standing, State, Trigger, Trouble, Winner};
 
 /// What a handoff without a fence notes. Rows of before, and others, have none of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Cooperation {
+    /// The place of this try among all of the VM, from 1: the agents refuse what an
+    /// earlier one asks of them, however late.
+    pub turn: u64,
+    /// The process of the source's backend when the try was planned.
+    pub source_pid: i32,
+    /// How often its guest had come back then. Whoever has stopped and gone on since may
+    /// have left a copy of the machine at the destination that is out of date.
+    pub source_returns: u32,
     /// The source's backend may have been ordered to end.
     pub end_asked: bool,
     /// The agent's proof that it has, as it was told.
@@ -38,7 +46,7 @@ pub struct Cooperation {
     pub forced: Option<String>,
     /// The destination's backend was told.
     pub permitted: bool,
-    /// The source's agent knows that it has the volumes.
+    /// The source's agent knows that it keeps the volumes.
     pub restored: bool,
 }
 
@@ -56,15 +64,29 @@ impl Row {
         }
     }
 
+    /// The source's guest went on in the middle of the try, or may have.
+    pub(super) fn came_back(&mut self, trouble: Trouble) {
+        if self.winner.is_none() && self.cooperation.proof.is_none() && !self.state.is_over() {
+            self.fail(trouble);
+        }
+    }
+
     /// A person says that the source cannot reach the storage.
     pub(super) fn force(&mut self, reason: String) -> Result<(), Refusal> {
         if !self.is_cooperative() {
             return Err(Refusal::Fenced);
         }
-        self.finish = true;
         match self.winner {
-            Some(Winner::Destination) => Ok(()),
+            Some(Winner::Destination) => {
+                self.finish = true;
+                Ok(())
+            }
             None if self.back.is_none() && !self.fenced && !self.state.is_over() => {
+                // Only who stands by can be permitted.
+                if !self.state.reached(State::Ready) {
+                    return Err(self.early(State::Ready));
+                }
+                self.finish = true;
                 self.cooperation.forced = Some(reason);
                 Ok(())
             }
@@ -148,10 +170,10 @@ impl Row {
             Some(Winner::Destination) => {}
             Some(Winner::Source) => {
                 if *end_asked && !restored {
-                    due.push(Action::Restore);
+                    due.push(Action::Keep);
                 }
                 if self.stood && !self.loser_gone {
-                    due.push(Action::StopDestination);
+                    due.push(Action::Dismiss);
                 }
             }
         }
@@ -191,6 +213,7 @@ mod tests {
             Input::Start,
             Input::CannotStand(trouble()),
             Input::Ended(json!({"pid": 1})),
+            Input::CameBack(trouble()),
             Input::Permitted,
             Input::Restored,
             Input::LoserGone,
@@ -254,7 +277,7 @@ mod tests {
                     permitted += 1;
                     assert_eq!(next.winner, Some(Winner::Destination));
                 }
-                if begins(Action::Restore) {
+                if begins(Action::Keep) {
                     restored += 1;
                     assert_eq!(next.winner, Some(Winner::Source));
                 }
@@ -286,6 +309,7 @@ mod tests {
                         | Action::OrderSeal
                         | Action::OrderActivate
                         | Action::StopSource
+                        | Action::StopDestination
                 )));
                 todo.push_back(next);
             }
@@ -309,6 +333,11 @@ mod tests {
         // Its machine may run before the proof is there: it waits.
         let early = after(&ready, &[Input::Standing(Standing::Active)]);
         assert_eq!((early.state, early.winner), (State::Ready, None));
+        // Nobody stands by yet who could be permitted.
+        assert!(matches!(
+            start.step(Input::Force("why".to_owned())),
+            Err(Refusal::NotReady { .. })
+        ));
         let sealed = after(&ready, &[Input::Ended(json!({}))]);
         assert_eq!((sealed.state, sealed.winner), (State::Sealed, None));
         for row in [
@@ -319,11 +348,15 @@ mod tests {
             assert_eq!(row.step(Input::Cancel), Err(Refusal::LostRace));
             assert!(after(&row, &[Input::Permitted]).is_over());
         }
+        // A guest that went on has left a copy behind: that try is over.
+        let gone_on = after(&early, &[Input::CameBack(trouble())]);
+        assert_eq!((gone_on.state, gone_on.winner), (State::Reclaimed, Some(Winner::Source)));
+        assert_eq!(after(&sealed, &[Input::CameBack(trouble())]).winner, None, "it was proven");
         // A cancel in time gives the source a backend again.
         let back = after(&sealed, &[Input::Cancel]);
         assert_eq!(
             (back.state, back.due()),
-            (State::Reclaimed, vec![Action::Restore, Action::StopDestination])
+            (State::Reclaimed, vec![Action::Keep, Action::Dismiss])
         );
         assert!(after(&back, &[Input::Restored, Input::LoserGone]).is_over());
         let forced = after(&ready, &[Input::Force("host-a lost power".to_owned())]);

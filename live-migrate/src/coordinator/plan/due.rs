@@ -31,8 +31,11 @@ pub enum Action {
     EndSource,
     /// Let the destination's backend serve.
     Permit,
-    /// Let the source's agent have a backend again.
-    Restore,
+    /// Let the source's agent keep its volumes: an order to end that is still on its way
+    /// is void.
+    Keep,
+    /// Let the destination's agent end what stands by, for good.
+    Dismiss,
     /// Stop the source's backend.
     StopSource,
     /// Stop the destination's backend.

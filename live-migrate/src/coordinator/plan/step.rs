@@ -44,6 +44,8 @@ pub enum Input {
     ActivateOrdered,
     /// The source's backend is proven gone.
     Ended(serde_json::Value),
+    /// The source's guest was stopped and went on, where no storage fences.
+    CameBack(Trouble),
     /// The destination's backend serves.
     Permitted,
     /// The source's agent has a backend again.
@@ -231,6 +233,7 @@ impl Row {
                 }
             }
             Input::Ended(proof) => self.ended(proof),
+            Input::CameBack(trouble) => self.came_back(trouble),
             Input::Permitted => {
                 self.cooperation.permitted |= self.winner == Some(Winner::Destination);
             }
@@ -385,7 +388,7 @@ impl Row {
         }
     }
 
-    fn fail(&mut self, trouble: Trouble) {
+    pub(super) fn fail(&mut self, trouble: Trouble) {
         self.back.get_or_insert(Because::Failed(trouble.clone()));
         self.trouble = Some(trouble);
     }
@@ -422,7 +425,7 @@ impl Row {
         }
     }
 
-    fn early(&self, needed: State) -> Refusal {
+    pub(super) fn early(&self, needed: State) -> Refusal {
         Refusal::NotReady { state: self.state, needed }
     }
 

@@ -201,7 +201,7 @@ impl World {
             }
             Action::StopSource => Input::LoserGone,
             // Of handoffs without access records.
-            Action::EndSource | Action::Permit | Action::Restore => return,
+            Action::EndSource | Action::Permit | Action::Keep | Action::Dismiss => return,
             Action::Countdown | Action::OrderSeal | Action::OrderActivate => return,
         };
         if answered {
