@@ -99,6 +99,15 @@ impl Ceph {
         self.rbd(&["resize", "--size", &format!("{bytes}B"), &image(name)]).map(drop)
     }
 
+    /// What an image holds, as Ceph's own tool finds it.
+    pub fn export(&self, name: &str) -> Result<Vec<u8>> {
+        let path = self.dir.join("export");
+        let _ = fs::remove_file(&path);
+        let to = path.to_str().context("a path that is text")?;
+        self.rbd(&["export", "--no-progress", &image(name), to])?;
+        Ok(fs::read(path)?)
+    }
+
     /// `rbd://POOL/IMAGE` of this cluster, as its administrator.
     #[must_use]
     pub fn uri(&self, name: &str) -> String {

@@ -132,15 +132,7 @@ impl Daemon {
 
     /// SIGSTOP: the process keeps its sockets and memory and does nothing. Returns when it has stopped.
     pub fn freeze(&self) -> Result<()> {
-        self.signal(Signal::SIGSTOP)?;
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while !self.all_threads_stopped()? {
-            if Instant::now() > deadline {
-                bail!("{} did not stop within 5 s of SIGSTOP", self.name);
-            }
-            std::thread::sleep(POLL);
-        }
-        Ok(())
+        freeze(self.process()?).with_context(|| format!("cannot freeze {}", self.name))
     }
 
     /// SIGCONT: goes on after [`Self::freeze`].
@@ -170,9 +162,8 @@ impl Daemon {
 
     /// Sends any signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let pid =
-            Pid::from_raw(i32::try_from(self.child.id()).context("a process id is positive")?);
-        kill(pid, signal).with_context(|| format!("cannot send {signal} to {}", self.name))
+        kill(self.process()?, signal)
+            .with_context(|| format!("cannot send {signal} to {}", self.name))
     }
 
     /// Whether a thread with this name is inside this system call right now.
@@ -215,8 +206,7 @@ impl Daemon {
 
     /// CPU time of all its threads, to the nanosecond, with those that have ended.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let pid = Pid::from_raw(i32::try_from(self.pid())?);
-        let time = nix::time::ClockId::pid_cpu_clock_id(pid)?.now()?;
+        let time = nix::time::ClockId::pid_cpu_clock_id(self.process()?)?.now()?;
         Ok(Duration::from(time))
     }
 
@@ -233,17 +223,34 @@ impl Daemon {
         Ok(total)
     }
 
-    fn all_threads_stopped(&self) -> Result<bool> {
-        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
-            let stat = fs::read_to_string(task?.path().join("stat"))?;
-            // The state follows the name, which is in brackets and may contain anything.
-            let state = stat.rsplit(") ").next().and_then(|s| s.chars().next());
-            if state != Some('T') {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+    fn process(&self) -> Result<Pid> {
+        Ok(Pid::from_raw(i32::try_from(self.pid()).context("a process id is positive")?))
     }
+}
+
+/// SIGSTOP for any process, also one that somebody else has started. Returns when no thread of it runs any more.
+pub fn freeze(pid: Pid) -> Result<()> {
+    kill(pid, Signal::SIGSTOP)?;
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !all_threads_stopped(pid)? {
+        if Instant::now() > deadline {
+            bail!("process {pid} did not stop within 5 s of SIGSTOP");
+        }
+        std::thread::sleep(POLL);
+    }
+    Ok(())
+}
+
+fn all_threads_stopped(pid: Pid) -> Result<bool> {
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let stat = fs::read_to_string(task?.path().join("stat"))?;
+        // The state follows the name, which is in brackets and may contain anything.
+        let state = stat.rsplit(") ").next().and_then(|s| s.chars().next());
+        if state != Some('T') {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 impl Drop for Daemon {

@@ -2,7 +2,7 @@
 //! they do while the cluster is away or has refused the client.
 
 use baton_integration::baton::wait_until;
-use baton_integration::ceph::{Ceph, skip_without_ceph};
+use baton_integration::ceph::{Ceph, Objects, skip_without_ceph};
 use baton_integration::workspace::TestDir;
 use baton_protocol::Epoch;
 use baton_protocol::access::{Input, Seen};
@@ -82,14 +82,6 @@ fn pattern(len: usize, seed: usize) -> Vec<u8> {
     (0..len).map(|i| u8::try_from((i * 7 + i / 512 + seed) % 251 + 1).unwrap()).collect()
 }
 
-/// What Ceph's own tool finds in the image.
-fn export(dir: &TestDir, ceph: &Ceph, image: &str) -> Vec<u8> {
-    let path = dir.join("export");
-    let _ = fs::remove_file(&path);
-    ceph.rbd(&["export", "--no-progress", image, path.to_str().unwrap()]).unwrap();
-    fs::read(path).unwrap()
-}
-
 /// Where the image has objects, bytes from its start, as Ceph's own tool finds them.
 fn allocated(ceph: &Ceph, image: &str) -> Vec<u64> {
     let info = ceph.rbd(&["info", "--format", "json", image]).unwrap();
@@ -109,7 +101,7 @@ fn resident_bytes() -> u64 {
 
 #[test]
 fn an_image_holds_what_its_requests_say() {
-    let Some((dir, ceph)) = cluster("an_image_holds_what_its_requests_say") else { return };
+    let Some((_dir, ceph)) = cluster("an_image_holds_what_its_requests_say") else { return };
     let volume = opened(&ceph.uri("v"));
     let geometry = volume.geometry();
     assert_eq!((geometry.size_bytes, geometry.read_only), (IMAGE_BYTES, false));
@@ -146,7 +138,7 @@ fn an_image_holds_what_its_requests_say() {
     let mut whole = vec![1u8; size];
     run(queue, Op::Read { offset: 0 }, &mut whole).unwrap();
     assert!(whole == model, "the driver reads something else");
-    assert!(export(&dir, &ceph, "rbd/v") == model, "Ceph reads something else");
+    assert!(ceph.export("v").unwrap() == model, "Ceph reads something else");
     // Zeros that are to keep their space do, which a discard would not: an object of them is there.
     run(queue, zeroes(32 * MIB, 4 * MIB, false), &mut []).unwrap();
     run(queue, zeroes(36 * MIB, 4 * MIB, true), &mut []).unwrap();
@@ -293,6 +285,59 @@ fn no_change_of_an_access_record_is_lost() {
     assert_eq!((seat.record.next_epoch.0, seat.record.version), (1 + 4 * EACH, 4 * EACH));
 }
 
+/// What engines.md promises of each client, asked of the client itself, whose host and whose cluster say the opposite.
+#[test]
+fn what_the_driver_counts_on_is_set_whatever_host_and_cluster_say() {
+    let name = "what_the_driver_counts_on_is_set_whatever_host_and_cluster_say";
+    if skip_without_ceph(name) {
+        return;
+    }
+    let dir = TestDir::new("settings").unwrap();
+    // The option, what it is to be, and what the host says.
+    let options = [
+        ("rbd_cache", "false", "true"),
+        ("rbd_disable_zero_copy_writes", "true", "false"),
+        ("rbd_non_blocking_aio", "true", "false"),
+        ("rbd_discard_granularity_bytes", "4096", "65536"),
+        ("rbd_skip_partial_discard", "false", "true"),
+        ("rbd_blocklist_on_break_lock", "false", "true"),
+        ("rados_osd_op_timeout", "0", "30"),
+        ("rados_mon_op_timeout", "0", "30"),
+    ];
+    let socket = |what: &str| dir.join(&format!("{what}.sock"));
+    let mut lines = format!("[client.vm]\nadmin socket = {}\n", socket("$pid.$cctid").display());
+    for (key, _, host) in options {
+        lines += &format!("{key} = {host}\n");
+    }
+    let ceph = Ceph::start_with(dir.path(), Objects::Memory, &lines).unwrap();
+    ceph.create_image("v", IMAGE_BYTES).unwrap();
+    ceph.add_user("vm", "profile rbd", "profile rbd pool=rbd").unwrap();
+    for (key, _, host) in options {
+        ceph.ceph(&["config", "set", "client", key, host]).unwrap();
+    }
+    let volume = opened(&format!("{}&id=vm", ceph.uri("v")));
+    let mut queue = volume.open_queue(0, 8).unwrap();
+    run(&mut *queue, Op::Write { offset: 0 }, &mut [1; 512]).unwrap();
+
+    let mine = format!("{}.", std::process::id());
+    let sockets: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+    let is_mine = |path: &std::path::PathBuf| {
+        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&mine))
+    };
+    let clients: Vec<_> = sockets.into_iter().filter(is_mine).collect();
+    assert!(!clients.is_empty(), "no client of ours has a socket");
+    for client in &clients {
+        let show = ["--admin-daemon", client.to_str().unwrap(), "config", "show"];
+        let set: serde_json::Value = serde_json::from_str(&ceph.ceph(&show).unwrap()).unwrap();
+        for (key, want, host) in options {
+            let found = set[key].as_str().unwrap_or_else(|| panic!("no {key}"));
+            let number = |text: &str| text.parse::<f64>().ok();
+            let same = |a: &str, b: &str| a == b || number(a).is_some_and(|n| number(b) == Some(n));
+            assert!(same(found, want) && !same(found, host), "{key} is {found}, not {want}");
+        }
+    }
+}
+
 /// The lock proves nothing: a client that hung when it had given the lock back could still write.
 #[test]
 fn an_earlier_client_is_fenced_though_it_has_no_lock() {
@@ -343,7 +388,7 @@ fn an_earlier_client_is_fenced_though_it_has_no_lock() {
 
 #[test]
 fn a_blocklisted_client_is_fenced_for_good() {
-    let Some((dir, ceph)) = cluster("a_blocklisted_client_is_fenced_for_good") else { return };
+    let Some((_dir, ceph)) = cluster("a_blocklisted_client_is_fenced_for_good") else { return };
     let volume = opened(&ceph.uri("v"));
     let mut queue = volume.open_queue(0, 64).unwrap();
     run(&mut *queue, Op::Write { offset: 0 }, &mut [1; 512]).unwrap();
@@ -371,7 +416,7 @@ fn a_blocklisted_client_is_fenced_for_good() {
     });
     assert!(answered > 0);
     let taken_over = opened(&ceph.uri("v"));
-    let before = export(&dir, &ceph, "rbd/v");
+    let before = ceph.export("v").unwrap();
     // The lock was broken, and the entry is still the one that outlives whatever may be frozen.
     let listed = ceph.blocklisted().unwrap();
     let entry = listed.lines().find(|line| line.contains(client)).unwrap();
@@ -385,7 +430,7 @@ fn a_blocklisted_client_is_fenced_for_good() {
     }
     assert_eq!(collect(&mut *queue, 1, Duration::from_secs(2)), []);
     assert!(queue.in_flight() >= 3);
-    assert!(export(&dir, &ceph, "rbd/v") == before, "a fenced client has written");
+    assert!(ceph.export("v").unwrap() == before, "a fenced client has written");
     let closing = Instant::now();
     drop(queue);
     volume.close(true);

@@ -33,6 +33,16 @@ fn replaced(text: &str, pairs: &[(&str, String)]) -> String {
     })
 }
 
+/// An authority, and certificates for whom the examples name.
+fn make_certificates(dir: &str) {
+    let made = Command::new(program("baton-agent").unwrap())
+        .args(["dev-ca", "--host", "host-a", "--coordinator", "coordinator", "--operator", "me"])
+        .args(["--dir", dir])
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+}
+
 #[test]
 fn a_backend_starts_from_the_example_of_a_vm() {
     let dir = TestDir::new("configs").unwrap();
@@ -99,12 +109,7 @@ fn an_agent_starts_from_its_example() {
         assert!(daemon.terminate(READY_TIMEOUT).unwrap().success());
     };
     let at = |name: &str| dir.join(name).display().to_string();
-    let made = Command::new(&program)
-        .args(["dev-ca", "--host", "host-a", "--coordinator", "c", "--operator", "me"])
-        .args(["--dir", &at("tls")])
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    make_certificates(&at("tls"));
     let text = replaced(
         &all_keys(&read("baton-agent.toml")),
         &[
@@ -123,12 +128,7 @@ fn an_agent_starts_from_its_example() {
 fn a_coordinator_starts_from_its_example() {
     let dir = TestDir::new("configs").unwrap();
     let at = |name: &str| dir.join(name).display().to_string();
-    let made = Command::new(program("baton-agent").unwrap())
-        .args(["dev-ca", "--host", "host-a", "--coordinator", "coordinator", "--operator", "me"])
-        .args(["--dir", &at("tls")])
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    make_certificates(&at("tls"));
     let text = replaced(
         &all_keys(&read("baton-coordinator.toml")),
         &[
@@ -153,12 +153,7 @@ fn one_of_several_coordinators_starts_from_its_example() {
     use std::os::unix::fs::PermissionsExt;
     let dir = TestDir::new("configs").unwrap();
     let at = |name: &str| dir.join(name).display().to_string();
-    let made = Command::new(program("baton-agent").unwrap())
-        .args(["dev-ca", "--host", "host-a", "--coordinator", "coordinator", "--operator", "me"])
-        .args(["--dir", &at("tls")])
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    make_certificates(&at("tls"));
     fs::write(dir.join("tls/password"), "p").unwrap();
     fs::set_permissions(dir.join("tls/password"), fs::Permissions::from_mode(0o600)).unwrap();
     let text = replaced(

@@ -1,19 +1,62 @@
 //! A VM on an NBD server, which keeps nobody out, moves by proof: the destination sends nothing before the source's
 //! backend is proven gone, whatever is killed or frozen on the way.
 
-use baton_integration::baton::wait_until;
+use baton_integration::baton::{Storage, wait_until};
 use baton_integration::cluster::{Cluster, Disk, Driver, HOSTS, Trust, VM, call};
 use baton_integration::daemon::Daemon;
 use baton_integration::guest::{skip_without_program, skip_without_qemu};
 use baton_integration::nbdkit::Nbdkit;
 use baton_integration::probe::Probe;
 use baton_integration::qemu_nbd::QemuNbd;
-use baton_integration::workspace::TestDir;
+use baton_integration::workspace::{TestDir, program};
 use nix::sys::signal::{Signal, kill};
 use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(60);
 const DISK_BYTES: u64 = 64 << 20;
+
+/// One decision covers all volumes that may be written, so who stands by for some of Baton's and some on NBD is told so;
+/// one that is only read has no part in it.
+#[test]
+fn who_stands_by_for_volumes_of_two_kinds_is_told_that_they_do_not_move_together() {
+    let name = "who_stands_by_for_volumes_of_two_kinds_is_told_that_they_do_not_move_together";
+    if skip_without_program(name, "nbdkit") {
+        return;
+    }
+    let dir = TestDir::new("mixed").unwrap();
+    let storage = Storage::start(dir.path(), &[]).unwrap();
+    storage.create("root", DISK_BYTES).unwrap();
+    let server = Nbdkit::start(dir.path(), "data", DISK_BYTES).unwrap();
+    let baton = storage.uri("root", None);
+    let standby = |disks: [(&str, bool); 2], run: &str| {
+        let mut text = "owner = \"host-b/web\"\n".to_owned();
+        for (n, (volume, read_only)) in disks.iter().enumerate() {
+            let socket = dir.join(&format!("{run}-{n}.sock"));
+            text += &format!(
+                "[[disk]]\nname = \"disk{n}\"\nvolume = \"{volume}\"\nsocket_path = \"{}\"\nread_only = {read_only}\n",
+                socket.display()
+            );
+        }
+        let file = dir.join(&format!("{run}.toml"));
+        std::fs::write(&file, text).unwrap();
+        let args = ["--standby".as_ref(), "--config".as_ref(), file.as_os_str()];
+        Daemon::start(dir.path(), run, &program("baton-backend").unwrap(), args).unwrap()
+    };
+    let nbd = server.uri();
+    for (run, disks) in [
+        ("baton-first", [(&*baton, false), (&*nbd, false)]),
+        ("nbd-first", [(&*nbd, false), (&*baton, false)]),
+    ] {
+        let mut backend = standby(disks, run);
+        assert!(!backend.wait_exit(SOON).unwrap().success());
+        let said = backend.log();
+        assert!(said.contains(&format!("disk disk1: volume {}", disks[1].0)), "{said}");
+        assert!(said.contains("cannot be handed over together"), "{said}");
+    }
+    let mut backend = standby([(&*baton, false), (&*nbd, true)], "read-only");
+    backend.wait_line("listening socket=", SOON).unwrap();
+    assert!(backend.terminate(SOON).unwrap().success());
+}
 
 fn now_us() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();

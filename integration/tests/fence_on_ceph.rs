@@ -24,14 +24,6 @@ fn write_all(disk: &mut RawFrontend, salt: u8) {
     disk.queue(0).flush().unwrap();
 }
 
-/// What Ceph's own tool finds in the image.
-fn export(dir: &TestDir, ceph: &Ceph) -> Vec<u8> {
-    let path = dir.join("export");
-    let _ = fs::remove_file(&path);
-    ceph.rbd(&["export", "--no-progress", "rbd/v", path.to_str().unwrap()]).unwrap();
-    fs::read(path).unwrap()
-}
-
 /// The trap of Ceph's blocklist: an entry that ends lets in what a frozen client has kept. Here all entries that Ceph
 /// makes by itself end after two seconds, and the frozen backend finds its guest's writes when it thaws.
 #[test]
@@ -67,7 +59,7 @@ fn a_frozen_backend_writes_nothing_when_it_thaws_after_every_default_entry_has_e
         !ceph.blocklisted().unwrap().contains(somebody)
     })
     .unwrap();
-    let before = export(&dir, &ceph);
+    let before = ceph.export("v").unwrap();
     let written = usize::try_from(BLOCKS).unwrap() * BLOCK;
     assert!(before[..written].iter().all(|byte| *byte == 3));
 
@@ -78,7 +70,7 @@ fn a_frozen_backend_writes_nothing_when_it_thaws_after_every_default_entry_has_e
     })
     .unwrap();
     assert_eq!(guest.queue(0).wait_used(MOMENT).unwrap(), None, "a zombie's write was answered");
-    assert!(export(&dir, &ceph) == before, "a zombie's write landed");
+    assert!(ceph.export("v").unwrap() == before, "a zombie's write landed");
 }
 
 /// The entry of an earlier client may have been made by somebody else a moment ago, and an OSD may not have heard of it.

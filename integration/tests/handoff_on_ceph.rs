@@ -6,12 +6,13 @@ use baton_integration::baton::wait_until;
 use baton_integration::blk::Request;
 use baton_integration::ceph::{Ceph, skip_without_ceph};
 use baton_integration::cluster::{Cluster, Disk, Driver, HOSTS, Trust, VM};
+use baton_integration::daemon::freeze;
 use baton_integration::guest::skip_without_qemu;
 use baton_integration::raw_frontend::{Options, RawFrontend};
 use baton_integration::workspace::TestDir;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fs;
 use std::time::Duration;
 
@@ -128,29 +129,9 @@ impl Scene {
 
     /// What Ceph's own tool finds in all images.
     fn contents(&self) -> Vec<u8> {
-        let path = self.dir.join("export");
-        let export = |image| {
-            let _ = fs::remove_file(&path);
-            let spec = format!("rbd/image{image}");
-            let to = path.to_str().unwrap();
-            self.ceph.rbd(&["export", "--no-progress", &spec, to]).unwrap();
-            fs::read(&path).unwrap()
-        };
+        let export = |image| self.ceph.export(&format!("image{image}")).unwrap();
         (0..self.images).flat_map(export).collect()
     }
-}
-
-/// Returns when no thread of it runs any more.
-fn freeze(pid: Pid) {
-    kill(pid, Signal::SIGSTOP).unwrap();
-    wait_until("it has stopped", SOON, || {
-        let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-        threads.into_iter().all(|thread| {
-            let stat = fs::read_to_string(thread.unwrap().path().join("stat")).unwrap();
-            stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
-        })
-    })
-    .unwrap();
 }
 
 fn check(guest: &mut [RawFrontend]) {
@@ -326,7 +307,7 @@ fn a_frozen_source_is_fenced_and_changes_no_byte_when_it_thaws() {
     // The host hangs as a whole while memory is copied, with writes of its guest in the rings.
     let backend = scene.pid(0);
     scene.cluster.hosts[0].agent.freeze().unwrap();
-    freeze(backend);
+    freeze(backend).unwrap();
     scene.guest.iter_mut().for_each(write_late);
     // The destination's machine starts: nobody has sealed, so it waits.
     let mut there = scene.connect(1);
@@ -353,6 +334,80 @@ fn a_frozen_source_is_fenced_and_changes_no_byte_when_it_thaws() {
     check(&mut there);
     // Nobody has proven it dead: the entry stays.
     assert!(scene.ceph.blocklisted().unwrap().contains(&client), "{client}");
+}
+
+/// The host of a destination that lost had the image once: of that process nobody has seen the end, though the host has
+/// ended a backend now.
+#[test]
+fn the_end_of_a_destination_that_lost_is_not_that_of_an_earlier_source_there() {
+    let name = "the_end_of_a_destination_that_lost_is_not_that_of_an_earlier_source_there";
+    if skip_without_ceph(name) {
+        return;
+    }
+    let mut scene = Scene::start("ceph-bury", 1);
+    let earlier = "127.0.0.1:0/4711";
+    scene.ceph.blocklist(earlier).unwrap();
+    let mut note = scene.note(0);
+    let former = json!({"client": earlier, "owner": "host-b/web", "sealed": true, "listed": true});
+    note["former"].as_array_mut().unwrap().push(former.clone());
+    let set = ["image-meta", "set", "rbd/image0", "baton.access", &note.to_string()];
+    scene.ceph.rbd(&set).unwrap();
+
+    scene.prepare(1);
+    scene.cluster.does(&["handoff", "cancel", VM]).unwrap();
+    wait_until("the destination's backend is ended, and nothing left to do", SOON, || {
+        let handoffs = scene.cluster.handoffs().unwrap();
+        handoffs.last().is_some_and(|row| row["over"] == true)
+    })
+    .unwrap();
+    assert_eq!(scene.standing(1), "", "it is ended");
+    assert_eq!(scene.note(0)["former"], json!([former]));
+    assert!(scene.ceph.blocklisted().unwrap().contains(earlier), "its entry was ended");
+    assert_eq!(scene.cluster.told("baton.clients.dead").unwrap(), Vec::<Value>::new());
+    check(&mut scene.guest);
+}
+
+/// The journal is lost when the destination has won: what settles the handoff from the records puts the source's clients
+/// on the blocklist, as the journal's own handoff would have.
+#[test]
+fn a_handoff_that_the_journal_has_lost_is_settled_with_the_blocklist() {
+    let name = "a_handoff_that_the_journal_has_lost_is_settled_with_the_blocklist";
+    if skip_without_ceph(name) {
+        return;
+    }
+    let mut scene = Scene::start("ceph-orphan", 2);
+    scene.prepare(1);
+    let source = [0, 1].map(|image| scene.note(image)["client"].as_str().unwrap().to_owned());
+    scene.cluster.coordinator.kill().unwrap();
+    scene.stop();
+    scene.wait_standing(0, "sealed");
+    let mut there = scene.connect(1);
+    check(&mut there);
+    let listed = |scene: &Scene| {
+        let listed = scene.ceph.blocklisted().unwrap();
+        source.iter().filter(|client| listed.contains(&**client)).count()
+    };
+    // It had sealed, so the destination did not have to.
+    assert_eq!(listed(&scene), 0);
+    fs::remove_file(scene.dir.join("journal.redb")).unwrap();
+    scene.cluster.restart_coordinator().unwrap();
+    assert_eq!(scene.cluster.handoffs().unwrap(), Vec::<Value>::new());
+
+    let fence = ["handoff", "fence", VM, "--dead-host", "host-a", "--reason", "journal lost"];
+    let (status, said) = scene.cluster.operator(&fence).unwrap();
+    // The volumes are the destination's, which goes on.
+    assert_eq!(status, 1, "{said}");
+    assert_eq!(listed(&scene), 2, "{said}");
+    for image in [0, 1] {
+        let note = scene.note(image);
+        assert_eq!((&note["phase"], &note["owner"]), (&json!("owned"), &json!("host-b/web")));
+    }
+    check(&mut there);
+    let before = scene.contents();
+    scene.resume();
+    scene.guest.iter_mut().for_each(write_late);
+    scene.guest.iter_mut().for_each(is_unanswered);
+    assert!(scene.contents() == before, "a loser's write landed");
 }
 
 #[test]
