@@ -41,23 +41,37 @@ export RUSTFLAGS="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4
 -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing"
 cargo build --quiet --release --manifest-path "$here/fuzz/Cargo.toml" --target "$host" --target-dir "$base"
 
-failed=()
-mkdir -p "$base/crashes"
-for target in "${targets[@]}"; do
-    corpus=$base/corpus/$target
+# One target: what it did, or how it failed.
+fuzz() {
+    local target=$1 corpus=$base/corpus/$1 log=$base/$1.log program=$base/$host/release/$1
     mkdir -p "$corpus"
-    log=$base/$target.log
-    program=$base/$host/release/$target
     # A time limit per input, because a decoder that hangs is as bad as one that crashes.
     if "$program" "$corpus" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=1024 -max_len=8192 \
         -artifact_prefix="$base/crashes/$target-" >"$log" 2>&1; then
         sed -n 's/^Done \([0-9]*\) runs.*/\1/p' "$log" | sed "s/^/fuzz: $target: /; s/\$/ inputs/"
     else
-        failed+=("$target")
         tail -n 40 "$log" >&2
         echo "fuzz: $target failed; repeat it with: $program $(ls -t "$base/crashes/$target-"* 2>/dev/null | head -n 1)" >&2
+        return 1
     fi
+}
+
+mkdir -p "$base/crashes"
+# One on each core: a fuzzer has one thread.
+failed=() cores=$(nproc)
+declare -A running=()
+finish_one() {
+    local pid status=0
+    wait -n -p pid || status=$?
+    ((status == 0)) || failed+=("${running[$pid]}")
+    unset "running[$pid]"
+}
+for target in "${targets[@]}"; do
+    ((${#running[@]} < cores)) || finish_one
+    fuzz "$target" &
+    running[$!]=$target
 done
+while ((${#running[@]})); do finish_one; done
 if ((${#failed[@]})); then
     echo "fuzz: failed: ${failed[*]}" >&2
     exit 1
