@@ -206,6 +206,11 @@ impl Timer {
         self.fd.as_fd()
     }
 
+    /// Whether it is going to fire, or has and nobody looked.
+    pub(crate) fn is_armed(&self) -> bool {
+        self.armed.is_some()
+    }
+
     /// Whether its time has come, in which case something may be due.
     pub(crate) fn is_due(&mut self, now: Instant) -> bool {
         let due = self.armed.is_some_and(|armed| armed <= now);
@@ -232,7 +237,7 @@ impl Timer {
         }
     }
 
-    /// Nothing will ever be due again. Unsetting also forgets a timer that has
+    /// Nothing will be due any more. Unsetting also forgets a timer that has
     /// fired.
     pub(crate) fn disarm(&mut self) {
         if self.armed.take().is_some() {

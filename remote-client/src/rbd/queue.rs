@@ -11,13 +11,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::image::Image;
 use super::inbox::{Flight, Inbox, io_error};
 use super::request::{Piece, Request, check};
 use super::volume::Shared;
+use crate::socket::Timer;
 use crate::volume::{Completion, Op, Tag, VolumeQueue};
 
 /// A request older than this means that the cluster does not answer.
@@ -49,9 +48,7 @@ pub(super) struct RbdQueue {
     back: Vec<Flight>,
     /// Of the inbox and the timer.
     epoll: Epoll,
-    timer: TimerFd,
-    /// When the timer fires.
-    due: Option<Instant>,
+    timer: Timer,
     /// Said to be slow.
     down: bool,
     hold: Hold,
@@ -76,8 +73,7 @@ impl RbdQueue {
         image: Arc<Image>,
         inbox: Arc<Inbox>,
     ) -> io::Result<Self> {
-        let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
+        let timer = Timer::new()?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(inbox.event(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
         epoll.add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, 1))?;
@@ -95,7 +91,6 @@ impl RbdQueue {
             back: Vec::new(),
             epoll,
             timer,
-            due: None,
             down: false,
             hold: if held { Hold::Held } else { Hold::Free },
             serial,
@@ -218,25 +213,16 @@ impl RbdQueue {
     }
 
     /// Says when the cluster does not answer, and when it does again. The timer
-    /// is set only while something is in flight, and never to a later time: that
-    /// would cost a system call per request to save one wake-up per period.
+    /// is set only while something is in flight.
     fn watch_time(&mut self) {
-        if self.due.is_none() && !self.down && self.in_flight() == 0 {
+        if !self.timer.is_armed() && !self.down && self.in_flight() == 0 {
             return;
         }
         let now = Instant::now();
         if self.shared.is_over() {
-            if self.due.take().is_some() {
-                let _ = self.timer.unset();
-            }
-            return;
+            return self.timer.disarm();
         }
-        if self.due.is_some_and(|due| due <= now) {
-            // Also forgets that it has fired.
-            let _ = self.timer.unset();
-            self.due = None;
-        }
-        if self.due.is_some() {
+        if !self.timer.is_due(now) && self.timer.is_armed() {
             return;
         }
         let oldest = self.oldest();
@@ -247,13 +233,7 @@ impl RbdQueue {
         }
         // While it is slow, the next answer is what is waited for.
         if let (Some(since), false) = (oldest, slow) {
-            let due = since + SLOW_AFTER;
-            let wait = due.saturating_duration_since(now).max(Duration::from_millis(1));
-            let expiration = Expiration::OneShot(TimeSpec::from_duration(wait));
-            match self.timer.set(expiration, TimerSetTimeFlags::empty()) {
-                Ok(()) => self.due = Some(due),
-                Err(error) => tracing::error!(%error, "cannot set a timer"),
-            }
+            self.timer.arm(now, since + SLOW_AFTER);
         }
     }
 }
