@@ -44,9 +44,9 @@ pub enum Command {
         /// `ID/ATTEMPT`.
         #[serde(rename = "try", default)]
         attempt: Option<String>,
-        /// With `try`: how often the guest had come back when it began, by `status`.
+        /// With `try`: how often rings had been started when it began, by `status`.
         #[serde(default)]
-        returns: u32,
+        starts: u32,
     },
     /// Destination, where the storage keeps nobody out: the source is proven gone.
     Permit {
@@ -171,8 +171,8 @@ impl Vm {
             Command::Status => Ok(serde_json::json!(self.status())),
             Command::Latency { watch_s } => Ok(self.latency(watch_s)),
             Command::Handoff => self.ordered(None),
-            Command::Seal { attempt: Some(attempt), returns } if self.cooperative.is_some() => {
-                self.cooperate(|vm| vm.seal(tried(&attempt)?, returns).map_err(Refusal::from))
+            Command::Seal { attempt: Some(attempt), starts } if self.cooperative.is_some() => {
+                self.cooperate(|vm| vm.seal(tried(&attempt)?, starts).map_err(Refusal::from))
             }
             Command::Permit { attempt } => {
                 self.cooperate(|vm| vm.permit(tried(&attempt)?).map_err(Refusal::from))

@@ -21,6 +21,8 @@
 
 pub mod agent;
 pub mod client;
+#[cfg(test)]
+mod cooperative_model;
 pub mod coordinator;
 pub mod dev_ca;
 pub mod door;

@@ -36,8 +36,8 @@ pub struct ShownCooperative {
     only_for: Option<String>,
     id: Option<String>,
     attempt: u32,
-    /// How often the guest was stopped and went on, in this process.
-    returns: u32,
+    /// How often a disk's rings were started, in this process.
+    starts: u32,
 }
 
 impl CooperativeVm {
@@ -97,12 +97,12 @@ impl CooperativeVm {
         Ok(())
     }
 
-    /// Stop for good, for the sake of this try, which began when the guest had come back so often.
+    /// Stop for good, for the sake of this try, which began when rings had been started so often.
     ///
     /// # Errors
     /// [`Refusal`]; nothing has changed.
-    pub fn seal(&self, attempt: Try, returns: u32) -> Result<(), Refusal> {
-        self.feed(Input::Seal { attempt, returns })
+    pub fn seal(&self, attempt: Try, starts: u32) -> Result<(), Refusal> {
+        self.feed(Input::Seal { attempt, starts })
     }
 
     /// The source is proven gone.
@@ -124,7 +124,7 @@ impl CooperativeVm {
             only_for: self.standby.map(|attempt| attempt.to_string()),
             id: attempt.map(|attempt| attempt.id.to_string()),
             attempt: attempt.map_or(0, |attempt| attempt.attempt),
-            returns: machine.returns(),
+            starts: machine.starts(),
         }
     }
 

@@ -101,10 +101,10 @@ fn a_source_whose_start_fails_does_not_seal_and_says_why() {
     volume.set_queues_fail(true);
     RawFrontend::connect(&device.socket, Options::default()).map(drop).expect_err("no queue opens");
     // Whether an earlier process left something behind, nobody knows.
-    assert_eq!(vm.seal(TRY, 0), Err(Refusal::Unanswered));
+    assert_eq!(vm.seal(TRY, 1), Err(Refusal::Unanswered));
     volume.set_queues_fail(false);
     let front_end = device.front_end();
-    assert_eq!(vm.seal(TRY, 1), Err(Refusal::Running));
+    assert_eq!(vm.seal(TRY, 2), Err(Refusal::Running));
     drop(front_end);
 }
 
@@ -140,9 +140,9 @@ fn what_was_given_up_keeps_the_source_from_sealing_however_it_is_stopped_later()
         front_end.start_logging().unwrap();
         get_base(&front_end);
         assert!(device.disk.status.rings().drained);
-        assert_eq!(vm.seal(TRY, 0), Err(Refusal::CameBack));
+        assert_eq!(vm.seal(TRY, 1), Err(Refusal::CameBack));
         let sealed = if given_up { Err(Refusal::GivenUp) } else { Ok(()) };
-        assert_eq!(vm.seal(TRY, 1), sealed);
+        assert_eq!(vm.seal(TRY, 2), sealed);
     }
 }
 

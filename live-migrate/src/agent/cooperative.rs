@@ -40,8 +40,8 @@ use crate::supervisor::{BackendState, Ending, Role, Run};
 pub(super) struct Since {
     /// Its process.
     pub pid: i32,
-    /// How often its guest had come back.
-    pub returns: u32,
+    /// How often rings had been started in it.
+    pub starts: u32,
 }
 
 /// A VM's note.
@@ -224,8 +224,7 @@ impl Agent {
             ));
         }
         let control = Control::new(self.config.control_socket(name));
-        let order =
-            json!({"cmd": "seal", "try": turn.attempt.to_string(), "returns": since.returns});
+        let order = json!({"cmd": "seal", "try": turn.attempt.to_string(), "starts": since.starts});
         let answer = match control.ask(&order, COMMAND_LIMIT).await {
             Err(error @ (ControlError::Silent { .. } | ControlError::Absent { .. })) => {
                 return Err(not_proven(format!(
@@ -308,10 +307,21 @@ impl Agent {
     }
 
     /// The destination may serve: its standby goes on, and what comes after it claims.
-    pub(super) async fn permit(&self, vm: &VmDefinition, turn: Turn) -> Result<(), Problem> {
+    /// `forced`: nobody has proven when the source stopped, so nobody knows whether the
+    /// memory of a machine that waits here is of then.
+    pub(super) async fn permit(
+        &self,
+        vm: &VmDefinition,
+        turn: Turn,
+        forced: bool,
+    ) -> Result<(), Problem> {
         let name = &vm.name;
         let slot = self.cooperative.slot(name)?;
         let _alone = slot.orders.lock().await;
+        let verdict = self.judge(name, slot.note(), Order::Permit(turn))?;
+        if forced && matches!(verdict, Verdict::Note(_)) {
+            self.stop_without_machine(name).await?;
+        }
         self.obey(name, &slot, Order::Permit(turn))?;
         self.serve(vm).await?;
         let control = Control::new(self.config.control_socket(name));
@@ -340,16 +350,21 @@ impl Agent {
             let _alone = slot.orders.lock().await;
             let order = Order::Claim { force };
             if matches!(self.judge(name, slot.note(), order)?, Verdict::Note(_)) {
-                // Its memory is of before; nobody would keep its requests out.
-                self.supervisor.no_machine_is_left(name)?;
-                self.supervisor.stop(name).await?;
-                self.supervisor.no_machine_is_left(name)?;
+                self.stop_without_machine(name).await?;
                 self.obey(name, &slot, order)?;
                 tracing::warn!(vm = name, "volumes that are elsewhere are claimed by force");
             }
             self.supervisor.begin(self.to_launch(vm, Role::Owner, None)?)?
         };
         Ok(settled.wait().await?)
+    }
+
+    /// The backend is stopped, and no machine is left that it could come back to: its memory may be of before,
+    /// and nobody would keep its requests out. One that is there leaves all as it is.
+    async fn stop_without_machine(&self, name: &str) -> Result<(), Problem> {
+        self.supervisor.no_machine_is_left(name)?;
+        self.supervisor.stop(name).await?;
+        Ok(self.supervisor.no_machine_is_left(name)?)
     }
 
     /// Writes what an order changes. False: there is nothing to do.

@@ -8,7 +8,7 @@ pub mod definition;
 mod events;
 mod facts;
 mod inventory;
-mod ledger;
+pub(crate) mod ledger;
 mod machine;
 mod term;
 mod zombie;

@@ -161,12 +161,12 @@ impl VmView {
         self.0["ledger"]["turn"].as_u64().unwrap_or(0)
     }
 
-    /// The backend's process, and how often its guest was stopped and went on, where no
-    /// storage fences.
+    /// The backend's process, and how often rings were started in it, where no storage
+    /// fences.
     #[must_use]
-    pub fn returns(&self) -> Option<(i32, u32)> {
+    pub fn starts(&self) -> Option<(i32, u32)> {
         let pid = i32::try_from(self.status()["pid"].as_i64()?).ok()?;
-        Some((pid, u32::try_from(self.handoff()["returns"].as_u64()?).ok()?))
+        Some((pid, u32::try_from(self.handoff()["starts"].as_u64()?).ok()?))
     }
 
     /// The backend's process is there, or may be.
@@ -389,7 +389,10 @@ impl Agent {
         let mut body = json!({"try": row.attempt().to_string(), "turn": row.cooperation.turn});
         if what == "end" {
             body["pid"] = row.cooperation.source_pid.into();
-            body["returns"] = row.cooperation.source_returns.into();
+            body["starts"] = row.cooperation.source_starts.into();
+        }
+        if what == "permit" {
+            body["forced"] = row.is_forced().into();
         }
         // A backend may be started or ended first.
         let within = self.timeout * 4;

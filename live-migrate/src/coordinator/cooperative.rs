@@ -106,7 +106,7 @@ pub(super) fn begin(
     let journal = core.latest(vm).map_or(0, |handle| handle.row().cooperation.turn);
     let heard = sides.iter().flatten().map(VmView::turn).max().unwrap_or(0);
     let [source, _] = sides;
-    let Some((source_pid, source_returns)) = source.as_ref().and_then(VmView::returns) else {
+    let Some((source_pid, source_starts)) = source.as_ref().and_then(VmView::starts) else {
         return Err(Fault::new(
             StatusCode::CONFLICT,
             "baton:not-owner",
@@ -117,7 +117,7 @@ pub(super) fn begin(
         ));
     };
     let turn = journal.max(heard) + 1;
-    Ok(Cooperation { turn, source_pid, source_returns, ..Cooperation::default() })
+    Ok(Cooperation { turn, source_pid, source_starts, ..Cooperation::default() })
 }
 
 /// The volumes, as the plan keeps them.

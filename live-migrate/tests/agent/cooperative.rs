@@ -15,7 +15,7 @@ async fn order(agent: &Agent, what: &str, attempt: &str) -> Result<Value, CallEr
     if what == "end" {
         // As the plan would have found it.
         told["pid"] = agent.backend().await["pid"].as_i64().unwrap_or(0).into();
-        told["returns"] = 3.into();
+        told["starts"] = 3.into();
     }
     agent.post(&format!("/v1/vms/web/backend/{what}"), told).await
 }
@@ -282,6 +282,34 @@ async fn a_machine_of_a_try_that_was_called_off_never_meets_a_backend() {
     order(&agent, "permit", TWO).await.expect("permitted");
 }
 
+/// Nobody knows whether the source went on after it was copied, so the VM starts from its disks.
+#[tokio::test]
+async fn a_machine_that_waits_is_not_let_run_by_force() {
+    let agent = Agent::start().await;
+    let pid = pid_of(&stand(&agent, ONE).await.expect("stands by"));
+    let mut machine = std::process::Command::new("sleep")
+        .arg("600")
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .expect("sleep");
+    let at_the_disk = agent.path("run/web/control.front-end");
+    std::fs::write(&at_the_disk, machine.id().to_string()).expect("written");
+    let force = async || {
+        let told = json!({"try": ONE, "turn": 1, "forced": true});
+        agent.post("/v1/vms/web/backend/permit", told).await
+    };
+    assert_eq!(kind(force().await), "baton:earlier-machine");
+    assert_eq!(ledger(&agent).await, ("standby".to_owned(), 1));
+    machine.kill().expect("killed");
+    machine.wait().expect("ended");
+    std::fs::remove_file(&at_the_disk).expect("removed");
+    force().await.expect("permitted");
+    assert_eq!(ledger(&agent).await, ("permitted".to_owned(), 1));
+    assert!(!runs(pid));
+    assert_eq!(role(&agent).await, json!(false), "it claims");
+}
+
 /// Somebody asks for a backend, and its agent is held up after it has seen that the volumes are
 /// here: what is proven meanwhile must stay true.
 #[tokio::test]
@@ -323,13 +351,13 @@ async fn a_source_is_ended_in_a_try_that_its_process_has_seen_begin() {
     signal(pid, Signal::SIGKILL);
     let next = agent.wait_successor(pid).await;
     let end = async |pid| {
-        let told = json!({"try": ONE, "turn": 1, "pid": pid, "returns": 3});
+        let told = json!({"try": ONE, "turn": 1, "pid": pid, "starts": 3});
         agent.post("/v1/vms/web/backend/end", told).await
     };
     assert_eq!(kind(end(pid).await), "baton:came-back");
     assert!(runs(next));
     end(next).await.expect("proven");
-    // And the process is told how often the guest had come back.
+    // And the process is told how often rings had been started.
     let told = std::fs::read_to_string(agent.path("run/web/control.sealed")).expect("told");
     assert_eq!(told, "3");
 }

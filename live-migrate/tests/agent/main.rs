@@ -65,8 +65,8 @@ fn pretended_backend() {
             }),
             // One whose storage keeps nobody out.
             Some("seal") if question["try"].is_string() => {
-                let returns = question["returns"].to_string();
-                std::fs::write(control.with_extension("sealed"), returns).expect("written");
+                let starts = question["starts"].to_string();
+                std::fs::write(control.with_extension("sealed"), starts).expect("written");
                 match std::fs::read_to_string(control.with_extension("refuses")) {
                     Ok(kind) => json!({"error": {"type": kind, "detail": "as told"}}),
                     Err(_) => json!({"ok": true, "pid": std::process::id()}),

@@ -14,10 +14,11 @@
 //!   everything that they had taken: what is under way could be done after the
 //!   destination's first request. What was given up unanswered, in whichever stop
 //!   of the rings, nobody will ever know to be over: such a process never seals.
-//! - A seal is for a try in which the guest did not come back: rings that stop and run
-//!   again may leave a copy of the machine behind, at the destination, whose memory is
-//!   of before. Whoever orders the seal says how often they had come back when the try
-//!   began; nothing else keeps such a copy from being the one that is let run.
+//! - A seal is for a try in which no rings were started: while they stood still the
+//!   machine may have been copied, and once they run again that copy, at the
+//!   destination, has a memory of before. Whoever orders the seal says how often rings
+//!   had been started when the try began; nothing else keeps such a copy from being the
+//!   one that is let run.
 //! - A standby sends nothing of the guest before it is permitted, and it is good for
 //!   one try. It does not judge: the one who permits has seen the proof.
 //!
@@ -85,8 +86,8 @@ pub enum Input {
     Seal {
         /// Which.
         attempt: Try,
-        /// [`Cooperative::returns`] when it began.
-        returns: u32,
+        /// [`Cooperative::starts`] when it began.
+        starts: u32,
     },
     /// Its agent says: the source is proven gone.
     Permit(Try),
@@ -152,7 +153,7 @@ pub struct Cooperative {
     rings: Vec<Rings>,
     /// Requests were let go that the storage may still have.
     given_up: bool,
-    returns: u32,
+    starts: u32,
     /// The last try that it took part in.
     attempt: Option<Try>,
 }
@@ -171,7 +172,7 @@ impl Cooperative {
     }
 
     fn of(disks: usize, phase: Phase, attempt: Option<Try>) -> Self {
-        Self { phase, rings: vec![Rings::Idle; disks], given_up: false, returns: 0, attempt }
+        Self { phase, rings: vec![Rings::Idle; disks], given_up: false, starts: 0, attempt }
     }
 
     /// How the VM stands.
@@ -186,10 +187,10 @@ impl Cooperative {
         }
     }
 
-    /// How often rings that had stopped have run again, in this process.
+    /// How often a disk's rings were started, in this process.
     #[must_use]
-    pub fn returns(&self) -> u32 {
-        self.returns
+    pub fn starts(&self) -> u32 {
+        self.starts
     }
 
     /// The last try that it took part in.
@@ -211,9 +212,8 @@ impl Cooperative {
     pub fn step(&mut self, input: Input) -> Result<Option<Output>, Refusal> {
         match input {
             Input::Started(disk) => {
-                let stopped =
-                    |rings: &Rings| matches!(rings, Rings::Draining { .. } | Rings::Drained { .. });
-                self.returns += u32::from(self.rings.get(disk).is_some_and(stopped));
+                let stood = |rings: &Rings| *rings != Rings::Running;
+                self.starts += u32::from(self.rings.get(disk).is_some_and(stood));
                 self.set(disk, Rings::Running);
             }
             Input::Stopped { disk, migrating } => self.set(disk, Rings::Draining { migrating }),
@@ -224,7 +224,7 @@ impl Cooperative {
             }
             // Behind a shut gate nothing was sent.
             Input::GivenUp(_) => self.given_up |= !self.is_shut(),
-            Input::Seal { attempt, returns } => return self.seal(attempt, returns),
+            Input::Seal { attempt, starts } => return self.seal(attempt, starts),
             Input::Permit(attempt) => return self.permit(attempt),
         }
         Ok(None)
@@ -236,14 +236,14 @@ impl Cooperative {
         }
     }
 
-    fn seal(&mut self, attempt: Try, returns: u32) -> Result<Option<Output>, Refusal> {
+    fn seal(&mut self, attempt: Try, starts: u32) -> Result<Option<Output>, Refusal> {
         match self.phase {
             Phase::Sealed(sealed) if sealed == attempt => return Ok(None),
             Phase::Sealed(sealed) => return Err(Refusal::Sealed(sealed)),
             Phase::Standby(standby) => return Err(Refusal::StandsBy(standby)),
             Phase::Serving => {}
         }
-        if self.returns != returns {
+        if self.starts != starts {
             return Err(Refusal::CameBack);
         }
         let any = |found: fn(&Rings) -> bool| self.rings.iter().any(found);
@@ -292,9 +292,15 @@ mod tests {
     const TWO: Try = Try { id: HandoffId(2), attempt: 1 };
 
     fn inputs(disks: usize) -> Vec<Input> {
-        let seal = |attempt, returns| Input::Seal { attempt, returns };
-        let mut inputs =
-            vec![seal(ONE, 0), seal(TWO, 0), seal(ONE, 1), Input::Permit(ONE), Input::Permit(TWO)];
+        let seal = |attempt, starts| Input::Seal { attempt, starts };
+        let mut inputs = vec![
+            seal(ONE, 0),
+            seal(ONE, 1),
+            seal(TWO, 1),
+            seal(ONE, 2),
+            Input::Permit(ONE),
+            Input::Permit(TWO),
+        ];
         for disk in 0..disks {
             inputs.extend([
                 Input::Started(disk),
@@ -315,7 +321,7 @@ mod tests {
         let mut todo = vec![Cooperative::serving(2), Cooperative::standby(2, ONE)];
         let (mut seals, mut permits, mut refusals) = (0, 0, HashSet::new());
         while let Some(state) = todo.pop() {
-            if state.returns > 2 || !known.insert(state.clone()) {
+            if state.starts > 3 || !known.insert(state.clone()) {
                 continue;
             }
             for input in inputs(2) {
@@ -337,7 +343,7 @@ mod tests {
                         assert!(state.rings.iter().any(|rings| *rings != Rings::Idle));
                         assert!(!state.given_up, "{state:?}");
                         assert!(
-                            matches!(input, Input::Seal { returns, .. } if returns == state.returns)
+                            matches!(input, Input::Seal { starts, .. } if starts == state.starts)
                         );
                     }
                     Ok(Some(Output::Open)) => {
@@ -372,12 +378,17 @@ mod tests {
             };
             stops(&mut vm, migrating);
             stops(&mut vm, true);
-            let seal = |attempt, returns| Input::Seal { attempt, returns };
-            assert_eq!(vm.step(seal(ONE, 0)), Err(Refusal::CameBack));
+            let seal = |attempt, starts| Input::Seal { attempt, starts };
+            assert_eq!(vm.step(seal(ONE, 1)), Err(Refusal::CameBack));
             // In another try, which knows of it.
-            assert_eq!(vm.step(seal(TWO, 1)), Ok(Some(Output::Shut)));
-            assert_eq!(vm.step(seal(TWO, 0)), Ok(None), "said again");
+            assert_eq!(vm.step(seal(TWO, 2)), Ok(Some(Output::Shut)));
+            assert_eq!(vm.step(seal(TWO, 1)), Ok(None), "said again");
         }
+        // It stood still when the try began, and this process had not seen it run.
+        let mut vm = Cooperative::serving(1);
+        vm.step(Input::Started(0)).expect("no order");
+        let seal = Input::Seal { attempt: ONE, starts: 0 };
+        assert_eq!(vm.step(seal), Err(Refusal::CameBack));
     }
 
     /// In a stop of any kind, however cleanly the rings are stopped afterwards.
@@ -387,7 +398,7 @@ mod tests {
             vm.step(Input::Started(0)).expect("no order");
             vm.step(Input::Stopped { disk: 0, migrating: true }).expect("no order");
             vm.step(Input::Drained(0)).expect("no order");
-            vm.step(Input::Seal { attempt: TWO, returns: vm.returns() })
+            vm.step(Input::Seal { attempt: TWO, starts: vm.starts() })
         };
         let mut vm = Cooperative::serving(2);
         vm.step(Input::Started(0)).expect("no order");
@@ -404,7 +415,7 @@ mod tests {
     #[test]
     fn the_words_for_how_it_stands() {
         let mut vm = Cooperative::standby(1, ONE);
-        let seal = Input::Seal { attempt: TWO, returns: 0 };
+        let seal = Input::Seal { attempt: TWO, starts: 1 };
         assert_eq!(vm.standing(), Standing::Ready);
         vm.step(Input::Started(0)).expect("no order");
         assert_eq!(vm.standing(), Standing::Activating);

@@ -27,6 +27,22 @@ pub(super) struct OfTry {
     turn: u64,
 }
 
+/// Which try, and whether anybody has proven that its source has stopped.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PermitOfTry {
+    /// Its id, a slash and the attempt's number.
+    #[serde(rename = "try")]
+    #[schema(example = "01ARZ3NDEKTSV4RRFFQ69G5FAV/1")]
+    attempt: String,
+    /// The try's place among all of the VM.
+    turn: u64,
+    /// A person took the proof's place: the VM starts from its disks, and a machine that
+    /// waits must be ended first.
+    #[serde(default)]
+    forced: bool,
+}
+
 /// Which try, and how the source's backend was when it began.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -39,8 +55,8 @@ pub(super) struct EndOfTry {
     turn: u64,
     /// The backend's process then.
     pid: i32,
-    /// How often the guest had come back to it then.
-    returns: u32,
+    /// How often rings had been started in it then.
+    starts: u32,
 }
 
 fn turn(request: Result<Json<OfTry>, JsonRejection>) -> Result<Turn, Problem> {
@@ -71,10 +87,10 @@ pub(super) async fn end(
     Path(name): Path<String>,
     request: Result<Json<EndOfTry>, JsonRejection>,
 ) -> Result<Json<Proof>, Problem> {
-    let EndOfTry { attempt, turn, pid, returns } = body(request)?;
+    let EndOfTry { attempt, turn, pid, starts } = body(request)?;
     let turn = Turn { number: turn, attempt: attempt.parse().map_err(Problem::bad_request)? };
     let vm = find(&agent, &name)?;
-    let since = Since { pid, returns };
+    let since = Since { pid, starts };
     whole(async move { agent.end_for(&vm, turn, since).await }).await.map(Json)
 }
 
@@ -93,16 +109,17 @@ pub(super) async fn keep(
 }
 
 /// Destination: the source is proven gone; the backend that stands by may serve.
-#[utoipa::path(post, path = "/v1/vms/{vm}/backend/permit", params(("vm" = String, Path)), request_body = OfTry,
+#[utoipa::path(post, path = "/v1/vms/{vm}/backend/permit", params(("vm" = String, Path)), request_body = PermitOfTry,
     responses((status = 204), (status = 404, body = Problem), (status = 409, body = Problem)))]
 pub(super) async fn permit(
     State(agent): State<Arc<Agent>>,
     Path(name): Path<String>,
-    request: Result<Json<OfTry>, JsonRejection>,
+    request: Result<Json<PermitOfTry>, JsonRejection>,
 ) -> Result<StatusCode, Problem> {
-    let turn = turn(request)?;
+    let PermitOfTry { attempt, turn, forced } = body(request)?;
+    let turn = Turn { number: turn, attempt: attempt.parse().map_err(Problem::bad_request)? };
     let vm = find(&agent, &name)?;
-    whole(async move { agent.permit(&vm, turn).await }).await?;
+    whole(async move { agent.permit(&vm, turn, forced).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

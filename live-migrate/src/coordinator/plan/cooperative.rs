@@ -35,9 +35,9 @@ pub struct Cooperation {
     pub turn: u64,
     /// The process of the source's backend when the try was planned.
     pub source_pid: i32,
-    /// How often its guest had come back then. Whoever has stopped and gone on since may
+    /// How often rings had been started in it then. Whoever has stopped and gone on since may
     /// have left a copy of the machine at the destination that is out of date.
-    pub source_returns: u32,
+    pub source_starts: u32,
     /// The source's backend may have been ordered to end.
     pub end_asked: bool,
     /// The agent's proof that it has, as it was told.
@@ -55,6 +55,13 @@ impl Row {
     #[must_use]
     pub fn is_cooperative(&self) -> bool {
         self.fence() == Fence::Cooperative
+    }
+
+    /// A person took the place of the proof, so nobody knows whether the memory of a
+    /// machine that waits at the destination is of when the source stopped.
+    #[must_use]
+    pub fn is_forced(&self) -> bool {
+        self.cooperation.forced.is_some() && self.cooperation.proof.is_none()
     }
 
     /// The source's backend was proven gone.

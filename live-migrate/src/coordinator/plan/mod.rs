@@ -52,4 +52,6 @@ pub use due::Action;
 pub use row::{Member, Row, hex_of, owner, random_key};
 pub use state::State;
 pub use step::{Input, Output, Refusal, Step};
+#[cfg(test)]
+pub(crate) use tests::fresh;
 pub use words::{Because, Grant, Progress, Seen, Standing, Trigger, Trouble, Winner};

@@ -55,7 +55,7 @@ fn row() -> Row {
     }
 }
 
-pub(super) fn fresh() -> Row {
+pub(crate) fn fresh() -> Row {
     row()
 }
 
