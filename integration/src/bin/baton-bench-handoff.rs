@@ -23,7 +23,7 @@ struct Cli {
     #[arg(long, default_value_t = 100)]
     runs: usize,
     /// Moves of 64 volumes on 8 servers
-    #[arg(long, default_value_t = 30)]
+    #[arg(long, default_value_t = 100)]
     wide_runs: usize,
     /// Handoffs at the same time
     #[arg(long, default_value_t = 1000)]

@@ -12,6 +12,13 @@ const SMALL: usize = 16 << 10;
 /// for all connections, whatever their buffers have grown to. Four requests of
 /// 128 KiB with their headers.
 pub(super) const READ_AHEAD: usize = (512 << 10) + 4 * REQUEST_HEADER_BYTES;
+
+/// What to receive at most for a turn of so many payload bytes: with their headers.
+pub(super) fn read_ahead(payload_bytes: u64) -> usize {
+    let payload = usize::try_from(payload_bytes).unwrap_or(READ_AHEAD);
+    READ_AHEAD.min(payload + 4 * REQUEST_HEADER_BYTES)
+}
+
 /// The largest request.
 const LARGEST_REQUEST: usize = REQUEST_HEADER_BYTES + PAYLOAD_BYTES_MAX as usize;
 /// Replies wait up to this size for the socket. The largest reply always fits

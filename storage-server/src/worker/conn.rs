@@ -19,7 +19,7 @@ use crate::session::Identity;
 use crate::volumes::{Ears, Lease, RunningVolume};
 
 use super::ask::Asks;
-use super::buffers::{InBuf, OutBuf, READ_AHEAD};
+use super::buffers::{InBuf, OutBuf, read_ahead};
 use super::rounds::Share;
 
 /// Where the window of a connection lives.
@@ -211,11 +211,12 @@ impl Conn {
         self.asks.give_up_seals();
     }
 
-    /// One recv. Says whether there is something new to look at.
-    pub(super) fn receive(&mut self) -> bool {
+    /// One recv, of so many payload bytes unless one request needs more. Says whether there is something new to look
+    /// at.
+    pub(super) fn receive(&mut self, payload_bytes: u64) -> bool {
         let missing = self.need.saturating_sub(self.input.unread().len());
         let room = self.input.room(self.need);
-        let share = room.len().min(READ_AHEAD.max(missing));
+        let share = room.len().min(read_ahead(payload_bytes).max(missing));
         if share == 0 {
             return false;
         }

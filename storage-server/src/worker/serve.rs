@@ -69,13 +69,13 @@ impl Context {
         // Answers that came from elsewhere first: they may make room.
         conn.send();
         conn.answer_parked(&self.setup.metrics);
-        conn.share.renew(&self.rounds);
+        conn.share.renew(&mut self.rounds);
         if readable && !conn.blocked && !conn.is_throttled() {
             if conn.share.is_used_up() {
                 conn.readable = true;
                 return self.wait(index, conn);
             }
-            conn.receive();
+            conn.receive(self.rounds.share_bytes());
         }
         let volume = Arc::clone(conn.volume());
         let mut turn = Turn {
