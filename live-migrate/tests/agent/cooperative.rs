@@ -100,9 +100,9 @@ async fn a_backend_that_did_not_seal_is_not_proven() {
     let next = agent.wait_successor(pid).await;
     assert_eq!(kind(order(&agent, "end", ONE).await), "baton:not-proven");
     assert!(runs(next), "the machine goes on");
-    // Nor is one that hangs: it is killed for that before it has sealed.
+    // Nor is one that hangs when it is asked: it is killed for that before it has sealed.
     std::fs::remove_file(agent.path("run/web/control.refuses")).expect("removed");
-    signal(next, Signal::SIGSTOP);
+    std::fs::write(agent.path("run/web/control.hangs"), "").expect("written");
     assert_eq!(kind(order(&agent, "end", ONE).await), "baton:backend-broken");
     agent.wait_successor(next).await;
     assert_eq!(agent.backend().await["run"], "running", "nothing was given up");

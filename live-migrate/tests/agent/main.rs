@@ -67,6 +67,9 @@ fn pretended_backend() {
             Some("seal") if question["try"].is_string() => {
                 let starts = question["starts"].to_string();
                 std::fs::write(control.with_extension("sealed"), starts).expect("written");
+                if std::fs::remove_file(control.with_extension("hangs")).is_ok() {
+                    nix::sys::signal::raise(nix::sys::signal::Signal::SIGSTOP).expect("stopped");
+                }
                 match std::fs::read_to_string(control.with_extension("refuses")) {
                     Ok(kind) => json!({"error": {"type": kind, "detail": "as told"}}),
                     Err(_) => json!({"ok": true, "pid": std::process::id()}),
