@@ -172,6 +172,52 @@ async fn a_failed_migration_says_why() {
     }
 }
 
+/// A QEMU that tells a client of an event that was for the one before, once or whenever it is called.
+async fn stale(events: usize) -> (TempDir, Qemu, tokio::task::JoinHandle<()>) {
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    let dir = tempfile::tempdir().expect("temp dir");
+    let socket = dir.path().join("a");
+    let listener = tokio::net::UnixListener::bind(&socket).expect("bound");
+    let serve = async move {
+        for number in 0.. {
+            let (mut stream, _) = listener.accept().await.expect("accepted");
+            if number < events {
+                let event = "{\"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \"event\": \"STOP\"}\r\n";
+                stream.write_all(event.as_bytes()).await.expect("written");
+                continue;
+            }
+            let (read, mut write) = stream.into_split();
+            let mut lines = BufReader::new(read).lines();
+            let greeting = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"\"}, \"capabilities\": []}}";
+            let mut answer = greeting;
+            loop {
+                if write.write_all(format!("{answer}\r\n").as_bytes()).await.is_err() {
+                    break;
+                }
+                let Ok(Some(question)) = lines.next_line().await else { break };
+                answer = if question.contains("query-status") {
+                    "{\"return\": {\"status\": \"running\", \"running\": true}}"
+                } else {
+                    "{\"return\": {}}"
+                };
+            }
+        }
+    };
+    (dir, Qemu::new(socket, LIMIT), tokio::spawn(serve))
+}
+
+#[tokio::test]
+async fn what_was_meant_for_the_client_before_is_no_greeting() {
+    let (_dir, vmm, server) = stale(2).await;
+    assert_eq!(vmm.status().await.expect("status").run, RunState::Running);
+    server.abort();
+    // Somebody else's socket is not called for ever.
+    let (_dir, vmm, server) = stale(usize::MAX).await;
+    let refused = vmm.status().await.expect_err("no greeting");
+    assert!(matches!(refused, VmmError::Broken { command: "qmp_capabilities", .. }), "{refused:?}");
+    server.abort();
+}
+
 #[tokio::test]
 async fn a_frozen_qemu_is_silent_and_not_a_hang() {
     if no_qemu("a_frozen_qemu_is_silent_and_not_a_hang") {

@@ -28,6 +28,10 @@ const NAME: &str = "QEMU";
 /// is for one that came before the session did.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
+/// QEMU may greet a client with an event that its last client, who has left, was to
+/// have; the greeting comes behind it. So often it is called again.
+const GREETING_TRIES: u32 = 4;
+
 /// Between looks at a change that is under way, of which no event tells.
 const SETTLE: Duration = Duration::from_millis(5);
 
@@ -101,14 +105,23 @@ impl Qemu {
     }
 
     async fn connect(&self) -> Result<Session, VmmError> {
-        let stream = unix::connect(&self.socket).await.map_err(|source| VmmError::Unreachable {
-            vmm: NAME,
-            socket: self.socket.clone(),
-            source,
-        })?;
-        let negotiation = QmpStreamTokio::open(stream)
-            .await
-            .map_err(|source| self.broken("qmp_capabilities", source))?;
+        let mut tries = 1..=GREETING_TRIES;
+        let negotiation = loop {
+            let last = tries.next().is_none_or(|n| n == GREETING_TRIES);
+            let unreachable = |source| {
+                let socket = self.socket.clone();
+                VmmError::Unreachable { vmm: NAME, socket, source }
+            };
+            let stream = unix::connect(&self.socket).await.map_err(unreachable)?;
+            match QmpStreamTokio::open(stream).await {
+                Ok(negotiation) => break negotiation,
+                // What it says first is not its greeting.
+                Err(error) if error.kind() == io::ErrorKind::InvalidData && !last => {
+                    tracing::debug!(%error, "QMP did not begin with a greeting; connecting again");
+                }
+                Err(source) => return Err(self.broken("qmp_capabilities", source)),
+            }
+        };
         let qemu = &negotiation.capabilities.QMP.version.qemu;
         let version = format!("{}.{}.{}", qemu.major, qemu.minor, qemu.micro);
         let stream = negotiation
