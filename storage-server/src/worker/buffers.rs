@@ -3,6 +3,7 @@
 //! Both keep their bytes initialised for their whole life, so nothing is zeroed
 //! per request, and both give memory back when idle.
 
+use super::rounds::SHARE_REQUESTS;
 use baton_protocol::frame::{PAYLOAD_BYTES_MAX, REPLY_HEADER_BYTES, REQUEST_HEADER_BYTES};
 
 /// Size at rest: dozens of small requests.
@@ -13,10 +14,12 @@ const SMALL: usize = 16 << 10;
 /// 128 KiB with their headers.
 pub(super) const READ_AHEAD: usize = (512 << 10) + 4 * REQUEST_HEADER_BYTES;
 
-/// What to receive at most for a turn of so many payload bytes: with their headers.
+/// What to receive at most for a turn of so many payload bytes: with the headers of all requests that it may have, and
+/// some more, so that a whole batch does not look like the first part of a larger one.
+#[inline]
 pub(super) fn read_ahead(payload_bytes: u64) -> usize {
     let payload = usize::try_from(payload_bytes).unwrap_or(READ_AHEAD);
-    READ_AHEAD.min(payload + 4 * REQUEST_HEADER_BYTES)
+    READ_AHEAD.min(payload.saturating_add(2 * SHARE_REQUESTS * REQUEST_HEADER_BYTES))
 }
 
 /// The largest request.

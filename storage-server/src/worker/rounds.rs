@@ -11,11 +11,11 @@
 use std::collections::VecDeque;
 
 /// Requests of a connection in a round: as many as fill a batch of answers.
-const SHARE_REQUESTS: usize = 32;
+pub(super) const SHARE_REQUESTS: usize = 32;
 /// Payload bytes of a connection in a round, but one request at least. What a turn receives at most; about 0.2 ms of
 /// copying.
 const SHARE_BYTES: u64 = 512 << 10;
-/// The same while somebody asks for little: some 50 us of copying.
+/// The same while somebody asks for little: a batch of 4 KiB requests, some 50 us of copying.
 const SMALL_SHARE_BYTES: u64 = 128 << 10;
 /// Who has no more than this in a round asks for little.
 const LITTLE_BYTES: u64 = 64 << 10;
@@ -86,7 +86,7 @@ impl Share {
         self.requests == 0 || self.bytes == 0
     }
 
-    /// One more request, with its answer.
+    /// One more request, of so many payload bytes in it and its answer.
     pub(super) fn take(&mut self, bytes: usize) {
         self.requests = self.requests.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(bytes as u64);

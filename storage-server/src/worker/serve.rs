@@ -111,7 +111,7 @@ impl Context {
                             break;
                         }
                     }
-                    conn.share.take(bytes + answer);
+                    conn.share.take(bytes - REQUEST_HEADER_BYTES + read_bytes(&header));
                     if let Err(why) = self.request(index, conn, &volume, &mut turn, &header, bytes)
                     {
                         self.setup.metrics.answered(header.opcode, Status::Protocol);
@@ -446,8 +446,15 @@ impl Conn {
         None
     }
 
-    /// Answers a parked EVENT or ACCESS if there is news.
+    /// Answers a parked EVENT or ACCESS if there is news. A queue's connection has none.
+    #[inline]
     pub(super) fn answer_parked(&mut self, metrics: &WorkerMetrics) {
+        if self.access.is_some() || self.parked.is_some() {
+            self.answer_news(metrics);
+        }
+    }
+
+    fn answer_news(&mut self, metrics: &WorkerMetrics) {
         self.answer_access(metrics);
         let Some(&Parked { seq, known, .. }) = self.parked.as_ref() else { return };
         let Some(event) = self.volume().events.after(known) else { return };
@@ -489,9 +496,17 @@ fn pass_on(conn: &mut Conn, volume: &RunningVolume, header: &RequestHeader, len:
 /// Bytes the answer may take in the output.
 fn answer_bytes(header: &RequestHeader) -> usize {
     if header.opcode == Opcode::Read {
-        REPLY_HEADER_BYTES + usize::try_from(header.len).expect("judged to fit a frame")
+        REPLY_HEADER_BYTES + read_bytes(header)
     } else {
         SMALL_ANSWER
+    }
+}
+
+/// Payload of the answer.
+fn read_bytes(header: &RequestHeader) -> usize {
+    match header.opcode {
+        Opcode::Read => usize::try_from(header.len).expect("judged to fit a frame"),
+        _ => 0,
     }
 }
 

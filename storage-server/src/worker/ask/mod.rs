@@ -47,7 +47,11 @@ pub(super) struct Asks {
 
 impl Asks {
     /// The answers were sent.
+    #[inline]
     pub(super) fn sent(&mut self) {
+        if self.answered.is_empty() {
+            return;
+        }
         for point in self.answered.drain(..) {
             fault_point::at(point);
         }
