@@ -68,8 +68,8 @@ impl Mailbox {
         Ok(Arc::new(Self { messages: Mutex::default(), wake, own: AtomicBool::new(false) }))
     }
 
-    /// The calling thread takes the messages.
-    pub(super) fn is_mine(&self) {
+    /// The calling thread is the worker that takes the messages.
+    pub(super) fn bind_here(&self) {
         MINE.set(self);
     }
 

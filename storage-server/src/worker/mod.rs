@@ -137,7 +137,7 @@ pub(crate) fn start(setup: Setup) -> std::io::Result<JoinHandle<()>> {
 
 impl Worker {
     fn run(&mut self) {
-        self.context.setup.mailbox.is_mine();
+        self.context.setup.mailbox.bind_here();
         let mut events = [EpollEvent::empty(); EVENTS];
         let mut messages = Vec::new();
         let mut back = Vec::new();
@@ -185,11 +185,11 @@ impl Worker {
             if let Some(index) = self.context.rounds.next() {
                 self.next_turn(index);
             }
-            // What was done above is news to other connections of this worker.
+            self.sweep_if_due();
+            // What was done above is news to other connections of this worker. Last: nobody else wakes it for that.
             while self.context.setup.mailbox.has_own() {
                 self.take_mail(&mut messages);
             }
-            self.sweep_if_due();
         }
     }
 
