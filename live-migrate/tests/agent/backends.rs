@@ -3,7 +3,7 @@
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Agent, WEB, freeze, pid_of, refused, runs, signal, wait};
+use crate::support::{Agent, Machine, WEB, freeze, pid_of, refused, runs, signal, wait};
 
 /// Of a handoff.
 const TRY: &str = "01ARZ3NDEKTSV4RRFFQ69G5FAV/2";
@@ -251,10 +251,9 @@ async fn a_unit_of_systemd_is_started_found_and_stopped() {
 async fn row_08_no_backend_waits_while_an_earlier_machine_runs() {
     let mut agent = Agent::start().await;
     let first = pid_of(&agent.start_backend("standby").await);
-    let mut machine = std::process::Command::new("sleep").arg("600").spawn().expect("sleep");
-    let pid = i32::try_from(machine.id()).expect("a pid");
+    let machine = Machine::at_the_disks_of(&agent);
+    let pid = machine.pid();
     let at_the_disk = agent.path("run/web/control.front-end");
-    std::fs::write(&at_the_disk, pid.to_string()).expect("written");
     let known = agent.path("state/web.front-ends.json");
     wait("it is seen", async || known.exists()).await;
 
@@ -285,8 +284,7 @@ async fn row_08_no_backend_waits_while_an_earlier_machine_runs() {
     agent.start_backend("owner").await;
     agent.delete("/v1/vms/web/backend").await.expect("stopped");
 
-    machine.kill().expect("killed");
-    machine.wait().expect("ended");
+    drop(machine);
     agent.start_backend("standby").await;
     agent.delete("/v1/vms/web/backend").await.expect("stopped");
 }

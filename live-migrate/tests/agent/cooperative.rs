@@ -4,7 +4,7 @@ use baton_live_migrate::client::CallError;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Agent, WEB, pid_of, refused, runs, signal, wait};
+use crate::support::{Agent, Machine, WEB, pid_of, refused, runs, signal, wait};
 
 const ONE: &str = "01ARZ3NDEKTSV4RRFFQ69G5FAV/1";
 const TWO: &str = "01ARZ3NDEKTSV4RRFFQ69G5FAV/2";
@@ -258,14 +258,7 @@ async fn what_stands_by_for_an_earlier_try_makes_room_for_the_next() {
 async fn a_machine_of_a_try_that_was_called_off_never_meets_a_backend() {
     let agent = Agent::start().await;
     stand(&agent, ONE).await.expect("stands by");
-    let mut machine = std::process::Command::new("sleep")
-        .arg("600")
-        .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null())
-        .spawn()
-        .expect("sleep");
-    std::fs::write(agent.path("run/web/control.front-end"), machine.id().to_string())
-        .expect("written");
+    let machine = Machine::at_the_disks_of(&agent);
     for is_dismissed in [false, true] {
         // The order that calls ONE off may not have arrived.
         if is_dismissed {
@@ -276,8 +269,7 @@ async fn a_machine_of_a_try_that_was_called_off_never_meets_a_backend() {
         assert_eq!(kind(claim(&agent, true).await), "baton:earlier-machine");
         assert_eq!(agent.backend().await["run"], "stopped");
     }
-    machine.kill().expect("killed");
-    machine.wait().expect("ended");
+    drop(machine);
     stand(&agent, TWO).await.expect("stands by");
     order(&agent, "permit", TWO).await.expect("permitted");
 }
@@ -287,23 +279,15 @@ async fn a_machine_of_a_try_that_was_called_off_never_meets_a_backend() {
 async fn a_machine_that_waits_is_not_let_run_by_force() {
     let agent = Agent::start().await;
     let pid = pid_of(&stand(&agent, ONE).await.expect("stands by"));
-    let mut machine = std::process::Command::new("sleep")
-        .arg("600")
-        .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null())
-        .spawn()
-        .expect("sleep");
-    let at_the_disk = agent.path("run/web/control.front-end");
-    std::fs::write(&at_the_disk, machine.id().to_string()).expect("written");
+    let machine = Machine::at_the_disks_of(&agent);
     let force = async || {
         let told = json!({"try": ONE, "turn": 1, "forced": true});
         agent.post("/v1/vms/web/backend/permit", told).await
     };
     assert_eq!(kind(force().await), "baton:earlier-machine");
     assert_eq!(ledger(&agent).await, ("standby".to_owned(), 1));
-    machine.kill().expect("killed");
-    machine.wait().expect("ended");
-    std::fs::remove_file(&at_the_disk).expect("removed");
+    drop(machine);
+    std::fs::remove_file(agent.path("run/web/control.front-end")).expect("removed");
     force().await.expect("permitted");
     assert_eq!(ledger(&agent).await, ("permitted".to_owned(), 1));
     assert!(!runs(pid));

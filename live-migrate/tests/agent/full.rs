@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::small_disk::SmallDisk;
-use crate::support::{Agent, WEB, pid_of, refused, runs, signal, wait};
+use crate::support::{Agent, Machine, WEB, pid_of, refused, runs, signal, wait};
 
 /// Also has the agent's own log.
 const DISK_BYTES: u64 = 1 << 20;
@@ -68,9 +68,7 @@ async fn f20_what_runs_goes_on_and_is_found_again() {
     signal(first, Signal::SIGKILL);
     let second = agent.wait_successor(first).await;
     // A machine comes, which cannot be remembered yet.
-    let mut machine = std::process::Command::new("sleep").arg("600").spawn().expect("sleep");
-    std::fs::write(agent.path("run/web/control.front-end"), machine.id().to_string())
-        .expect("written");
+    let machine = Machine::at_the_disks_of(&agent);
     // The agent finds it after a kill, as it was told.
     agent.end(Signal::SIGKILL);
     agent.run().await;
@@ -86,7 +84,6 @@ async fn f20_what_runs_goes_on_and_is_found_again() {
     agent.delete("/v1/vms/web/backend").await.expect("stopped");
     let result = agent.put("/v1/vms/web/backend", json!({"role": "standby"})).await;
     assert_eq!(refused(result).1, "baton:earlier-machine");
-    machine.kill().expect("killed");
-    machine.wait().expect("ended");
+    drop(machine);
     agent.start_backend("standby").await;
 }

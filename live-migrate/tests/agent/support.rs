@@ -19,6 +19,35 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 /// Disks of the VM `web` of the configuration.
 pub(crate) const WEB: &str = "[[vm]]\nname = \"web\"\nvmm = \"qemu\"\n[[vm.disk]]\nname = \"root\"\nvolume = \"baton://s:1/root\"\n[[vm.disk]]\nname = \"data\"\nvolume = \"baton://s:1/data\"\n";
 
+/// A process that stands for a VM's machine: the pretended backend says that it is at the disks, also when it has ended.
+/// Killed when dropped.
+pub(crate) struct Machine(Child);
+
+impl Machine {
+    pub(crate) fn at_the_disks_of(agent: &Agent) -> Self {
+        let child = Command::new("sleep")
+            .arg("600")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("sleep");
+        std::fs::write(agent.path("run/web/control.front-end"), child.id().to_string())
+            .expect("written");
+        Self(child)
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        i32::try_from(self.0.id()).expect("a pid")
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Killed when dropped, like its backends.
 pub(crate) struct Agent {
     pub(crate) dir: TempDir,
