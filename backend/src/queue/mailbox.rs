@@ -19,14 +19,14 @@ use super::{Disk, RingSetup, RingStart};
 /// What the control thread tells a queue.
 #[derive(Debug)]
 pub(super) enum Command {
-    Start(Box<RingStart>, mpsc::Sender<io::Result<()>>),
+    Start(Box<RingStart>, mpsc::SyncSender<io::Result<()>>),
     /// Connect to the storage for this many requests; no ring runs yet.
     Prepare(usize),
-    Apply(Box<RingSetup>, mpsc::Sender<()>),
+    Apply(Box<RingSetup>, mpsc::SyncSender<()>),
     /// Take no more requests; answer when none is in flight.
-    Drain(mpsc::Sender<Option<u16>>),
+    Drain(mpsc::SyncSender<Option<u16>>),
     /// Answer now; what is in flight stays in the in-flight table.
-    Abandon(mpsc::Sender<Option<u16>>),
+    Abandon(mpsc::SyncSender<Option<u16>>),
     Exit,
 }
 
@@ -95,7 +95,7 @@ impl QueueHandle {
     /// # Errors
     /// When the volume's queue cannot be opened.
     pub fn start(&self, start: RingStart) -> io::Result<()> {
-        let (sender, answer) = mpsc::channel();
+        let (sender, answer) = mpsc::sync_channel(1);
         self.send(Command::Start(Box::new(start), sender));
         answer.recv().unwrap_or_else(|_| Err(io::Error::other("the queue thread has ended")))
     }
@@ -110,7 +110,7 @@ impl QueueHandle {
     /// the queue uses nothing of the old set-up except the memory that requests
     /// in flight point into.
     pub fn apply(&self, setup: RingSetup) {
-        let (sender, answer) = mpsc::channel();
+        let (sender, answer) = mpsc::sync_channel(1);
         self.send(Command::Apply(Box::new(setup), sender));
         let _ = answer.recv();
     }
@@ -118,7 +118,7 @@ impl QueueHandle {
     /// Begins to stop the ring.
     #[must_use]
     pub fn drain(&self) -> Draining {
-        let (sender, answer) = mpsc::channel();
+        let (sender, answer) = mpsc::sync_channel(1);
         self.send(Command::Drain(sender));
         Draining { answer }
     }
@@ -127,7 +127,7 @@ impl QueueHandle {
     /// so that nothing touches guest memory any more.
     #[must_use]
     pub fn abandon(&self) -> Option<u16> {
-        let (sender, answer) = mpsc::channel();
+        let (sender, answer) = mpsc::sync_channel(1);
         self.send(Command::Abandon(sender));
         answer.recv().ok().flatten()
     }

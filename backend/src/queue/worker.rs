@@ -47,7 +47,7 @@ pub(super) struct Running {
     /// The guest broke the ring: nothing more is taken from it.
     pub(super) broken: bool,
     /// Set while the ring is being stopped.
-    pub(super) draining: Option<mpsc::Sender<Option<u16>>>,
+    pub(super) draining: Option<mpsc::SyncSender<Option<u16>>>,
 }
 
 pub(super) struct Worker {
@@ -164,6 +164,7 @@ impl Worker {
                 Some(Command::Prepare(depth)) => {
                     // The ring's start tries again and says why it cannot.
                     let _ = self.connect(depth);
+                    self.make_room(depth);
                 }
                 Some(Command::Apply(setup, answer)) => {
                     self.apply(*setup);
@@ -195,10 +196,7 @@ impl Worker {
             self.in_flight = 0;
             self.pending.clear();
         }
-        if self.pending.len() != usize::from(size) {
-            self.pending.clear();
-            self.pending.resize_with(usize::from(size), Pending::default);
-        }
+        self.make_room(usize::from(size));
         self.connect(usize::from(size))?;
         // Edge-triggered: a kick need not be read to be forgotten.
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
@@ -244,6 +242,14 @@ impl Worker {
             self.take(head);
         }
         Ok(())
+    }
+
+    /// A place for each request that a ring of this size can have.
+    fn make_room(&mut self, size: usize) {
+        if self.pending.len() != size {
+            self.pending.clear();
+            self.pending.resize_with(size, Pending::default);
+        }
     }
 
     /// Opens the volume's queue, unless it is open.

@@ -137,6 +137,8 @@ pub struct Role {
     /// What a plan has to say of the members.
     whole: Members,
     views: Vec<Option<View>>,
+    /// What the views say: found anew with each of them, since a VM of many volumes has many events of other kinds.
+    focus: Option<Focus>,
     /// The source wants to come back, whether or not its rings run.
     wants_back: bool,
     /// The destination may activate without its rings.
@@ -195,6 +197,7 @@ impl Role {
             members: volumes.iter().map(member).collect(),
             whole: Members::of(volumes.iter().copied()),
             views: vec![None; volumes.len()],
+            focus: None,
             wants_back: false,
             ordered: false,
             seal_ordered: false,
@@ -248,7 +251,7 @@ impl Role {
     /// The handoff that concerns this VM now.
     #[must_use]
     pub fn attempt(&self) -> Option<Try> {
-        self.focus().map(|focus| focus.attempt)
+        self.focus.map(|focus| focus.attempt)
     }
 
     /// Whether this process has seen the try undecided, so that it can promise for
@@ -277,7 +280,7 @@ impl Role {
     #[must_use]
     pub fn standing(&self) -> Standing {
         let all = |test: fn(&Member) -> bool| self.members.iter().all(test);
-        let focus = self.focus();
+        let focus = self.focus;
         let sealed = focus.is_some_and(|focus| self.all_sealed(focus.attempt));
         if self.parked.is_some() {
             Standing::Parked

@@ -111,9 +111,11 @@ impl Desk {
     fn run(&self) {
         ATTENDS.set(true);
         let mut charges = BTreeMap::new();
+        // Of those that are being given back, so that an event of one does not look at all.
+        let mut late_at: BTreeMap<u64, Instant> = BTreeMap::new();
         let mut events = [EpollEvent::empty(); EVENTS];
         loop {
-            let n = self.epoll.wait(&mut events, timeout(charges.values())).unwrap_or(0);
+            let n = self.epoll.wait(&mut events, timeout(late_at.values())).unwrap_or(0);
             self.wake.take();
             // Volumes whose first event this may be; each is looked at once.
             let came = std::mem::take(&mut lock(&self.newcomers).waiting);
@@ -121,14 +123,16 @@ impl Desk {
             charges.extend(came);
             due.extend(events[..n].iter().map(EpollEvent::data).filter(|key| *key != NEWCOMERS));
             let now = Instant::now();
-            due.extend(charges.iter().filter(|(_, c)| c.is_late(now)).map(|(key, _)| *key));
+            due.extend(late_at.iter().filter(|(_, at)| **at <= now).map(|(key, _)| *key));
             due.sort_unstable();
             due.dedup();
             for key in due {
                 let Some(charge) = charges.get_mut(&key) else { continue };
                 // A volume whose part panics is over; the others are not.
                 let goes_on = catch_unwind(AssertUnwindSafe(|| charge.look())).unwrap_or(false);
+                late_at.extend(charge.release_until.map(|at| (key, at)));
                 if !goes_on && let Some(charge) = charges.remove(&key) {
+                    late_at.remove(&key);
                     // Its descriptor may live on in the link for a moment.
                     let _ = self.epoll.delete(&charge.wake);
                 }
@@ -151,10 +155,8 @@ impl Desk {
 }
 
 /// Until the first volume that is being given back is late.
-fn timeout<'a>(charges: impl Iterator<Item = &'a Charge>) -> EpollTimeout {
-    let Some(until) = charges.filter_map(|charge| charge.release_until).min() else {
-        return EpollTimeout::NONE;
-    };
+fn timeout<'a>(late_at: impl Iterator<Item = &'a Instant>) -> EpollTimeout {
+    let Some(until) = late_at.min() else { return EpollTimeout::NONE };
     // One more millisecond, so that a wait rounded down does not spin.
     let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
     EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX)

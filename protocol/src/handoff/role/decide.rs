@@ -6,8 +6,7 @@ use crate::handoff::Side;
 
 impl Role {
     pub(super) fn decide(&mut self) {
-        // Looked up once: deciding changes no view, many volumes have many events, and each looks at all of them.
-        let focus = self.focus();
+        let focus = self.focus;
         self.bind(focus);
         self.look_for_losses(focus);
         if self.parked.is_some() {

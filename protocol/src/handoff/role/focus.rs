@@ -7,7 +7,7 @@ use crate::handoff::Try;
 impl Role {
     /// The try that names this VM's owner name: one that is not decided before
     /// one that is, the newest of several, and only then one that is over.
-    pub(super) fn focus(&self) -> Option<Focus> {
+    pub(super) fn find_focus(&self) -> Option<Focus> {
         self.open_focus().or_else(|| {
             let over = (0..self.members.len()).filter_map(|at| {
                 let record = &self.views[at].as_ref()?.record;

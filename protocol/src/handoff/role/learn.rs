@@ -58,7 +58,7 @@ impl Role {
             }
             Order::Activate => self.ordered = true,
             Order::Abdicate => {
-                if let Some(focus) = self.focus()
+                if let Some(focus) = self.focus
                     && focus.side == Side::Destination
                     && self.activate_sent != Some(focus.attempt)
                 {
@@ -66,7 +66,7 @@ impl Role {
                 }
             }
             Order::Reclaim => {
-                let focus = self.focus().or(self.last);
+                let focus = self.focus.or(self.last);
                 self.wants_back |= focus.is_some_and(|focus| focus.side == Side::Source);
             }
         }
@@ -101,6 +101,7 @@ impl Role {
             }
         }
         self.views[at] = Some(self.view(boot_id, record));
+        self.focus = self.find_focus();
     }
 
     fn answered(&mut self, at: usize, attempt: Try, ask: Asked, answer: Answer) {
