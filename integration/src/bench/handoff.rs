@@ -87,8 +87,6 @@ pub struct Moves {
     pub base_cpu: Figures,
     /// See there.
     pub moved_cpu: Figures,
-    /// Runs in which others took more than 8 % of the CPUs.
-    pub noisy: usize,
 }
 
 fn us(time: Duration) -> f64 {
@@ -267,7 +265,6 @@ pub fn moves(
         let before = Snapshot::take(&pids)?;
         let moved = vm.go(&mut disks)?;
         let moved_cpu = Snapshot::take(&pids)?.since(&before);
-        out.noisy += usize::from(moved_cpu.is_noisy());
         let (source, destination) = vm.arrived(&attempt, there, disks)?;
         out.base.push(us(base));
         out.moved.push(us(moved));

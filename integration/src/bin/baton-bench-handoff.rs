@@ -131,14 +131,6 @@ fn section(result: &Outcome, commit: &str, awake: bool) -> String {
             syncs.before_decision, syncs.before_first_io, syncs.later
         ),
     };
-    let _ = writeln!(
-        text,
-        "Moves that others disturbed (more than 8 % of the CPUs): {} of {} and {} of {}; they are in the table.",
-        small.noisy,
-        small.moved.len(),
-        wide.noisy,
-        wide.moved.len()
-    );
     text
 }
 
