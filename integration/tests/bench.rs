@@ -1,5 +1,6 @@
 //! Each command of `baton-bench` runs, measures, and writes what it says it writes.
 
+use baton_integration::baton::Backend;
 use baton_integration::bench::compare::{CompareConfig, compare};
 use baton_integration::bench::load::{Job, Pattern, run};
 use baton_integration::bench::stack::Kind;
@@ -186,10 +187,46 @@ fn somebody_elses_back_end_keeps_a_log_too() {
         duration: SHORT,
         verify: false,
         span_bytes: None,
+        stride_bytes: None,
         dirty_log: true,
         seed: 1,
         pids: Vec::new(),
     };
     let outcome = run(&job).unwrap();
     assert!(outcome.dirty_pages.unwrap() > 8, "{outcome:?}");
+}
+
+#[test]
+fn blocks_may_lie_apart() {
+    const STRIDE: usize = 1 << 20;
+    let _alone = alone();
+    let dir = TestDir::new("bench-stride").unwrap();
+    let image = dir.path().join("disk.img");
+    fs::write(&image, vec![0; 16 * STRIDE]).unwrap();
+    let uri = format!("file://{}", image.display());
+    let backend = Backend::start(dir.path(), "vm", &uri, &[]).unwrap();
+    let job = Job {
+        socket: backend.socket.clone(),
+        pattern: Pattern::Write,
+        block_bytes: 4096,
+        depth: 4,
+        queues: 1,
+        thread_per_queue: false,
+        warmup: Duration::ZERO,
+        duration: SHORT,
+        verify: true,
+        span_bytes: None,
+        stride_bytes: Some(STRIDE as u64),
+        dirty_log: false,
+        seed: 1,
+        pids: Vec::new(),
+    };
+    assert_eq!(run(&job).unwrap().errors, 0);
+    let data = fs::read(&image).unwrap();
+    let written = |n: usize| data[n * STRIDE..][..4096].iter().any(|byte| *byte != 0);
+    assert!((0..16).any(written), "nothing was written");
+    let between = |n: usize| data[n * STRIDE..][4096..STRIDE].iter().any(|byte| *byte != 0);
+    assert_eq!((0..16).find(|n| between(*n)), None, "something was written between the blocks");
+    let overlapping = Job { stride_bytes: Some(2048), ..job };
+    assert!(run(&overlapping).unwrap_err().to_string().contains("overlap"));
 }

@@ -22,6 +22,7 @@ fn job(socket: &Path, pattern: Pattern, queues: u16) -> Job {
         duration: Duration::from_millis(300),
         verify: true,
         span_bytes: Some(4 << 20),
+        stride_bytes: None,
         dirty_log: false,
         seed: 3,
         pids: Vec::new(),

@@ -38,6 +38,7 @@ fn what_is_written_is_read_and_then_the_cores_are_given_back() {
                     duration: Duration::from_millis(100),
                     verify: true,
                     span_bytes: Some(64 * 4096),
+                    stride_bytes: None,
                     seed: 3,
                     dirty_log: false,
                     pids: Vec::new(),

@@ -266,6 +266,7 @@ fn one(config: &CompareConfig, row: Row, stack: &Stack, dirty_log: bool) -> Resu
         duration: config.duration,
         verify: false,
         span_bytes: None,
+        stride_bytes: None,
         dirty_log,
         seed: 1,
         pids: stack.pids(),

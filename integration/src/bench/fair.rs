@@ -88,6 +88,7 @@ fn quiet(stack: &Stack, pattern: Pattern, time: Duration, round: u32) -> Result<
             duration: time,
             verify: false,
             span_bytes: None,
+            stride_bytes: None,
             dirty_log: false,
             seed: u64::from(round) + 1,
             pids: stack.pids(),

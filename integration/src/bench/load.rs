@@ -71,6 +71,8 @@ pub struct Job {
     pub verify: bool,
     /// Part of the disk used, from its start; `None` for all.
     pub span_bytes: Option<u64>,
+    /// From the start of one block to that of the next; `None`: they lie side by side.
+    pub stride_bytes: Option<u64>,
     /// Keep a dirty log, as during a migration, and take its marks now and then, as a VMM does.
     pub dirty_log: bool,
     /// Seed of the random places.
@@ -112,7 +114,7 @@ pub fn run(job: &Job) -> Result<Outcome> {
     }
     let disk_bytes = frontend.capacity()? * SECTOR as u64;
     let span = job.span_bytes.unwrap_or(disk_bytes).min(disk_bytes);
-    let blocks = span / job.block_bytes as u64;
+    let blocks = span / job.stride_bytes();
     if blocks < slots as u64 {
         bail!("{span} bytes are too few for {slots} requests of {} bytes", job.block_bytes);
     }
@@ -156,9 +158,19 @@ fn timed(job: &Job, phase: &AtomicU8, taker: &mut Taker<'_>) -> Result<Usage> {
     Ok(Snapshot::take(&job.pids)?.since(&before))
 }
 
+impl Job {
+    fn stride_bytes(&self) -> u64 {
+        self.stride_bytes.unwrap_or(self.block_bytes as u64)
+    }
+}
+
 fn check(job: &Job) -> Result<()> {
     if job.block_bytes == 0 || !job.block_bytes.is_multiple_of(SECTOR) {
         bail!("--bs must be a positive multiple of {SECTOR}");
+    }
+    let stride = job.stride_bytes();
+    if stride < job.block_bytes as u64 || !stride.is_multiple_of(SECTOR as u64) {
+        bail!("blocks must not overlap, and begin at multiples of {SECTOR}");
     }
     if job.depth == 0 || job.depth > 256 || job.queues == 0 || job.queues > 64 {
         bail!("--depth must be from 1 to 256 and --queues from 1 to 64");
@@ -189,6 +201,7 @@ struct Worker {
     slot_of: Vec<usize>,
     pattern: Pattern,
     block_bytes: usize,
+    stride_sectors: u64,
     verify: bool,
     /// First block and number of blocks of this queue, for sequential patterns.
     part: (u64, u64),
@@ -265,6 +278,7 @@ impl Worker {
             slot_of,
             pattern: job.pattern,
             block_bytes: job.block_bytes,
+            stride_sectors: job.stride_bytes() / SECTOR as u64,
             verify: job.verify,
             part: (share * u64::from(index), share),
             blocks,
@@ -313,7 +327,7 @@ impl Worker {
     }
 
     fn sector_of(&self, block: u64) -> u64 {
-        block * (self.block_bytes / SECTOR) as u64
+        block * self.stride_sectors
     }
 
     /// Publishes the slot's next request; the caller commits and kicks.

@@ -6,7 +6,7 @@
 use crate::baton::{Backend, Storage};
 use crate::bench::cpu::{hold_cpus_awake, pin_this_thread};
 use crate::bench::load::{Job, Pattern, run};
-use crate::bench::stack::fill;
+use crate::bench::stack::fill_every;
 use crate::blk::Request;
 use crate::raw_frontend::{Options, RawFrontend};
 use crate::workspace::TestDir;
@@ -22,9 +22,12 @@ const SIZES_MIB: [u64; 4] = [1, 1 << 10, 64 << 10, 1 << 20];
 /// Requests in flight on each queue; with many volumes, on each volume.
 const DEPTH: u16 = 32;
 const DEPTH_OF_MANY: u16 = 8;
-/// Part of a disk that has data and is read: its first bytes.
+/// What is read, on all disks together: the first bytes of each. However many there are it is the same amount, or what
+/// they cost would be the processor's cache, which holds what one reads and not what all do.
 const SPAN_BYTES: u64 = 512 << 20;
-const SPAN_OF_MANY_BYTES: u64 = 16 << 20;
+/// The same of volumes of any size, in blocks as far apart as the volume's size allows: what the smallest one has.
+const SCATTERED_BYTES: u64 = 1 << 20;
+const BLOCK_BYTES: usize = 4096;
 /// Extents that get data for the server's memory per GiB mapped.
 const MAPPED_MIB: u64 = 4 << 10;
 /// How much dearer a request may be than in the first row.
@@ -65,17 +68,18 @@ pub fn measure(rounds: u32, time: Duration, mut progress: impl FnMut(&str)) -> R
     let mut points = Vec::new();
     for queues in QUEUES {
         progress(&format!("{queues} queues"));
-        let job = Work { disks: 1, queues, depth: DEPTH, disk_bytes: SPAN_BYTES };
-        points.push(point("queues", queues.into(), job, rounds, time)?);
+        let work = Work::of(1, queues, DEPTH, SPAN_BYTES);
+        points.push(point("queues", queues.into(), work, rounds, time)?);
     }
     for disks in VOLUMES {
         progress(&format!("{disks} volumes"));
-        let work = Work { disks, queues: 1, depth: DEPTH_OF_MANY, disk_bytes: SPAN_OF_MANY_BYTES };
+        let work = Work::of(disks, 1, DEPTH_OF_MANY, SPAN_BYTES / disks as u64);
         points.push(point("volumes", disks as u64, work, rounds, time)?);
     }
     for mib in SIZES_MIB {
         progress(&format!("a volume of {mib} MiB"));
-        let work = Work { disks: 1, queues: 1, depth: DEPTH, disk_bytes: mib << 20 };
+        let stride_bytes = (mib << 20) / (SCATTERED_BYTES / BLOCK_BYTES as u64);
+        let work = Work { stride_bytes, ..Work::of(1, 1, DEPTH, mib << 20) };
         points.push(point("MiB", mib, work, rounds, time)?);
     }
     progress("the server's memory");
@@ -90,6 +94,22 @@ struct Work {
     queues: u16,
     depth: u16,
     disk_bytes: u64,
+    /// From one block that is read to the next.
+    stride_bytes: u64,
+}
+
+impl Work {
+    /// On whole disks.
+    fn of(disks: usize, queues: u16, depth: u16, disk_bytes: u64) -> Self {
+        Self { disks, queues, depth, disk_bytes, stride_bytes: BLOCK_BYTES as u64 }
+    }
+
+    fn fill(self, backend: &Backend) -> Result<()> {
+        let side_by_side = self.stride_bytes == BLOCK_BYTES as u64;
+        let (chunk, stride) =
+            if side_by_side { (1 << 20, 1 << 20) } else { (BLOCK_BYTES, self.stride_bytes) };
+        fill_every(&backend.socket, self.disk_bytes, chunk, stride)
+    }
 }
 
 fn point(of: &'static str, amount: u64, work: Work, rounds: u32, time: Duration) -> Result<Point> {
@@ -99,15 +119,14 @@ fn point(of: &'static str, amount: u64, work: Work, rounds: u32, time: Duration)
     let storage = Storage::start(dir.path(), &[])?;
     let backends = backends(dir.path(), &storage, work)?;
     pin_this_thread(0)?;
-    let span = work.disk_bytes.min(SPAN_BYTES);
     for backend in &backends {
-        fill(&backend.socket, span)?;
+        work.fill(backend)?;
     }
     let mut pids: Vec<u32> = backends.iter().map(|backend| backend.daemon.pid()).collect();
     pids.push(storage.daemon.pid());
     let (mut costs, mut noisy) = (Vec::new(), 0);
     for round in 0..rounds {
-        let (cost, was_noisy) = round_of(&backends, &pids, work, span, time, round)?;
+        let (cost, was_noisy) = round_of(&backends, &pids, work, time, round)?;
         costs.push(cost);
         noisy += u32::from(was_noisy);
     }
@@ -132,21 +151,21 @@ fn round_of(
     backends: &[Backend],
     pids: &[u32],
     work: Work,
-    span: u64,
     time: Duration,
     round: u32,
 ) -> Result<(f64, bool)> {
     let job = |n: usize, backend: &Backend| Job {
         socket: backend.socket.clone(),
         pattern: Pattern::RandRead,
-        block_bytes: 4096,
+        block_bytes: BLOCK_BYTES,
         depth: work.depth,
         queues: work.queues,
         thread_per_queue: false,
         warmup: time / 4,
         duration: time,
         verify: false,
-        span_bytes: Some(span),
+        span_bytes: None,
+        stride_bytes: Some(work.stride_bytes),
         dirty_log: false,
         seed: u64::from(round) << 16 | n as u64,
         pids: if n == 0 { pids.to_vec() } else { Vec::new() },
@@ -173,7 +192,7 @@ fn memory() -> Result<(f64, f64)> {
     let dir = TestDir::new("scale-memory")?;
     let storage = Storage::start(dir.path(), &[])?;
     let pss = || storage.daemon.pss_bytes().map(|bytes| bytes as f64);
-    let work = Work { disks: 64, queues: 1, depth: 1, disk_bytes: MAPPED_MIB << 20 };
+    let work = Work::of(64, 1, 1, MAPPED_MIB << 20);
     let one = backends(dir.path(), &storage, Work { disks: 1, ..work })?;
     let mut guest = RawFrontend::connect(
         &one[0].socket,

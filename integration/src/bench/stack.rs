@@ -393,17 +393,21 @@ fn wait_port(server: &mut Daemon, port: u16) -> Result<()> {
 
 /// Writes every block once, so that no run measures the first write of one.
 pub(super) fn fill(socket: &Path, bytes: u64) -> Result<()> {
-    const CHUNK: usize = 1 << 20;
+    fill_every(socket, bytes, 1 << 20, 1 << 20)
+}
+
+/// Fills `chunk` bytes at the start of each `stride` of the first `bytes`; a chunk at most 1 MiB.
+pub(super) fn fill_every(socket: &Path, bytes: u64, chunk: usize, stride: u64) -> Result<()> {
     let mut frontend =
         RawFrontend::connect(socket, Options { memory_bytes: 32 << 20, ..Options::default() })?;
-    let data: Vec<u8> = (0..=250).cycle().take(CHUNK).collect();
+    let data: Vec<u8> = (0..=250).cycle().take(chunk).collect();
     let queue = frontend.queue(0);
     let mut next = 0;
     while next < bytes || queue.ring.outstanding() > 0 {
         while next < bytes && queue.ring.outstanding() < 16 {
-            let len = usize::try_from(bytes - next).unwrap_or(CHUNK).min(CHUNK);
+            let len = usize::try_from(bytes - next).unwrap_or(chunk).min(chunk);
             queue.submit(&Request::Write { sector: next / 512, data: &data[..len] })?;
-            next += len as u64;
+            next += stride;
         }
         queue.kick()?;
         let done =

@@ -208,6 +208,7 @@ impl House {
             duration: time,
             verify: false,
             span_bytes: None,
+            stride_bytes: None,
             dirty_log: false,
             seed: 1,
             // All that belong to the measurement, the server first: the rest is noise.
@@ -234,6 +235,7 @@ impl House {
             duration: longer,
             verify: false,
             span_bytes: None,
+            stride_bytes: None,
             dirty_log: false,
             seed: 2,
             pids: Vec::new(),

@@ -193,6 +193,7 @@ fn run_load(args: LoadArgs) -> Result<ExitCode> {
         duration,
         verify: args.verify,
         span_bytes: args.span,
+        stride_bytes: None,
         dirty_log: args.dirty_log,
         seed: args.seed,
         pids: args.pids,
