@@ -6,52 +6,47 @@
 //!             +--- ENABLE(0), GET_VRING_BASE, RESET, gone -------+  drains first
 //! ```
 //!
-//! Front-ends stop rings one by one. While a dirty log is kept, the first stop
-//! begins to drain all of them, so that the drains overlap and nothing new is
-//! sent to the storage from then on. A ring drained early runs on for the
-//! front-end: it answers its own stop, and starts again when it is enabled or
-//! gets a kick event instead. No front-end of a block device stops one ring in
-//! the middle of a migration and goes on with the others.
+//! A changed memory table, log, feature or address goes to running rings whole, and is
+//! answered when every ring has taken it over.
 //!
-//! A ring never starts on KICK alone: a front-end that restarts a ring during a
-//! migration sends the dirty log between KICK and ENABLE. A changed memory
-//! table, log, feature or address goes to running rings whole, and is answered
-//! when every ring has taken it over.
+//! | module | noun |
+//! |---|---|
+//! | `memory` | the guest's memory as it is shared |
+//! | `ring` | how a ring starts and is changed |
+//! | `stop` | how rings stop |
+
+mod memory;
+mod ring;
+mod stop;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use baton_fault_point as fault_point;
-use baton_remote_client::VolumeState;
 
 use super::connection::BackendChannel;
 use super::features::{self, protocol, virtio};
-use super::message::{
-    InflightDescription, MEM_SLOTS_MAX, Region, Request, StateDirection, VringAddr,
-};
+use super::message::{InflightDescription, MEM_SLOTS_MAX, Request, StateDirection};
 use super::refused::Refused;
 use crate::dirty_log::DirtyLog;
 use crate::handoff::MemberHandle;
 use crate::inflight::InflightRegion;
-use crate::memory::{GuestMemory, MemoryRegion};
-use crate::queue::mailbox::{DrainState, Draining, QueueHandle};
-use crate::queue::{Disk, RingSetup, RingStart};
+use crate::memory::GuestMemory;
+use crate::queue::Disk;
+use crate::queue::mailbox::QueueHandle;
 use crate::status::RingsStatus;
 use crate::virtio_blk::config_space;
-use crate::virtqueue::{QUEUE_SIZE_MAX, RingAddresses};
+use crate::virtqueue::QUEUE_SIZE_MAX;
+use memory::map_region;
+use ring::{Ring, unusable};
+use stop::Stop;
 
-/// Bit 0 of the flags of SET_VRING_ADDR: log writes to the used ring.
-const VRING_LOG: u32 = 1;
+pub use stop::DrainLimit;
+
 /// In the reply to SET_DEVICE_STATE_FD: no descriptor comes with it.
 const STATE_NO_FD: u64 = 1 << 8;
-/// How often a waiting drain looks at whether it still should wait.
-const DRAIN_TICK: Duration = Duration::from_millis(50);
-
-/// Rings that stop with less than this between them stop for one reason.
-const STOPPING_TOGETHER: Duration = Duration::from_secs(1);
-
 /// What is sent back.
 #[derive(Debug)]
 pub enum Reply {
@@ -63,46 +58,6 @@ pub enum Reply {
     Bytes(Vec<u8>),
     /// Bytes and a descriptor.
     WithFd(Vec<u8>, OwnedFd),
-}
-
-/// What the front-end said of a ring.
-#[derive(Debug, Default)]
-struct Ring {
-    num: u32,
-    base: u16,
-    addr: Option<VringAddr>,
-    kick: Option<Arc<OwnedFd>>,
-    call: Option<Arc<OwnedFd>>,
-    err: Option<Arc<OwnedFd>>,
-    enabled: bool,
-    /// Started and not stopped by the front-end.
-    running: bool,
-    /// It runs for the front-end and takes no more requests.
-    draining: Option<Draining>,
-}
-
-/// How the stop of all rings went, since a ring last started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stop {
-    /// No ring was stopped that counts.
-    None,
-    /// The front-end stopped rings while a dirty log was kept, and no request
-    /// was given up.
-    Clean,
-    /// Requests were given up.
-    Abandoned,
-}
-
-/// How the wait for a drain ends early.
-#[derive(Clone, Copy)]
-#[allow(missing_debug_implementations, reason = "a closure has nothing to show")]
-pub struct DrainLimit<'a> {
-    /// The front-end is gone or the process is ending: wait no longer than
-    /// `grace` from then on.
-    pub hurry: &'a dyn Fn() -> bool,
-    /// What a drain may take when in a hurry, and when storage does not answer
-    /// and the in-flight table keeps the requests.
-    pub grace: Duration,
 }
 
 /// One connected front-end.
@@ -324,22 +279,6 @@ impl<'a> Session<'a> {
         self.stop = Stop::None;
     }
 
-    /// Stops all rings: the front-end is gone or the process ends.
-    pub fn end(&mut self, limit: DrainLimit<'_>) {
-        if self.is_running() {
-            // The front-end has no answer to the stop of these.
-            self.stop = Stop::None;
-        }
-        self.drain_all();
-        for index in 0..self.rings.len() {
-            self.stop(index, limit);
-        }
-        // Nobody said that the guest has stopped.
-        self.tell_stopped(false);
-        self.log = None;
-        self.show_status();
-    }
-
     fn queue_count(&self) -> u16 {
         u16::try_from(self.queues.len()).expect("configured as u16")
     }
@@ -367,42 +306,6 @@ impl<'a> Session<'a> {
         }
         self.apply_all();
         Ok(())
-    }
-
-    fn set_memory(
-        &mut self,
-        regions: Vec<Arc<MemoryRegion>>,
-        limit: DrainLimit<'_>,
-    ) -> Result<(), Refused> {
-        if regions.len() as u64 > MEM_SLOTS_MAX {
-            return Err(Refused::MemoryTable);
-        }
-        let memory = GuestMemory::new(regions).map_err(|_| Refused::MemoryTable)?;
-        self.memory = Arc::new(memory);
-        for index in 0..self.rings.len() {
-            if self.rings[index].running && self.setup(index).is_none() {
-                tracing::warn!(
-                    disk = self.disk.name,
-                    queue = index,
-                    "the front-end took away the memory of a running ring; it stops"
-                );
-                self.stop(index, limit);
-            }
-        }
-        self.apply_all();
-        Ok(())
-    }
-
-    fn remove_region(&mut self, gone: Region, limit: DrainLimit<'_>) -> Result<(), Refused> {
-        let mut regions = self.memory.regions().to_vec();
-        let is_gone = |region: &Arc<MemoryRegion>| {
-            let have = region.description();
-            (have.guest_addr, have.size, have.user_addr)
-                == (gone.guest_addr, gone.size, gone.user_addr)
-        };
-        let at = regions.iter().position(is_gone).ok_or(Refused::NoSuchRegion)?;
-        regions.remove(at);
-        self.set_memory(regions, limit)
     }
 
     fn set_config(&mut self, offset: u32, payload: &[u8]) -> Result<(), Refused> {
@@ -460,191 +363,6 @@ impl<'a> Session<'a> {
         self.features = 0;
         self.writeback = true;
     }
-
-    /// The ring as it should run, or `None` when it cannot.
-    fn setup(&self, index: usize) -> Option<RingSetup> {
-        let ring = &self.rings[index];
-        let addr = ring.addr?;
-        let addresses =
-            RingAddresses::find(&self.memory, ring.num, addr.desc, addr.avail, addr.used)?;
-        let logging = self.features & virtio::LOG_ALL != 0;
-        let log = self.log.clone().filter(|_| logging);
-        // virtio 1.2 5.2.5.2: without CONFIG_WCE the cache is write-back exactly
-        // if the driver can flush.
-        let write_through = if self.features & virtio::CONFIG_WCE != 0 {
-            !self.writeback
-        } else {
-            self.features & virtio::FLUSH == 0
-        };
-        Some(RingSetup {
-            addresses,
-            event_idx: self.features & virtio::EVENT_IDX != 0,
-            write_through,
-            call: ring.call.clone(),
-            err: ring.err.clone(),
-            log_used_at: (log.is_some() && addr.flags & VRING_LOG != 0)
-                .then_some(addr.log_guest_addr),
-            log,
-        })
-    }
-
-    fn apply_all(&mut self) {
-        for index in 0..self.rings.len() {
-            self.apply(index);
-        }
-    }
-
-    /// Brings a running ring up to date.
-    fn apply(&mut self, index: usize) {
-        if self.rings[index].running
-            && let Some(setup) = self.setup(index)
-        {
-            self.queues[index].apply(setup);
-        }
-    }
-
-    fn start_if_ready(&mut self, index: usize) -> Result<(), Refused> {
-        let ring = &self.rings[index];
-        if ring.running || !ring.enabled {
-            return Ok(());
-        }
-        let Some(kick) = ring.kick.clone() else { return Ok(()) };
-        let setup =
-            self.setup(index).ok_or_else(|| Refused::Start { index, source: unusable() })?;
-        let number = u16::try_from(index).expect("queues are counted in u16");
-        let inflight =
-            self.inflight.as_ref().and_then(|region| region.ring(number, setup.addresses.size()));
-        let start = RingStart { setup, kick, base: self.rings[index].base, inflight };
-        // Before the guest's first request: what was drained is so no more.
-        self.stop = Stop::None;
-        self.show_status();
-        if !self.told_running
-            && let Some(member) = &self.disk.member
-        {
-            member.starting();
-        }
-        if let Err(source) = self.queues[index].start(start) {
-            if !self.told_running
-                && let Some(member) = &self.disk.member
-            {
-                member.not_started();
-            }
-            return Err(Refused::Start { index, source });
-        }
-        self.stopping = None;
-        self.rings[index].running = true;
-        if !std::mem::replace(&mut self.told_running, true)
-            && let Some(member) = &self.disk.member
-        {
-            self.keep_arrival();
-            member.started();
-        }
-        tracing::debug!(disk = self.disk.name, queue = index, "ring started");
-        Ok(())
-    }
-
-    /// A dirty log is kept.
-    fn is_migrating(&self) -> bool {
-        self.log.is_some() && self.features & virtio::LOG_ALL != 0
-    }
-
-    /// The front-end stops a ring, and during a migration means all of them.
-    fn stop_asked(&mut self, index: usize, limit: DrainLimit<'_>) {
-        let migrating = self.is_migrating();
-        if !self.rings[index].running {
-            return;
-        }
-        if migrating {
-            self.drain_all();
-            // The seal goes out while the drain is under way.
-            self.tell_stopped(true);
-        }
-        self.stop(index, limit);
-        if !self.is_running() {
-            self.tell_stopped(migrating);
-            // What was given up is not answered, and may still be done.
-            if let Some(member) = self.disk.member.as_ref().filter(|_| self.stop != Stop::Abandoned)
-            {
-                member.drained();
-            }
-        }
-        if migrating && self.stop == Stop::None {
-            self.stop = Stop::Clean;
-        }
-    }
-
-    fn tell_stopped(&mut self, migrating: bool) {
-        if std::mem::take(&mut self.told_running)
-            && let Some(member) = &self.disk.member
-        {
-            member.stopped(migrating);
-        }
-    }
-
-    /// Begins to drain every ring that runs.
-    fn drain_all(&mut self) {
-        for (ring, queue) in self.rings.iter_mut().zip(self.queues) {
-            if ring.running && ring.draining.is_none() {
-                ring.draining = Some(queue.drain());
-            }
-        }
-    }
-
-    /// Stops a ring when everything in flight has been answered. While storage
-    /// does not answer, requests that the in-flight table keeps are given up
-    /// after a while, to be done again when the ring starts; during a migration
-    /// they are waited for, because the table does not move with the guest.
-    fn stop(&mut self, index: usize, limit: DrainLimit<'_>) {
-        if !std::mem::take(&mut self.rings[index].running) {
-            return;
-        }
-        let queue = &self.queues[index];
-        let draining = self.rings[index].draining.take().unwrap_or_else(|| queue.drain());
-        let now = Instant::now();
-        let begun = match self.stopping {
-            Some((begun, latest)) if now.duration_since(latest) < STOPPING_TOGETHER => begun,
-            _ => now,
-        };
-        let next_avail = loop {
-            if let DrainState::Stopped(next_avail) = draining.wait(DRAIN_TICK) {
-                break next_avail;
-            }
-            let never = matches!(self.disk.volume.state(), VolumeState::Fenced | VolumeState::Lost);
-            let migrating = self.is_migrating();
-            let may_give_up = (self.inflight.is_some() && !migrating) || (limit.hurry)();
-            // Who waits for a decision need not be answered by the end.
-            let held = self.disk.member.as_ref().is_some_and(MemberHandle::is_held);
-            let soon = held && (limit.hurry)();
-            if never || soon || (may_give_up && begun.elapsed() > limit.grace) {
-                tracing::warn!(
-                    disk = self.disk.name,
-                    queue = index,
-                    "stopping a ring whose requests the storage has not answered"
-                );
-                self.stop = Stop::Abandoned;
-                let next_avail = queue.abandon();
-                if let Some(member) = &self.disk.member {
-                    member.given_up();
-                }
-                break next_avail;
-            }
-        };
-        self.stopping = Some((begun, Instant::now()));
-        if let Some(next_avail) = next_avail {
-            self.rings[index].base = next_avail;
-        }
-        tracing::debug!(disk = self.disk.name, queue = index, "ring stopped");
-    }
-}
-
-fn unusable() -> std::io::Error {
-    std::io::Error::other("its addresses are not in the guest's memory")
-}
-
-fn map_region(region: Region, fd: &OwnedFd) -> Result<Arc<MemoryRegion>, Refused> {
-    MemoryRegion::map(region, fd)
-        .map(Arc::new)
-        .map_err(|source| Refused::Map { what: "a memory region", source })
 }
 
 /// The device has no state beyond its rings. Saving writes nothing: closing the
