@@ -5,11 +5,11 @@ use axum::http::StatusCode;
 use baton_remote_client::{Engine, Fence, VolumeUri};
 use serde_json::{Value, json};
 
-use super::agents::{DiskView, VmView};
 use super::core::Core;
 use super::fault::Fault;
 use super::plan::{self, Cooperation, Member, Progress, Seen, Winner};
 use super::sides::{self, Found};
+use super::vm_view::{DiskView, VmView};
 
 /// A disk that other hosts reach, on a storage that keeps no access record, and how it is fenced.
 pub(super) fn elsewhere(view: &VmView) -> Option<(DiskView, Fence)> {

@@ -11,12 +11,13 @@ use baton_protocol::handoff::HandoffId;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::agents::{AgentError, Agents, VmView};
+use super::agents::{AgentError, Agents};
 use super::config::{Config, Keep};
 use super::journal::{Change, Journal, JournalError};
 use super::keeper::{self, Handle};
 use super::plan::{Row, State, Trouble};
 use super::storages::Storages;
+use super::vm_view::VmView;
 
 /// Rows kept after their end; the oldest go first.
 const ROWS_MAX: usize = 2_000;

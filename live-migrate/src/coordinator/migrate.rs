@@ -22,11 +22,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::agents::{Agent, AgentError, VmView};
+use super::agents::{Agent, AgentError};
 use super::core::{Core, unix_us};
 use super::keeper::Handle;
 use super::plan::{Input, Row, State, Trigger, Trouble, Winner};
 use super::prepare::{Durability, PrepareHandoff};
+use super::vm_view::VmView;
 
 /// Between two looks at a machine.
 const LOOK: Duration = Duration::from_millis(50);

@@ -10,8 +10,9 @@
 //! | [`etcd`] | several coordinators: which of them leads, and the journal that they share |
 //! | `front` | who answers: the one that leads, or a word about where it is |
 //! | [`keeper`] | one handoff: writes its row, has what is due carried out |
-//! | `carry_out` | one action: calls until it is done, reports what it learns |
+//! | `carry_out` | one action, at the storage or at the hosts: calls until it is done, reports what it learns |
 //! | [`storages`], [`agents`] | who is called |
+//! | [`vm_view`] | what an agent says of a VM |
 //! | [`record`] | access records as they are read |
 //! | [`ceph`], `clients` | access records of images in Ceph, and who is kept out by name |
 //! | [`prepare`] | a new handoff: who, what and whether |
@@ -50,4 +51,5 @@ mod sides;
 pub mod storages;
 mod tidings;
 pub mod view;
+pub mod vm_view;
 pub mod vms;

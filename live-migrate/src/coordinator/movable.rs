@@ -3,7 +3,7 @@
 
 use baton_remote_client::{Engine, VolumeUri};
 
-use super::agents::DiskView;
+use super::vm_view::DiskView;
 
 /// Why they cannot.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -12,12 +12,12 @@ use std::sync::Arc;
 use baton_protocol::handoff::Try;
 use futures_util::future::join_all;
 
-use super::agents::VmView;
 use super::core::Core;
 use super::fault::Fault;
 use super::fence::SETTLE_LIMIT;
 use super::plan::Grant;
 use super::storages::{HandoffView, Reclaimed, RecordView, StorageError};
+use super::vm_view::VmView;
 use super::vms::{Volume, volumes};
 
 /// Puts the volume that decides in front, as the records say; before all others one that

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 
-use super::agents::{Agent, DiskView, VmView};
+use super::agents::Agent;
 use super::cooperative;
 use super::core::{Core, unix_us};
 use super::fault::{Fault, owner_sentence};
@@ -21,6 +21,7 @@ use super::orphan;
 use super::plan::{self, Member, Progress, Row, Seen, Standing, State, Trigger};
 use super::sides::{self, Found};
 use super::storages::{VolumeView, place_of};
+use super::vm_view::{DiskView, VmView};
 use crate::identity::is_name;
 
 const LABELS_MAX: usize = 32;

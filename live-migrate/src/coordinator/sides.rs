@@ -6,11 +6,12 @@ use futures_util::StreamExt;
 use futures_util::future::OptionFuture;
 use futures_util::stream::FuturesUnordered;
 
-use super::agents::{AgentError, VmView};
+use super::agents::AgentError;
 use super::core::Core;
 use super::fault::{Fault, owner_sentence};
 use super::plan::Trouble;
 use super::prepare::{agent, unknown_vm};
+use super::vm_view::VmView;
 
 /// A VM, before its volumes have said where it runs.
 pub(super) struct Found {

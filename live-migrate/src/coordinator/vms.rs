@@ -7,12 +7,12 @@ use axum::http::StatusCode;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
-use super::agents::VmView;
 use super::cooperative;
 use super::core::Core;
 use super::fault::Fault;
 use super::prepare::vm_name;
 use super::storages::{RecordView, StorageError, StorageServer, place_of};
+use super::vm_view::VmView;
 
 /// A volume of a VM with its access record.
 pub(super) struct Volume<'a> {
