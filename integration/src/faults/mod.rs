@@ -7,6 +7,7 @@
 //! | [`guest`] | a guest that stamps blocks and looks at them again |
 //! | [`history`] | what guests did, and the judge of it |
 //! | [`injector`] | waits for a point and hurts a process there |
+//! | [`recovery`] | when a Ceph cluster that was hurt is of use again |
 //! | [`report`] | the table of cases and outcomes |
 //! | [`run`] | one case from start to end |
 //! | [`stub`], [`vmm`] | the VMM of such a guest, from outside and from inside: the program `baton-vmm-stub` |
@@ -19,6 +20,7 @@ pub mod cluster;
 pub mod guest;
 pub mod history;
 pub mod injector;
+pub mod recovery;
 pub mod report;
 pub mod run;
 pub mod stub;

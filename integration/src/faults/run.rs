@@ -1,9 +1,10 @@
 //! One case from start to end: the story, the accident in it, the orchestrator who brings it to an end, the judge.
 
-use super::case::{Case, Engine, Fault, Story};
+use super::case::{Actor, Case, Engine, Fault, Story};
 use super::cluster::VM;
 use super::history::{Event, Judge, What, now_ns};
 use super::injector::{Injector, Order, Progress};
+use super::recovery::Recovery;
 use super::world::{Side, World};
 use crate::images::SharedCeph;
 use anyhow::{Context, Result, anyhow, bail};
@@ -16,8 +17,7 @@ use std::time::{Duration, Instant};
 const STEP: Duration = Duration::from_secs(8);
 /// In which one side must go on once everything that was hurt is up again.
 const GO_ON: Duration = Duration::from_secs(25);
-/// The same on RBD: an OSD that was killed reads its disk first, and lets the requests of its groups wait until its
-/// last life's leases are over, 16 s.
+/// The same on RBD, where each look at a record is a program of Ceph's.
 const GO_ON_RBD: Duration = Duration::from_secs(60);
 /// How often conditions are looked at.
 const POLL: Duration = Duration::from_millis(10);
@@ -71,7 +71,8 @@ pub fn run(
     let injector = Injector::start(order, &world.register);
     let (fork, saved, started) = (None, dir.join("saved"), [true, false]);
     let go_on_within = if case.engine == Engine::Rbd { GO_ON_RBD } else { GO_ON };
-    let mut play = Play { world, injector, id, fork, saved, started, go_on_within };
+    let recovery = Recovery::new(matches!(case.victim, Actor::Osd | Actor::Monitor));
+    let mut play = Play { world, injector, recovery, id, fork, saved, started, go_on_within };
     let told = play.tell(case.story);
     let winner = play.end(told.is_ok())?;
     let accident = match play.injector.progress() {
@@ -94,6 +95,7 @@ pub fn run(
 struct Play {
     world: World,
     injector: Injector,
+    recovery: Recovery,
     /// Of the handoff.
     id: String,
     /// When the guest was copied.
@@ -206,21 +208,15 @@ impl Play {
         mut holds: impl FnMut(&mut Self) -> Result<bool>,
     ) -> Result<()> {
         let mut deadline = Instant::now() + patience;
-        let mut over = self.injector.progress() >= Progress::Absent;
         loop {
             let answer = holds(self);
             if matches!(answer, Ok(true)) {
                 return Ok(());
             }
-            let now_over = self.injector.progress() != Progress::Hurt;
-            if now_over {
-                self.world.mend();
-            }
-            if now_over && !over {
-                // The accident has just ended: from now on it counts.
+            if !self.is_all_up()? {
+                // Time counts from the end of the accident.
                 deadline = Instant::now() + patience;
             }
-            over = now_over;
             if Instant::now() > deadline {
                 return match answer {
                     Err(error) => Err(error.context(format!("in vain: {what}"))),
@@ -228,6 +224,19 @@ impl Play {
                 };
             }
             std::thread::sleep(POLL);
+        }
+    }
+
+    /// Whether nobody is hurt any more, or nobody was yet; starts again what has died.
+    fn is_all_up(&mut self) -> Result<bool> {
+        let progress = self.injector.progress();
+        if progress == Progress::Hurt {
+            return Ok(false);
+        }
+        self.world.mend();
+        match &self.world.fleet.images {
+            Some(images) if progress == Progress::Over => self.recovery.is_over(&images.ceph()),
+            _ => Ok(true),
         }
     }
 
