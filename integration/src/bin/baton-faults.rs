@@ -133,8 +133,8 @@ fn play_all(
             let (sender, next) = (sender.clone(), &next);
             // A daemon dies with the thread that started it, so a thread plays whole cases.
             scope.spawn(move || {
-                let mut ours = None;
-                for played in 0.. {
+                let (mut ours, mut played) = (None, 0);
+                loop {
                     if is_time_over() {
                         return;
                     }
@@ -149,9 +149,12 @@ fn play_all(
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     let Some(&case) = cases.get(index) else { return };
                     let ceph = ours.as_ref().map(|(ceph, _)| ceph);
-                    let played = one(case, times, ceph).map(|(row, hits)| (index, row, hits));
+                    let result = one(case, times, ceph).map(|(row, hits)| (index, row, hits));
+                    // What a failed case has left may fail the next ones: those get another cluster.
+                    let failed = result.as_ref().is_ok_and(|(_, row, _)| row.outcome.is_none());
+                    played = if failed { 0 } else { played + 1 };
                     // Nobody listens after a failure of the harness itself.
-                    if sender.send(played).is_err() {
+                    if sender.send(result).is_err() {
                         return;
                     }
                 }
