@@ -68,7 +68,8 @@ impl Snapshot {
             .map(|(b, a)| b.saturating_sub(*a).as_secs_f64())
             .collect();
         let known = frontend_s + processes_s.iter().sum::<f64>();
-        let share = |s: f64| 100.0 * s / (seconds * cpus());
+        #[allow(clippy::cast_precision_loss, reason = "a small number")]
+        let share = |s: f64| 100.0 * s / (seconds * cpus() as f64);
         Usage {
             others_pct: share((ticks_to_s(self.busy_ticks - earlier.busy_ticks) - known).max(0.0)),
             steal_pct: share(ticks_to_s(self.steal_ticks - earlier.steal_ticks)),
@@ -86,10 +87,9 @@ fn ticks_to_s(ticks: u64) -> f64 {
 }
 
 /// CPUs of the machine, whatever this process is bound to.
-#[allow(clippy::cast_precision_loss, reason = "a small number")]
-fn cpus() -> f64 {
+pub(super) fn cpus() -> usize {
     let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
-    stat.lines().filter(|l| l.starts_with("cpu") && !l.starts_with("cpu ")).count().max(1) as f64
+    stat.lines().filter(|l| l.starts_with("cpu") && !l.starts_with("cpu ")).count().max(1)
 }
 
 /// CPU time of a process with all its threads, also those that have ended.

@@ -8,7 +8,8 @@
 //! Both of a run send the same vhost-user messages with the same requests under way; the difference is what the handoff
 //! adds. The front-end that takes over is connected before, as an incoming VMM's is.
 
-use crate::bench::cpu::Snapshot;
+use crate::bench::cpu::{Snapshot, cpus};
+use crate::bench::standstill::Standstills;
 use crate::blk::Request;
 use crate::daemon::Daemon;
 use crate::handoff::{Attempt, Begin, Fleet, Host};
@@ -77,6 +78,8 @@ pub struct Moves {
     pub moved: Figures,
     /// Their difference, run by run.
     pub added: Figures,
+    /// The same of runs in which no CPU stood still. Empty where nobody may watch that.
+    pub added_awake: Figures,
     /// First SEAL to the last member's SEALED, as the source saw it.
     pub seal: Figures,
     /// Ring stop to the last request's end, as the source saw it.
@@ -239,6 +242,29 @@ fn run(disks: &mut [RawFrontend], start: Instant) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
+/// Whether a CPU stood still in any of the times that it was asked about.
+struct Stillness<'a> {
+    watch: Option<&'a Standstills>,
+    seen: bool,
+}
+
+impl<'a> Stillness<'a> {
+    fn of(watch: Option<&'a Standstills>) -> Self {
+        Self { watch, seen: false }
+    }
+
+    fn during<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let from = Instant::now();
+        let done = work();
+        self.seen |= self.watch.is_some_and(|watch| watch.any_in(from, Instant::now()));
+        done
+    }
+
+    fn ran_all_the_time(&self) -> bool {
+        self.watch.is_some() && !self.seen
+    }
+}
+
 /// Moves a VM of so many volumes on so many servers, in mode "fast" or "base".
 pub fn moves(
     dir: &Path,
@@ -251,6 +277,7 @@ pub fn moves(
     fleet.mode = mode;
     let mut vm = Vm::start(&fleet, dir)?;
     let mut out = Moves::default();
+    let watch = Standstills::watch(cpus()).ok();
     for _ in 0..runs {
         for disk in &mut vm.disks {
             disk.start_logging()?;
@@ -258,17 +285,21 @@ pub fn moves(
         let mut pids: Vec<u32> = fleet.servers.iter().map(|s| s.daemon.pid()).collect();
         pids.push(vm.host.daemon.pid());
         let before = Snapshot::take(&pids)?;
-        let base = vm.pause()?;
+        let mut is_still = Stillness::of(watch.as_ref());
+        let base = is_still.during(|| vm.pause())?;
         let base_cpu = Snapshot::take(&pids)?.since(&before);
         let (attempt, there, mut disks) = vm.prepare()?;
         pids.push(there.daemon.pid());
         let before = Snapshot::take(&pids)?;
-        let moved = vm.go(&mut disks)?;
+        let moved = is_still.during(|| vm.go(&mut disks))?;
         let moved_cpu = Snapshot::take(&pids)?.since(&before);
         let (source, destination) = vm.arrived(&attempt, there, disks)?;
         out.base.push(us(base));
         out.moved.push(us(moved));
         out.added.push(us(moved) - us(base));
+        if is_still.ran_all_the_time() {
+            out.added_awake.push(us(moved) - us(base));
+        }
         out.base_cpu.push(base_cpu.processes_s.iter().sum::<f64>() * 1e6);
         out.moved_cpu.push(moved_cpu.processes_s.iter().sum::<f64>() * 1e6);
         // A source that hears that it has lost before its SEAL is answered has no figure for it: fewer runs in the table.

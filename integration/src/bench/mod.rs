@@ -6,7 +6,7 @@
 //! writes them down in a `document`, `plot` draws them, `handoff`
 //! measures what a move adds, `fair` how evenly queues
 //! are served, `tenants` what a neighbour costs, `scale` what a request costs as the work grows, `idle` what doing nothing costs, `cost`
-//! counts instructions. Absolute figures drift by a
+//! counts instructions, `standstill` tells when the whole machine was away. Absolute figures drift by a
 //! quarter within minutes on a shared machine; only ratios of runs next to each other count.
 
 pub mod callgrind;
@@ -25,6 +25,7 @@ pub mod plot;
 pub mod scale;
 pub mod section;
 pub mod stack;
+pub mod standstill;
 pub mod stats;
 pub mod targets;
 pub mod tenants;

@@ -23,7 +23,7 @@ struct Cli {
     #[arg(long, default_value_t = 100)]
     runs: usize,
     /// Moves of 64 volumes on 8 servers
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 300)]
     wide_runs: usize,
     /// Handoffs at the same time
     #[arg(long, default_value_t = 1000)]
@@ -84,6 +84,7 @@ fn section(result: &Outcome, commit: &str, awake: bool) -> String {
             writeln!(text, "| {what} | {} | {} | {} | {target} |", figures.len(), ms(p50), ms(p99));
     };
     row("one volume: added gap (move less pause, run by run)", &small.added, "p50 1 ms, p99 5 ms");
+    row("- of these, runs in which no CPU stood still", &small.added_awake, "");
     row("- gap of a move", &small.moved, "");
     row("- gap of a pause on one backend", &small.base, "");
     row("- drain: ring stop to the end of what was under way", &small.drain, "shown apart");
@@ -93,6 +94,7 @@ fn section(result: &Outcome, commit: &str, awake: bool) -> String {
     row("- SEAL to SEALED", &durable.seal, "1 sync");
     row("- ACTIVATE to its answer", &durable.activate, "1 sync");
     row("64 volumes on 8 servers: added gap", &wide.added, "p99 10 ms");
+    row("- of these, runs in which no CPU stood still", &wide.added_awake, "");
     row("- gap of a move", &wide.moved, "");
     row("- gap of a pause on one backend", &wide.base, "");
     row("- drain", &wide.drain, "shown apart");
