@@ -8,13 +8,18 @@ use baton_protocol::Epoch;
 use baton_protocol::access::{Input, Seen};
 use baton_remote_client::rbd::ImageRecord;
 use baton_remote_client::{
-    Completion, IoError, Op, OpenError, OpenOptions, Tag, Volume, VolumeEvent, VolumeQueue,
-    VolumeState, VolumeUri, open,
+    IoError, Op, OpenError, OpenOptions, Tag, Volume, VolumeEvent, VolumeQueue, VolumeState,
+    VolumeUri, open,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+use completions::collect;
+
+#[path = "support/completions.rs"]
+mod completions;
 
 const MIB: u64 = 1 << 20;
 const IMAGE_BYTES: u64 = 64 * MIB;
@@ -55,19 +60,6 @@ fn parts(data: &mut [u8]) -> Vec<libc::iovec> {
         }
     }
     parts
-}
-
-fn collect(queue: &mut dyn VolumeQueue, count: usize, limit: Duration) -> Vec<Completion> {
-    let until = Instant::now() + limit;
-    let mut done = Vec::new();
-    queue.poll(&mut done);
-    while done.len() < count && Instant::now() < until {
-        let left = until.saturating_duration_since(Instant::now());
-        let mut fds = [PollFd::new(queue.wake_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::try_from(left).unwrap()).unwrap();
-        queue.poll(&mut done);
-    }
-    done
 }
 
 fn run(queue: &mut dyn VolumeQueue, op: Op, data: &mut [u8]) -> Result<(), IoError> {

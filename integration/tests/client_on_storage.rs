@@ -4,13 +4,17 @@ use baton_integration::baton::{Storage, wait_until};
 use baton_integration::proxy::Proxy;
 use baton_integration::workspace::TestDir;
 use baton_remote_client::{
-    Completion, IoError, Op, OpenError, OpenOptions, Tag, Timing, Volume, VolumeEvent, VolumeQueue,
+    IoError, Op, OpenError, OpenOptions, Tag, Timing, Volume, VolumeEvent, VolumeQueue,
     VolumeState, open,
 };
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use completions::collect;
+
+#[path = "support/completions.rs"]
+mod completions;
 
 const MIB: u64 = 1 << 20;
 const SOON: Duration = Duration::from_secs(20);
@@ -40,19 +44,6 @@ fn iov(data: &mut [u8]) -> [libc::iovec; 2] {
     let half = data.len() / 1024 * 512;
     let (a, b) = data.split_at_mut(half);
     [a, b].map(|part| libc::iovec { iov_base: part.as_mut_ptr().cast(), iov_len: part.len() })
-}
-
-fn collect(queue: &mut dyn VolumeQueue, count: usize, limit: Duration) -> Vec<Completion> {
-    let until = Instant::now() + limit;
-    let mut done = Vec::new();
-    queue.poll(&mut done);
-    while done.len() < count && Instant::now() < until {
-        let left = until.saturating_duration_since(Instant::now());
-        let mut fds = [PollFd::new(queue.wake_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::try_from(left).unwrap()).unwrap();
-        queue.poll(&mut done);
-    }
-    done
 }
 
 fn run(queue: &mut dyn VolumeQueue, op: Op, data: &mut [u8]) -> Result<(), IoError> {

@@ -138,12 +138,19 @@ fn a_coordinator_starts_from_its_example() {
             ("die_after_write = 1", "die_after_write = 1000".to_owned()),
         ],
     );
-    let file = at("baton-coordinator.toml");
+    coordinator_says(&dir, &text, &["listening api=127.0.0.1:"]);
+}
+
+/// A coordinator with this configuration says these things, and ends when it is told to.
+fn coordinator_says(dir: &TestDir, text: &str, lines: &[&str]) {
+    let file = dir.join("baton-coordinator.toml").display().to_string();
     fs::write(&file, text).unwrap();
     let program = program("baton-coordinator").unwrap();
     let mut daemon =
         Daemon::start(dir.path(), "coordinator", &program, ["--config", &file]).unwrap();
-    daemon.wait_line("listening api=127.0.0.1:", READY_TIMEOUT).unwrap();
+    for line in lines {
+        daemon.wait_line(line, READY_TIMEOUT).unwrap();
+    }
     assert!(daemon.terminate(READY_TIMEOUT).unwrap().success());
 }
 
@@ -170,14 +177,7 @@ fn one_of_several_coordinators_starts_from_its_example() {
             ("127.0.0.1:32379", "127.0.0.1:3".to_owned()),
         ],
     );
-    let file = at("baton-coordinator.toml");
-    fs::write(&file, text).unwrap();
-    let program = program("baton-coordinator").unwrap();
-    let mut daemon =
-        Daemon::start(dir.path(), "coordinator", &program, ["--config", &file]).unwrap();
-    daemon.wait_line("waiting for etcd", READY_TIMEOUT).unwrap();
-    daemon.wait_line("role=follower", READY_TIMEOUT).unwrap();
-    assert!(daemon.terminate(READY_TIMEOUT).unwrap().success());
+    coordinator_says(&dir, &text, &["waiting for etcd", "role=follower"]);
 }
 
 /// The file printed in docs/operations.md, with nothing but its paths and its own address replaced.
@@ -193,13 +193,7 @@ fn a_coordinator_starts_from_the_file_in_the_manual() {
         blocks[0],
         &[("127.0.0.1:7720", "127.0.0.1:0".to_owned()), ("/var/lib/baton/coordinator", at(""))],
     );
-    let file = at("baton-coordinator.toml");
-    fs::write(&file, text).unwrap();
-    let program = program("baton-coordinator").unwrap();
-    let mut daemon =
-        Daemon::start(dir.path(), "coordinator", &program, ["--config", &file]).unwrap();
-    daemon.wait_line("listening api=127.0.0.1:", READY_TIMEOUT).unwrap();
-    assert!(daemon.terminate(READY_TIMEOUT).unwrap().success());
+    coordinator_says(&dir, &text, &["listening api=127.0.0.1:"]);
 }
 
 #[test]
