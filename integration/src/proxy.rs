@@ -29,23 +29,15 @@ struct Weather {
     /// Requests are kept here and not passed on.
     holding: AtomicBool,
     request_bytes: AtomicU64,
-    seed: AtomicU64,
+    random: Mutex<fastrand::Rng>,
     /// Replies are Baton's and taken apart; others pass as they come.
     framed: bool,
     cut: Mutex<Vec<TcpStream>>,
 }
 
 impl Weather {
-    /// xorshift: good enough to shuffle replies.
     fn random(&self, below: u64) -> u64 {
-        let step = |mut x: u64| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^ (x << 17)
-        };
-        let before =
-            self.seed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |x| Some(step(x)));
-        before.unwrap_or_else(|x| x) % below.max(1)
+        self.random.lock().expect("no panic while held").u64(..below.max(1))
     }
 }
 
@@ -80,7 +72,7 @@ impl Proxy {
             silent: AtomicBool::new(false),
             holding: AtomicBool::new(false),
             request_bytes: AtomicU64::new(0),
-            seed: AtomicU64::new(seed | 1),
+            random: Mutex::new(fastrand::Rng::with_seed(seed)),
             framed,
             cut: Mutex::default(),
         });

@@ -16,20 +16,8 @@ use nbd_server::{NbdServer, disk, skip_without};
 
 const BYTES: u64 = 8 << 20;
 
-/// xorshift64: the same run every time.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-
-    fn bytes(&mut self, len: usize) -> Vec<u8> {
-        (0..len).map(|_| u8::try_from(self.below(256)).expect("a byte")).collect()
-    }
+fn bytes(random: &mut fastrand::Rng, len: usize) -> Vec<u8> {
+    (0..len).map(|_| random.u8(..)).collect()
 }
 
 fn conforms(volume: &Arc<dyn Volume>) {
@@ -65,20 +53,20 @@ fn refuses(queue: &mut dyn VolumeQueue) {
 }
 
 fn agrees_with_an_array(queue: &mut dyn VolumeQueue, block: u64) {
-    let mut random = Random(0x5eed);
+    let mut random = fastrand::Rng::with_seed(0x5eed);
     // `None`: discarded, reads as anything.
     let mut array: Vec<Option<u8>> = vec![Some(0); usize::try_from(BYTES).expect("small")];
     let mut nothing = Buffer(Vec::new());
     for round in 0..300 {
         let most = if round % 10 == 0 { 2 << 20 } else { 64 << 10 };
-        let offset = random.below(BYTES / block) * block;
-        let len = ((1 + random.below(most / block)) * block).min(BYTES - offset);
+        let offset = random.u64(..BYTES / block) * block;
+        let len = ((1 + random.u64(..most / block)) * block).min(BYTES - offset);
         let at = usize::try_from(offset).expect("small");
         let n = usize::try_from(len).expect("small");
         let range = at..at + n;
-        match random.below(8) {
+        match random.u64(..8) {
             0..3 => {
-                let bytes = random.bytes(n);
+                let bytes = bytes(&mut random, n);
                 array[range].iter_mut().zip(&bytes).for_each(|(a, b)| *a = Some(*b));
                 assert_eq!(run(queue, Op::Write { offset }, &mut Buffer(bytes)), Ok(()));
             }
@@ -131,7 +119,7 @@ fn takes_many_at_once(queue: &mut dyn VolumeQueue) {
 }
 
 fn takes_any_pieces(queue: &mut dyn VolumeQueue) {
-    let mut memory: Vec<u8> = Random(0x91ece5).bytes(1 << 20);
+    let mut memory: Vec<u8> = bytes(&mut fastrand::Rng::with_seed(0x91ece5), 1 << 20);
     let pieces = |memory: &mut Vec<u8>| -> Vec<libc::iovec> {
         // Of one byte and of many, and more of them than a system call takes.
         let (few, many) = memory.split_at_mut(4096);

@@ -55,7 +55,7 @@ struct State {
     listener: Option<EventListener>,
     closed: Option<bool>,
     queues_fail: bool,
-    random: u64,
+    random: fastrand::Rng,
 }
 
 struct Shared {
@@ -93,7 +93,7 @@ impl TestVolume {
             listener: None,
             closed: None,
             queues_fail: false,
-            random: 0x9e37_79b9_7f4a_7c15,
+            random: fastrand::Rng::with_seed(1),
         };
         let shared = Shared { state: Mutex::new(state), changed: Condvar::new() };
         Arc::new(Self { shared: Arc::new(shared) })
@@ -270,8 +270,8 @@ impl VolumeQueue for Queue {
         let lane = state.lanes.get_mut(&self.index).expect("open");
         if state.mode == Mode::Scramble {
             for _ in 0..lane.held.len().div_ceil(2) {
-                let at = usize::try_from(xorshift(&mut state.random) >> 33).expect("31 bits");
-                let one = lane.held.swap_remove(at % lane.held.len());
+                let at = state.random.usize(..lane.held.len());
+                let one = lane.held.swap_remove(at);
                 lane.released.push(one);
             }
             if !lane.held.is_empty() {
@@ -306,13 +306,6 @@ impl Drop for Queue {
         self.shared.lock().lanes.remove(&self.index);
         self.shared.changed.notify_all();
     }
-}
-
-pub(crate) fn xorshift(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
 }
 
 fn run(disk: &mut [u8], request: &Held) -> Result<(), IoError> {

@@ -213,25 +213,7 @@ struct Worker {
     cursor: u64,
     sequence: u64,
     epoch: u64,
-    random: Random,
-}
-
-/// xorshift64*: the next number's low bits must not follow from this one's, or each block would be read for ever or
-/// written for ever.
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64, queue: u16) -> Self {
-        Self((seed ^ (u64::from(queue) + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)) | 1)
-    }
-
-    /// 48 bits.
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 16
-    }
+    random: fastrand::Rng,
 }
 
 impl Worker {
@@ -288,7 +270,7 @@ impl Worker {
             sequence: 0,
             // Tells what an earlier run left from what this one wrote.
             epoch: now.as_secs(),
-            random: Random::new(job.seed, index),
+            random: fastrand::Rng::with_seed(job.seed.wrapping_add(u64::from(index) << 32)),
         })
     }
 
@@ -311,13 +293,13 @@ impl Worker {
             // Blocks are dealt out to the slots in turn, so that nobody else writes what a slot checks.
             let own = self.blocks / self.all_slots;
             let pick =
-                if self.pattern.is_sequential() { self.advance() } else { self.random.next() };
+                if self.pattern.is_sequential() { self.advance() } else { self.random.u64(..) };
             return (pick % own) * self.all_slots + self.first_slot + slot as u64;
         }
         if self.pattern.is_sequential() {
             self.part.0 + self.advance() % self.part.1
         } else {
-            self.random.next() % self.blocks
+            self.random.u64(..self.blocks)
         }
     }
 
@@ -336,7 +318,7 @@ impl Worker {
         let is_read = match self.pattern {
             Pattern::RandRead | Pattern::Read => true,
             Pattern::RandWrite | Pattern::Write => false,
-            Pattern::RandRw => self.random.next() & 1 == 0,
+            Pattern::RandRw => self.random.bool(),
         };
         let sector = self.sector_of(block);
         if self.verify && !is_read {
@@ -470,22 +452,3 @@ fn serve(mut workers: Vec<Worker>, phase: &AtomicU8) -> Result<Tally> {
 
 /// A device that completes nothing for so long has stopped.
 const STALL: Duration = Duration::from_secs(60);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_block_is_read_and_written() {
-        for blocks in [256u64, 257] {
-            let mut random = Random::new(1, 0);
-            let mut seen = vec![[0u32; 2]; usize::try_from(blocks).unwrap()];
-            for _ in 0..100 * blocks {
-                let block = usize::try_from(random.next() % blocks).unwrap();
-                seen[block][usize::from(random.next() & 1 == 0)] += 1;
-            }
-            let fewest = seen.iter().flatten().min().unwrap();
-            assert!(*fewest > 15, "{blocks} blocks, one way only {fewest} times of about 50");
-        }
-    }
-}

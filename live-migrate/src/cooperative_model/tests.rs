@@ -15,18 +15,6 @@ const ENDS_EVERY: usize = 15;
 /// A rare action is taken once in so many times.
 const RARE: usize = 5;
 
-/// xorshift: the same walks in every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 % bound as u64).expect("below a usize")
-    }
-}
-
 /// Factor on how much is explored.
 fn effort() -> usize {
     let large = std::env::var("BATON_MODEL").is_ok_and(|scope| scope == "large");
@@ -57,7 +45,7 @@ fn deadly() -> Budget {
 type Found = (Broken, Vec<Action>);
 
 fn walk(start: &World, seed: u64) -> Option<Found> {
-    let mut random = Random(seed);
+    let mut random = fastrand::Rng::with_seed(seed);
     let mut world = start.clone();
     let (mut path, mut actions) = (Vec::new(), Vec::new());
     while path.len() < WALK_STEPS_MAX {
@@ -65,8 +53,8 @@ fn walk(start: &World, seed: u64) -> Option<Found> {
         world.actions(&mut actions);
         let mut next = None;
         while !actions.is_empty() && next.is_none() {
-            let action = actions.swap_remove(random.below(actions.len()));
-            if action.is_rare() && random.below(RARE) != 0 && !actions.is_empty() {
+            let action = actions.swap_remove(random.usize(..actions.len()));
+            if action.is_rare() && random.usize(..RARE) != 0 && !actions.is_empty() {
                 continue;
             }
             next = world.after(action).map(|after| (action, after));

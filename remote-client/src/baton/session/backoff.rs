@@ -9,13 +9,12 @@ pub(crate) struct Backoff {
     max: Duration,
     /// Attempts since the last progress.
     attempt: u32,
-    /// State of a xorshift generator; never zero.
-    random: u64,
+    random: fastrand::Rng,
 }
 
 impl Backoff {
     pub(crate) fn new(min: Duration, max: Duration, seed: u64) -> Self {
-        Self { min, max, attempt: 0, random: seed | 1 }
+        Self { min, max, attempt: 0, random: fastrand::Rng::with_seed(seed) }
     }
 
     /// The server did something useful: the next attempt may be at once.
@@ -38,14 +37,7 @@ impl Backoff {
         // Between half and all of it.
         let half = full / 2;
         let nanos = u64::try_from(half.as_nanos()).unwrap_or(u64::MAX).max(1);
-        half + Duration::from_nanos(self.random() % nanos)
-    }
-
-    fn random(&mut self) -> u64 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        self.random
+        half + Duration::from_nanos(self.random.u64(..nanos))
     }
 }
 
