@@ -3,10 +3,11 @@
 //!
 //! ```text
 //!   a thread on each CPU, before all others:  sleep 0.5 ms, look at the clock, sleep 0.5 ms, ...
-//!                                             woken 1 ms late or more: nothing ran there meanwhile
+//!                                             woken 1 ms late or more: no ordinary program ran there meanwhile
 //! ```
 //!
-//! The highest priority there is, so that no program of the machine can be why it is late; the kernel itself can.
+//! Real-time priority, before every program with an ordinary one, so that none of the measured can be why it is late;
+//! the kernel itself can.
 
 use crate::bench::cpu::pin_this_thread;
 use anyhow::{Context, Result};
