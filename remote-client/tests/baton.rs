@@ -352,6 +352,17 @@ fn readers_and_standbys() {
     assert!(source.contains("standby"), "{source}");
 }
 
+/// Nothing else wakes the control thread for it: no ping is due, and nothing arrives.
+#[test]
+fn a_silent_server_is_left_when_its_time_to_take_the_volume_back_is_over() {
+    let server = TinyServer::tcp(Server::new(1 << 20));
+    let timing = Timing { ping_after: LONG * 3, dead_after: LONG * 3, ..options().timing };
+    let volume = open(&server.uri, &OpenOptions { timing, ..options() }).expect("open");
+    server.state().freeze();
+    volume.close(true);
+    eventually("its connection is closed", || server.state().connections() == 0);
+}
+
 #[test]
 fn closing_waits_a_bounded_time_for_a_server_that_is_away() {
     let mut server = TinyServer::tcp(Server::new(1 << 20));
