@@ -77,6 +77,9 @@ pub trait HandoffPort: Send + Sync + Debug {
     /// says what that was. Asked until answered, whatever happens to connections.
     fn ask(&self, attempt: Try, ask: Asked);
 
+    /// As [`HandoffPort::ask`], but always by the volume's own thread: for who has to ask at many volumes at once.
+    fn post(&self, attempt: Try, ask: Asked);
+
     /// Shows the anchor's decision on the control connection.
     fn open(&self, open: Open);
 
@@ -85,7 +88,7 @@ pub trait HandoffPort: Send + Sync + Debug {
     fn open_later(&self, open: Open);
 
     /// Takes effect on each queue as soon as it rests: what is submitted
-    /// afterwards waits for [`HandoffPort::go`].
+    /// afterwards waits for [`HandoffPort::go`]. Said before the queues are drained.
     fn hold(&self);
 
     /// Whether the volume is held.

@@ -97,7 +97,7 @@ const NEVER: &[(&str, &str, &str)] = &[
     ("activating", "unfreeze answered", "a destination does not unfreeze"),
 ];
 
-/// Pairs that need two or three accidents in one handoff. Ten thousand handoffs
+/// Pairs that need two or three accidents in one handoff. Thirty thousand handoffs
 /// may pass by them; a hundred thousand reach each.
 const RARE: &[(&str, &str)] = &[
     ("parked", "stopped"),

@@ -162,11 +162,13 @@ pub enum Fault {
     ReclaimOrdered,
     /// Agents order whatever comes to their minds, several times.
     OrdersContradict,
+    /// The guest resets one of its disks while its machine is being migrated.
+    DiskReset,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 35] = [
+    pub const ALL: [Self; 36] = [
         Self::ServerKilled,
         Self::PowerLost,
         Self::SourceKilled,
@@ -202,6 +204,7 @@ impl Fault {
         Self::AbdicateOrdered,
         Self::ReclaimOrdered,
         Self::OrdersContradict,
+        Self::DiskReset,
     ];
 
     /// It ends a process that remembers which requests were carried out.

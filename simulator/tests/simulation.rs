@@ -10,16 +10,18 @@ use baton_simulator::fault::Hits;
 use baton_simulator::run;
 
 const HANDOFFS: u64 = 10_000;
+/// In the world without bugs; the rarest pairs of state and event come once or twice in 10,000.
+const HANDOFFS_SOUND: u64 = 30_000;
 /// How often a bug must be found in [`HANDOFFS`]; the rarest was found 23 times
 /// when this was written.
 const FOUND_LEAST: usize = 10;
 
 #[test]
-fn no_rule_is_broken_in_ten_thousand_handoffs() {
+fn no_rule_is_broken_in_thirty_thousand_handoffs() {
     let (mut hits, mut endings, mut handoffs) = (Hits::default(), Endings::default(), 0);
     let mut coverage = Coverage::default();
     for seed in 1.. {
-        if handoffs >= HANDOFFS {
+        if handoffs >= HANDOFFS_SOUND {
             break;
         }
         let report = run(seed, None, false);

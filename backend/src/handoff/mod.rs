@@ -16,10 +16,11 @@ mod member;
 #[cfg(test)]
 mod tests;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use baton_fault_point as fault_point;
-use baton_protocol::access::AccessRecord;
+use baton_protocol::access::{AccessRecord, Phase};
 use baton_protocol::handoff::role::{Asked, Input, Order, Output, Parked, Standing};
 use baton_protocol::handoff::{Open, Role, Side, Try};
 use baton_protocol::{Epoch, SessionId};
@@ -81,6 +82,8 @@ pub struct VmHandoff {
     only_for: Option<Try>,
     members: Vec<Member>,
     state: Mutex<State>,
+    /// Disks were let go, and none of them has been answered since.
+    answer_due: AtomicBool,
 }
 
 /// Why an order is not carried out.
@@ -158,8 +161,13 @@ impl VmHandoff {
             ready: vec![None; members.len()],
             journal: Journal::default(),
         };
-        let vm =
-            Arc::new(Self { owner: owner.to_owned(), only_for, members, state: Mutex::new(state) });
+        let vm = Arc::new(Self {
+            owner: owner.to_owned(),
+            only_for,
+            members,
+            state: Mutex::new(state),
+            answer_due: AtomicBool::new(false),
+        });
         for (at, member) in vm.members.iter().enumerate() {
             if let Some(epoch) = member.port().claimed() {
                 vm.feed(Input::Claimed { member: at, epoch });
@@ -255,7 +263,11 @@ impl VmHandoff {
             HandoffEvent::Opened(epoch) => Input::Opened { member, epoch },
             HandoffEvent::Stuck => Input::Stuck { member },
             HandoffEvent::FirstAnswer => {
-                return self.state().journal.note_once(Moment::FirstRequest);
+                // The other disks' are no news, and a disk that starts has the lock.
+                if self.answer_due.swap(false, Ordering::Relaxed) {
+                    self.state().journal.note_once(Moment::FirstRequest);
+                }
+                return;
             }
         };
         self.feed(input);
@@ -268,12 +280,17 @@ impl VmHandoff {
         let outputs = state.role.step(input);
         // A member that may go on shows the decision itself, in front of its requests.
         let goes: Vec<usize> = outputs.iter().filter_map(goes).collect();
+        // All disks are sealed at once; the one that stopped last does not wait until all seals are sent.
+        let mut asks = 0;
         for output in outputs {
             match output {
                 Output::Open { member, .. } if goes.contains(&member) => {
                     fault_point::at("open.sent");
                 }
-                output => self.act(state, output),
+                output => {
+                    asks += usize::from(matches!(output, Output::Ask { .. }));
+                    self.act(state, output, asks > 1);
+                }
             }
         }
         let standing = state.role.standing();
@@ -327,24 +344,32 @@ impl VmHandoff {
         }
     }
 
-    fn act(&self, state: &mut State, output: Output) {
+    fn ask(&self, state: &mut State, member: usize, attempt: Try, ask: Asked, more: bool) {
+        match ask {
+            Asked::Seal => state.journal.note_once(Moment::SealSent),
+            Asked::Activate => state.journal.note_once(Moment::ActivateSent),
+            Asked::Reclaim => state.journal.note_once(Moment::ReclaimSent),
+            Asked::Abdicate | Asked::Unfreeze { .. } => {}
+        }
+        let port = self.members[member].port();
+        if more {
+            port.post(attempt, ask)
+        } else {
+            port.ask(attempt, ask)
+        }
+        fault_point::at(match ask {
+            Asked::Seal => "seal.sent",
+            Asked::Activate => "activate.sent",
+            Asked::Reclaim => "reclaim.sent",
+            Asked::Abdicate => "abdicate.sent",
+            Asked::Unfreeze { .. } => "unfreeze.sent",
+        });
+    }
+
+    /// `more`: another member was asked before, in the same step.
+    fn act(&self, state: &mut State, output: Output, more: bool) {
         match output {
-            Output::Ask { member, attempt, ask } => {
-                match ask {
-                    Asked::Seal => state.journal.note_once(Moment::SealSent),
-                    Asked::Activate => state.journal.note_once(Moment::ActivateSent),
-                    Asked::Reclaim => state.journal.note_once(Moment::ReclaimSent),
-                    Asked::Abdicate | Asked::Unfreeze { .. } => {}
-                }
-                self.members[member].port().ask(attempt, ask);
-                fault_point::at(match ask {
-                    Asked::Seal => "seal.sent",
-                    Asked::Activate => "activate.sent",
-                    Asked::Reclaim => "reclaim.sent",
-                    Asked::Abdicate => "abdicate.sent",
-                    Asked::Unfreeze { .. } => "unfreeze.sent",
-                });
-            }
+            Output::Ask { member, attempt, ask } => self.ask(state, member, attempt, ask, more),
             Output::Open { member, attempt, proof } => {
                 self.members[member].port().open(Open { attempt, proof });
                 fault_point::at("open.sent");
@@ -354,19 +379,22 @@ impl VmHandoff {
                 self.members[member].port().hold();
             }
             Output::Go { member, epoch, open } => {
-                let granted = match open {
-                    Some((_, proof)) if proof.side == Side::Destination => Moment::Activated,
-                    _ => Moment::Reclaimed,
-                };
-                fault_point::at(match granted {
-                    Moment::Activated => "activated.heard",
-                    _ => "reclaimed.heard",
-                });
-                state.journal.note_once(granted);
-                let generation = state.views[member]
-                    .as_ref()
-                    .and_then(|(_, record)| record.handoff.as_ref())
-                    .map_or(0, |handoff| handoff.generation);
+                self.answer_due.store(true, Ordering::Relaxed);
+                let record = state.views[member].as_ref().map(|(_, record)| record);
+                match open {
+                    Some((_, proof)) if proof.side == Side::Destination => {
+                        fault_point::at("activated.heard");
+                        state.journal.note_once(Moment::Activated);
+                    }
+                    // It was held for a seal that was not sent.
+                    None if record.is_some_and(|record| record.phase == Phase::Armed) => {}
+                    _ => {
+                        fault_point::at("reclaimed.heard");
+                        state.journal.note_once(Moment::Reclaimed);
+                    }
+                }
+                let handoff = record.and_then(|record| record.handoff.as_ref());
+                let generation = handoff.map_or(0, |handoff| handoff.generation);
                 let opening = open
                     .map(|(attempt, proof)| Opening { open: Open { attempt, proof }, generation });
                 if state.running[member] || state.draining[member] {

@@ -21,6 +21,7 @@ const TRY: Try = Try { id: HandoffId(1), attempt: 1 };
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Call {
     Ask(Asked),
+    Post(Asked),
     Open,
     OpenLater,
     Hold,
@@ -89,6 +90,10 @@ impl HandoffPort for Told {
 
     fn ask(&self, _: Try, ask: Asked) {
         self.note(Call::Ask(ask));
+    }
+
+    fn post(&self, _: Try, ask: Asked) {
+        self.note(Call::Post(ask));
     }
 
     fn open(&self, _: Open) {

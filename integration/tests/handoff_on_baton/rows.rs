@@ -1,5 +1,6 @@
 //! Rows of the failure table in docs/handoff.md that need real processes, and no VMM.
 
+use super::event_names;
 use super::scene::{A_WHILE, QUEUES, SOON, Scene, Side, block, connect, is_parked, options};
 use baton_integration::baton::wait_until;
 use baton_integration::blk::{OK, Request};
@@ -126,6 +127,24 @@ fn row_10_a_source_that_is_cut_off_behind_its_seal_waits_for_the_anchor() {
     }
 }
 
+/// A write is under way to one server, which is frozen.
+fn write_to_the_frozen(scene: &mut Scene, which: usize) {
+    scene.write_more();
+    scene.fleet.servers[which].daemon.freeze().unwrap();
+    let data = block(77);
+    for disk in &mut scene.guest {
+        disk.queue(0).submit(&Request::Write { sector: 24, data: &data }).unwrap();
+        disk.queue(0).kick().unwrap();
+    }
+    let source = &scene.source;
+    let taken = || source.status().is_ok_and(|s| s["disks"][which]["in_flight"] == 1);
+    wait_until("the write is under way", SOON, taken).unwrap();
+}
+
+fn wrote(disk: &mut RawFrontend) {
+    assert_eq!(disk.queue(0).read(24, 4096).unwrap(), block(77));
+}
+
 /// The server dies with requests that it never answered, and with the seal that waited
 /// for them: nobody can say what was done, so the destination gives up and the source
 /// does them again.
@@ -133,32 +152,14 @@ fn row_10_a_source_that_is_cut_off_behind_its_seal_waits_for_the_anchor() {
 fn row_21_a_server_that_dies_in_the_seal_gives_the_vm_back_to_the_source() {
     for which in [0, 1] {
         let mut scene = Scene::new(2, 2, "fast");
-        scene.write_more();
-        scene.fleet.servers[which].daemon.freeze().unwrap();
-        let data = block(77);
-        for disk in &mut scene.guest {
-            disk.queue(0).submit(&Request::Write { sector: 24, data: &data }).unwrap();
-            disk.queue(0).kick().unwrap();
-        }
+        write_to_the_frozen(&mut scene, which);
         let source = &scene.source;
-        let taken = || source.status().is_ok_and(|s| s["disks"][which]["in_flight"] == 1);
-        wait_until("the write is under way", SOON, taken).unwrap();
         std::thread::scope(|scope| {
-            let guest = &scene.guest;
-            // The VMM is answered when the last request is.
-            let stops = scope.spawn(move || {
-                for disk in guest {
-                    for queue in 0..QUEUES {
-                        disk.enable(queue, false).unwrap();
-                    }
-                }
-                for disk in guest {
-                    for queue in 0..QUEUES {
-                        disk.get_vring_base(queue).unwrap();
-                    }
-                }
-            });
-            source.wait_standing("sealing").unwrap();
+            // Seals leave when the last disk stops, and the VMM waits for it: its last request is not answered.
+            let (last, first) = (&scene.guest[which], &scene.guest[1 - which]);
+            let stops = scope.spawn(move || [first, last].map(Scene::stop_one));
+            let sent = || source.status().is_ok_and(|s| event_names(&s).contains(&"seal-sent"));
+            wait_until("seals were sent", SOON, sent).unwrap();
             scene.fleet.servers[which].kill_and_restart().unwrap();
             stops.join().unwrap();
         });
@@ -174,12 +175,63 @@ fn row_21_a_server_that_dies_in_the_seal_gives_the_vm_back_to_the_source() {
         }
         scene.start_there().iter_mut().for_each(is_parked);
         scene.resume();
-        for disk in &mut scene.guest {
-            assert_eq!(disk.queue(0).read(24, 4096).unwrap(), block(77));
-        }
+        scene.guest.iter_mut().for_each(wrote);
         Scene::check(&mut scene.guest);
         assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "source");
     }
+}
+
+/// The same before the last disk stops: nothing was sealed, so the source says so, its
+/// requests are done, and the VM moves.
+#[test]
+fn row_19_a_server_that_dies_while_the_first_disk_drains_does_not_stop_the_move() {
+    for which in [0, 1] {
+        let mut scene = Scene::new(2, 2, "fast");
+        write_to_the_frozen(&mut scene, which);
+        let source = &scene.source;
+        std::thread::scope(|scope| {
+            let (last, first) = (&scene.guest[1 - which], &scene.guest[which]);
+            let stops = scope.spawn(move || [first, last].map(Scene::stop_one));
+            let stops_now =
+                || source.status().is_ok_and(|s| event_names(&s).contains(&"rings-stopped"));
+            wait_until("the first disk stops", SOON, stops_now).unwrap();
+            let status = source.status().unwrap();
+            assert!(!event_names(&status).contains(&"seal-sent"), "{status:#}");
+            assert_eq!(source.standing().unwrap(), "serving");
+            scene.fleet.servers[which].kill_and_restart().unwrap();
+            stops.join().unwrap();
+        });
+        for disk in &mut scene.guest {
+            answers(disk);
+        }
+        let mut there = scene.start_there();
+        there.iter_mut().for_each(wrote);
+        Scene::check(&mut there);
+        assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+    }
+}
+
+/// A guest that resets a disk, as a driver that is loaded again does, is no migration that ended.
+#[test]
+fn a_disk_that_is_reset_before_the_vm_stops_does_not_end_the_move() {
+    let mut scene = Scene::new(2, 2, "fast");
+    scene.write_more();
+    for at in [0, 1] {
+        Scene::stop_one(&scene.guest[at]);
+        Scene::resume_one(&mut scene.guest[at]);
+        scene.guest[at].queue(0).write(32, &block(9)).unwrap();
+    }
+    let status = scene.source.status().unwrap();
+    for event in ["seal-sent", "reclaim-sent", "reclaimed"] {
+        assert!(!event_names(&status).contains(&event), "{status:#}");
+    }
+    scene.stop();
+    let mut there = scene.start_there();
+    for disk in &mut there {
+        assert_eq!(disk.queue(0).read(32, 4096).unwrap(), block(9));
+    }
+    Scene::check(&mut there);
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
 }
 
 /// Nothing was under way to it, so it does not matter whether it comes back with its

@@ -104,25 +104,29 @@ impl Scene {
 
     /// The VMM on the source stops its guest.
     pub(crate) fn stop(&mut self) {
-        for disk in &self.guest {
-            for queue in 0..QUEUES {
-                disk.enable(queue, false).unwrap();
-            }
-            for queue in 0..QUEUES {
-                disk.get_vring_base(queue).unwrap();
-            }
+        self.guest.iter().for_each(Self::stop_one);
+    }
+
+    pub(crate) fn stop_one(disk: &RawFrontend) {
+        for queue in 0..QUEUES {
+            disk.enable(queue, false).unwrap();
+        }
+        for queue in 0..QUEUES {
+            disk.get_vring_base(queue).unwrap();
         }
     }
 
     /// The VMM on the source was told to cancel, and goes on with its guest.
     pub(crate) fn resume(&mut self) {
-        for disk in &mut self.guest {
-            for index in 0..QUEUES {
-                let base = disk.queue(index).ring.used_index();
-                disk.set_up_queue(index, base).unwrap();
-                disk.enable(index, true).unwrap();
-                disk.queue(index).kick_anyway().unwrap();
-            }
+        self.guest.iter_mut().for_each(Self::resume_one);
+    }
+
+    pub(crate) fn resume_one(disk: &mut RawFrontend) {
+        for index in 0..QUEUES {
+            let base = disk.queue(index).ring.used_index();
+            disk.set_up_queue(index, base).unwrap();
+            disk.enable(index, true).unwrap();
+            disk.queue(index).kick_anyway().unwrap();
         }
     }
 

@@ -19,9 +19,11 @@
 //! Rules:
 //! - Nothing is decided here. The anchor's record decides; this machine asks,
 //!   repeats what was not answered, and obeys.
-//! - The data path of a volume is held from the moment its seal is sent until
-//!   the storage has granted an epoch again. Parked means held for ever: the
-//!   guest sees no error.
+//! - The data path of a volume is held from the moment its rings stop under a
+//!   migration until the storage has granted an epoch again, or until they run
+//!   again before a seal was sent. Parked means held for ever: the guest sees no
+//!   error.
+//! - Seals leave when no ring of the VM runs any more, all at once.
 //! - The source never says that it did not seal a volume to which it has sent a
 //!   seal. The destination never activates what it has not seen sealed whole,
 //!   nor after it has abdicated, nor abdicates after it has activated, nor
@@ -295,8 +297,15 @@ impl Role {
             }
         } else if self.is_coming_back() {
             Standing::Reclaiming
-        } else if focus.is_some() {
-            if sealed { Standing::Sealed } else { Standing::Sealing }
+        } else if let Some(Focus { attempt, .. }) = focus {
+            let sent = self.members.iter().any(|member| member.seal_sent == Some(attempt));
+            // A disk has stopped, and the VM has not: it is held, and asks for nothing.
+            let rests = !sent && all(|m| !m.held || (m.stopped && m.granted.is_some()));
+            match (sealed, rests) {
+                (true, _) => Standing::Sealed,
+                (false, true) => Standing::Serving,
+                (false, false) => Standing::Sealing,
+            }
         } else {
             Standing::Standby
         }
@@ -311,7 +320,10 @@ impl Role {
         if self.parked.is_some() {
             return;
         }
-        let (open, heard) = (self.won, self.heard(at));
+        // What was won before concerns nobody when the next try is under way.
+        let now = self.focus.map(|focus| focus.attempt);
+        let open = self.won.filter(|(won, _)| now.is_none_or(|now| now == *won));
+        let heard = self.heard(at);
         let member = &mut self.members[at];
         if !member.held && member.granted == Some(epoch) {
             return;

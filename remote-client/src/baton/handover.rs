@@ -3,7 +3,7 @@
 //! connection has to ask.
 //!
 //! ```text
-//!   port (any thread) --- course ----> queues: hold, go
+//!   port (any thread) --- course ----> queues: hold (seen when they rest), go (wakes them)
 //!                    \--- errands ---> control: ask, open
 //!   queues --- counts ---> control: SEAL       control --- events ---> listener
 //! ```
@@ -42,12 +42,21 @@ enum Errand {
     OpenLater(Open),
 }
 
+/// A SEAL that waits for the queues' counts.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    attempt: Try,
+    /// The queues were asked for them.
+    called: bool,
+}
+
 /// See the module's documentation.
 pub(crate) struct Handover {
     course: Course,
     /// What each queue sent before it was held in this course.
     counts: BTreeMap<u16, Count>,
     errands: Vec<Errand>,
+    seal: Option<Waiting>,
     news: Vec<HandoffEvent>,
     view: Option<(u64, AccessRecord)>,
     listener: Option<HandoffListener>,
@@ -60,6 +69,7 @@ impl Handover {
             course: Course { serial: 0, held: !owner, owner, epoch, open: None },
             counts: BTreeMap::new(),
             errands: Vec::new(),
+            seal: None,
             news: Vec::new(),
             view: None,
             listener: None,
@@ -85,8 +95,6 @@ impl Handover {
 #[derive(Debug, Default)]
 pub(crate) struct Errands {
     serial: u64,
-    /// A SEAL that waits for the queues' counts.
-    seal: Option<Try>,
 }
 
 impl Errands {
@@ -105,7 +113,9 @@ impl Errands {
         }
         for errand in handover.errands.drain(..) {
             match errand {
-                Errand::Ask(attempt, Asked::Seal) => self.seal = Some(attempt),
+                Errand::Ask(attempt, Asked::Seal) => {
+                    handover.seal = Some(Waiting { attempt, called: false });
+                }
                 Errand::Ask(attempt, ask) => session.ask(now, attempt, ask),
                 Errand::Open(open) => session.open(now, open),
                 Errand::OpenLater(open) => session.open_later(now, open),
@@ -113,7 +123,9 @@ impl Errands {
         }
         if !course.held {
             // The source went on before its queues had come to rest.
-            if let (Some(attempt), Some((boot_id, record))) = (self.seal.take(), &handover.view) {
+            if let (Some(Waiting { attempt, .. }), Some((boot_id, record))) =
+                (handover.seal.take(), &handover.view)
+            {
                 let (outcome, record) = (Outcome::Refused, record.clone());
                 let answer = Answer { outcome, boot_id: *boot_id, proof: None, record };
                 let (ask, answer) = (Asked::Seal, Box::new(answer));
@@ -125,10 +137,14 @@ impl Errands {
         // queue that is closed nobody waits for.
         let counts = open_queues.iter().filter_map(|queue| handover.counts.get(queue)).copied();
         session.set_counts(counts.collect());
-        if open_queues.iter().all(|queue| handover.counts.contains_key(queue))
-            && let Some(attempt) = self.seal.take()
-        {
-            session.ask(now, attempt, Asked::Seal);
+        let Some(waiting) = &mut handover.seal else { return };
+        if open_queues.iter().all(|queue| handover.counts.contains_key(queue)) {
+            session.ask(now, waiting.attempt, Asked::Seal);
+            handover.seal = None;
+        } else if !std::mem::replace(&mut waiting.called, true) {
+            let wakes = hub.queue_wakes();
+            drop(hub);
+            wakes.iter().for_each(|wake| wake.notify());
         }
     }
 }
@@ -188,22 +204,17 @@ impl Shared {
         let mut hub = self.hub();
         if hub.handover.course.serial == serial {
             hub.handover.counts.insert(count.queue.0, count);
+            let sealing = hub.handover.seal.is_some();
             drop(hub);
             // The last of them lets a SEAL leave.
-            self.run_errands();
+            if sealing {
+                self.run_errands();
+            }
         }
     }
 
     pub(crate) fn course(&self) -> Course {
         self.hub().handover.course
-    }
-
-    fn change_course(&self, change: impl FnOnce(&mut Course)) {
-        let mut hub = self.hub();
-        hub.handover.turn(change);
-        hub.wake_queues();
-        drop(hub);
-        self.run_errands();
     }
 
     fn send_for(&self, errand: Errand) {
@@ -253,6 +264,11 @@ impl HandoffPort for Shared {
         self.send_for(Errand::Ask(attempt, ask));
     }
 
+    fn post(&self, attempt: Try, ask: Asked) {
+        self.hub().handover.errands.push(Errand::Ask(attempt, ask));
+        self.wake_control();
+    }
+
     fn open(&self, open: Open) {
         self.send_for(Errand::Open(open));
     }
@@ -261,9 +277,12 @@ impl HandoffPort for Shared {
         self.send_for(Errand::OpenLater(open));
     }
 
+    // The queues see it when they rest, or when a SEAL asks for their counts: who holds a volume stops its rings, which
+    // wakes them anyway.
     fn hold(&self) {
-        if !self.is_held() {
-            self.change_course(|course| course.held = true);
+        let mut hub = self.hub();
+        if !hub.handover.course.held {
+            hub.handover.turn(|course| course.held = true);
         }
     }
 
@@ -277,10 +296,15 @@ impl HandoffPort for Shared {
         {
             self.ledger().inherit(opening.generation);
         }
-        self.change_course(|course| {
+        let mut hub = self.hub();
+        hub.handover.turn(|course| {
             let open = opening.map(|opening| opening.open);
             *course = Course { held: false, owner: true, epoch, open, ..*course };
         });
+        let wakes = hub.queue_wakes();
+        drop(hub);
+        wakes.iter().for_each(|wake| wake.notify());
+        self.run_errands();
     }
 
     fn park(&self) {

@@ -98,6 +98,10 @@ impl VolumeQueue for BatonQueue {
     }
 
     fn rest(&mut self) {
+        // A hold wakes nobody.
+        if self.shared.course().serial != self.course.serial {
+            self.follow();
+        }
         self.link.session().rest();
         self.count();
     }

@@ -108,10 +108,10 @@ impl Hub {
         open.map(|(index, _)| *index).collect()
     }
 
-    pub(super) fn wake_queues(&self) {
-        for wake in self.queues.values().filter_map(|record| record.open.as_ref()) {
-            wake.notify();
-        }
+    /// What wakes each queue that is open. To be used without the hub's lock, which is the first thing that a woken
+    /// queue takes.
+    pub(super) fn queue_wakes(&self) -> Vec<Arc<Wake>> {
+        self.queues.values().filter_map(|record| record.open.clone()).collect()
     }
 
     /// Wakes the queues that have no connection.
@@ -182,7 +182,9 @@ impl Shared {
             return false;
         }
         hub.halt = Some(halt);
-        hub.wake_queues();
+        let wakes = hub.queue_wakes();
+        drop(hub);
+        wakes.iter().for_each(|wake| wake.notify());
         self.control.notify();
         true
     }

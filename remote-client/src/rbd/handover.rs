@@ -399,6 +399,10 @@ impl HandoffPort for Shared {
         self.send_for(Errand::Ask(attempt, ask));
     }
 
+    fn post(&self, attempt: Try, ask: Asked) {
+        self.ask(attempt, ask);
+    }
+
     fn open(&self, open: Open) {
         self.send_for(Errand::Open(open));
     }

@@ -150,12 +150,31 @@ impl World {
             Fault::AbdicateOrdered => self.order(to, RoleOrder::Abdicate),
             Fault::ReclaimOrdered => self.order(from, RoleOrder::Reclaim),
             Fault::OrdersContradict => self.contradict(),
+            Fault::DiskReset => self.reset_disk(from),
         };
         if happened {
             self.calm_from = self.calm_from.max(thaws);
             let place = Fault::ALL.iter().position(|other| *other == fault).unwrap_or_default();
             self.stage.hits.faults[place] += 1;
         }
+    }
+
+    /// Stops a disk's rings under a dirty log, and starts them again unless the machine has stopped by then.
+    fn reset_disk(&mut self, host: usize) -> bool {
+        if matches!(self.migration, Migration::Waiting) {
+            self.stage.after(MS, Event::Fault(Fault::DiskReset));
+            return false;
+        }
+        let (now, Some(number)) = (self.stage.now, self.current[host]) else { return false };
+        let (backend, vm) = (&mut self.backends[number], &mut self.vms[host]);
+        let resets = vm.running && vm.migrating && backend.alive && backend.frozen_until <= now;
+        if resets {
+            let member = self.stage.rng.usize(..self.volumes.len());
+            backend.rings(&mut self.stage, vm, member, false);
+            let pause = self.stage.between(100, 3 * MS);
+            self.stage.after(pause, Event::Rings { backend: number, member, on: true });
+        }
+        resets
     }
 
     fn kill_server(&mut self, server: usize, power: bool, lasts: Time) -> bool {

@@ -73,9 +73,9 @@ impl Session<'_> {
             return;
         }
         if migrating {
-            self.drain_all();
-            // The seal goes out while the drain is under way.
+            // First: a queue that is drained says what it has sent if it is held by then, and is not woken again for it.
             self.tell_stopped(true);
+            self.drain_all();
         }
         self.stop(index, limit);
         if !self.is_running() {

@@ -1,6 +1,6 @@
 //! What is to be asked and done, from what the machine knows.
 
-use super::{Asked, Focus, Kind, Output, Parked, Role};
+use super::{Asked, Focus, Kind, Member, Output, Parked, Role};
 use crate::access::Phase;
 use crate::handoff::Side;
 
@@ -12,9 +12,10 @@ impl Role {
         if self.parked.is_some() {
             return;
         }
+        let rings_run = self.members.iter().any(|member| member.running);
         for at in 0..self.members.len() {
             self.follow(at);
-            self.decide_source(at);
+            self.decide_source(at, rings_run);
         }
         self.last = focus.or(self.last);
         if let Some(focus) = self.last
@@ -86,8 +87,9 @@ impl Role {
         }
     }
 
-    /// The storage says that a volume this process had is its own still, under
-    /// a later epoch or after its seal: a coordinator has settled it.
+    /// The storage says that a volume this process had is its own still, under a
+    /// later epoch or after its seal: a coordinator has settled it. Or it was held
+    /// for a seal that did not come, since its rings run again.
     fn follow(&mut self, at: usize) {
         let Some(view) = &self.views[at] else { return };
         let record = &view.record;
@@ -96,14 +98,17 @@ impl Role {
             return;
         };
         let settled = matches!(record.phase, Phase::Owned | Phase::Reclaimed | Phase::Active);
-        let held = self.members[at].held;
-        if mine && ((held && settled) || (!held && epoch > granted)) {
+        let Member { held, running, .. } = self.members[at];
+        let attempt = record.handoff.as_ref().map(|handoff| handoff.plan.attempt);
+        let unsealed = running && self.members[at].seal_sent != attempt;
+        if mine && ((held && (settled || unsealed)) || (!held && epoch > granted)) {
             self.go(at, epoch);
         }
     }
 
-    /// Seal, or say that there was none.
-    fn decide_source(&mut self, at: usize) {
+    /// Seal, or say that there was none. A seal leaves when no ring of the VM runs any more, for all volumes at once:
+    /// before that it would end nothing, and a guest that resets one of its disks goes on without.
+    fn decide_source(&mut self, at: usize, rings_run: bool) {
         let Some(view) = &self.views[at] else { return };
         let Some(handoff) = &view.record.handoff else { return };
         let attempt = handoff.plan.attempt;
@@ -116,18 +121,20 @@ impl Role {
             return;
         }
         let (phase, boot_id, sealed) = (view.record.phase, view.boot_id, handoff.sealed);
-        let undecided = matches!(phase, Phase::Armed | Phase::Frozen);
+        let stopped =
+            matches!(phase, Phase::Armed | Phase::Frozen) && self.members[at].stopped && !sealed;
         let member = &mut self.members[at];
-        if undecided && member.stopped && !sealed {
+        if stopped && !member.held {
+            member.held = true;
+            self.out.push(Output::Hold { member: at });
+        }
+        let sent = member.seal_sent == Some(attempt);
+        if stopped && (sent || !rings_run) {
             member.seal_sent = Some(attempt);
-            if !member.held {
-                member.held = true;
-                self.out.push(Output::Hold { member: at });
-            }
             self.ask(at, attempt, Asked::Seal);
-        } else if phase == Phase::Frozen && member.seal_sent != Some(attempt) {
+        } else if phase == Phase::Frozen && !sent {
             self.ask(at, attempt, Asked::Unfreeze { boot_id });
-        } else if phase == Phase::Sealed && member.seal_sent != Some(attempt) {
+        } else if phase == Phase::Sealed && !sent {
             // The destination abdicated while this was frozen: only to reclaim
             // brings it back.
             self.wants_back = true;

@@ -10,6 +10,8 @@ use super::*;
 fn the_whole_matrix() {
     let mut parked = Bench::sealed_source();
     parked.hear(ANCHOR, 1, Asked::Reclaim, Outcome::Lost);
+    let mut one_stopped = Bench::armed_source();
+    one_stopped.role.step(Input::Stopped { member: OTHER, migrating: true });
     let mut sealing = Bench::armed_source();
     sealing.stop();
     let mut reclaiming = Bench::sealed_source();
@@ -17,6 +19,7 @@ fn the_whole_matrix() {
     let benches = [
         ("serving", Bench::source()),
         ("serving, armed", Bench::armed_source()),
+        ("serving, armed, one stopped", one_stopped),
         ("sealing", sealing),
         ("sealed", Bench::sealed_source()),
         ("reclaiming", reclaiming),

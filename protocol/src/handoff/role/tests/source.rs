@@ -20,6 +20,67 @@ fn rings_that_stop_under_a_migration_seal_and_others_do_not() {
 }
 
 #[test]
+fn seals_leave_together_when_the_last_ring_of_the_vm_has_stopped() {
+    for last in [ANCHOR, OTHER] {
+        let mut bench = Bench::armed_source();
+        let first = if last == ANCHOR { OTHER } else { ANCHOR };
+        let outputs = bench.role.step(Input::Stopped { member: first, migrating: true });
+        assert_eq!(outputs, [Output::Hold { member: first }]);
+        assert_eq!(bench.views(), [], "news of any member changes nothing");
+        assert_eq!(bench.role.standing(), Standing::Serving);
+        let outputs = bench.role.step(Input::Stopped { member: last, migrating: true });
+        assert_eq!(asks(&outputs, Asked::Seal), 2, "{outputs:?}");
+        assert!(outputs.contains(&Output::Hold { member: last }), "{outputs:?}");
+        assert_eq!(bench.role.standing(), Standing::Sealing);
+    }
+}
+
+#[test]
+fn a_disk_whose_rings_start_again_before_the_others_stopped_goes_on_and_so_does_the_handoff() {
+    let mut bench = Bench::armed_source();
+    bench.role.step(Input::Stopped { member: OTHER, migrating: true });
+    let go = Output::Go { member: OTHER, epoch: Epoch(1), open: None };
+    assert_eq!(bench.role.step(Input::Started { member: OTHER }), [go]);
+    assert_eq!(bench.role.standing(), Standing::Serving);
+    assert_eq!(asks(&bench.stop(), Asked::Seal), 2);
+    // After its seal was sent only the anchor can say so.
+    let started = bench.role.step(Input::Started { member: OTHER });
+    assert_eq!(started, [ask(ANCHOR, 1, Asked::Reclaim)]);
+}
+
+#[test]
+fn a_member_that_freezes_before_the_others_stopped_is_told_that_it_was_not_sealed() {
+    let mut bench = Bench::armed_source();
+    bench.role.step(Input::Stopped { member: OTHER, migrating: true });
+    bench.crash(OTHER);
+    assert_eq!(bench.view(OTHER), [ask(OTHER, 1, Asked::Unfreeze { boot_id: 2 })]);
+    assert!(bench.role.is_held(OTHER), "it will be sealed");
+}
+
+#[test]
+fn a_winner_that_is_the_next_source_shows_no_old_decision_when_a_disk_goes_on() {
+    let (mut bench, _) = Bench::granted();
+    bench.role.step(Input::Opened { member: OTHER, epoch: Some(Epoch(2)) });
+    bench.role.step(Input::Started { member: ANCHOR });
+    let attempt = attempt_of(1);
+    let proof = bench.records[ANCHOR].proof(attempt).expect("it has won");
+    bench.at(OTHER, RecordInput::Open { attempt, session: D1, proof });
+    let plan = Plan { from: DESTINATION.to_owned(), to: SOURCE.to_owned(), ..plan(2) };
+    for member in [ANCHOR, OTHER] {
+        bench.at(member, RecordInput::Settle { attempt, term: 1, proof: Some((D1, proof)) });
+        let next_epoch = bench.records[member].next_epoch;
+        bench.at(member, RecordInput::Arm { plan: &plan, term: 1, next_epoch, generation: 1 });
+    }
+    assert_eq!(bench.views(), []);
+    assert_eq!(
+        bench.role.step(Input::Stopped { member: OTHER, migrating: true }),
+        [Output::Hold { member: OTHER }]
+    );
+    let go = Output::Go { member: OTHER, epoch: Epoch(2), open: None };
+    assert_eq!(bench.role.step(Input::Started { member: OTHER }), [go]);
+}
+
+#[test]
 fn a_process_whose_machine_never_came_does_not_seal_by_order() {
     // The one before it was killed with requests in flight, and the VMM took
     // them for done.
