@@ -133,6 +133,8 @@ struct World {
     explicit: bool,
     /// Nothing goes wrong any more from here on.
     calm_from: Time,
+    /// When the agent last started the winner's backend again.
+    restarted: Time,
     round_from: Time,
     endings: Endings,
 }
@@ -241,6 +243,7 @@ impl World {
             image_lost: false,
             explicit: false,
             calm_from: 0,
+            restarted: 0,
             round_from: 0,
             endings: Endings::default(),
             stage,

@@ -206,11 +206,11 @@ impl World {
         }
         let backend = self.current[winner].map(|number| &self.backends[number]);
         let serves = backend.is_some_and(|b| !b.alive || b.standing() == Standing::Serving);
-        if !serves && self.stage.now > self.calm_from + 100 * MS {
+        if !serves && self.stage.now > self.calm_from.max(self.restarted) + 100 * MS {
             // The agent starts it again as the owner that it is.
             self.kill_backend(winner);
             self.start_backend(winner);
-            self.calm_from = self.stage.now;
+            self.restarted = self.stage.now;
         }
         false
     }
