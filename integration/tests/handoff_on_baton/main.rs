@@ -78,6 +78,27 @@ fn a_vm_moves_with_its_writes_and_back_again() {
     }
 }
 
+/// A standby opens all queues; the guest may use one.
+#[test]
+fn a_queue_that_the_guest_does_not_use_holds_up_no_seal() {
+    let mut scene = Scene::new(1, 1, "fast");
+    scene.stop();
+    let one = Options { queues: 1, ..options() };
+    let mut there = connect(&scene.destination, 1, one);
+    there[0].queue(0).write(40, &block(40)).unwrap();
+    assert_eq!(scene.fleet.settle(&scene.attempt).unwrap(), "destination");
+    let (dir, owner) = (scene.dir.path(), "host-a/vm");
+    let back = Host::start_with(dir, "a2", owner, &scene.fleet, Begin::Standby, QUEUES).unwrap();
+    let attempt = scene.fleet.arm("host-b/vm", owner).unwrap();
+    back.wait_standing("ready").unwrap();
+    there[0].start_logging().unwrap();
+    there[0].enable(0, false).unwrap();
+    there[0].get_vring_base(0).unwrap();
+    let mut again = connect(&back, 1, one);
+    assert_eq!(again[0].queue(0).read(40, 4096).unwrap(), block(40));
+    assert_eq!(scene.fleet.settle(&attempt).unwrap(), "destination");
+}
+
 #[test]
 fn a_cancelled_move_goes_on_at_the_source_and_parks_the_destination() {
     for mode in ["fast", "base"] {
