@@ -24,6 +24,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 const DISK_BYTES: u64 = 16 << 20;
@@ -427,11 +428,16 @@ fn all_traced(pid: u32) -> Result<bool> {
     Ok(true)
 }
 
+/// Nothing comes for so long before a message of which it is said.
+const SILENCE: Duration = Duration::from_millis(20);
+
 /// What single messages cost on one server; times in microseconds.
 #[derive(Clone, Debug, Default)]
 pub struct Messages {
     /// PING and its answer.
     pub rtt: Figures,
+    /// The same after [`SILENCE`], as the messages of a handoff come.
+    pub rtt_idle: Figures,
     /// An overwrite of 4 KiB and fdatasync, where the server's data is.
     pub sync: Figures,
     /// FENCE of an owner, over HTTP with a connection of its own.
@@ -457,6 +463,8 @@ pub fn messages(dir: &Path, runs: usize) -> Result<Messages> {
     let mut standby = connect(u64::MAX, Mode::Standby)?;
     for run in 0..runs {
         out.rtt.push(timed(|| standby.ping())?);
+        thread::sleep(SILENCE);
+        out.rtt_idle.push(timed(|| standby.ping())?);
         out.sync.push(timed(|| Ok(file.write_all_at(&[2; 4096], 0).and(file.sync_data())?))?);
         let mut source = connect(run as u64 + 1, Mode::Owner)?;
         let attempt = fleet.arm("host-a/vm", "host-b/vm")?;
@@ -555,7 +563,7 @@ fn until_sealed(destination: &mut Control) -> Result<Answer> {
 /// Runs all by 64 callers; how long it took, in seconds.
 fn at_once<T: Sync>(all: &[T], act: impl Fn(&T) -> Result<()> + Sync) -> Result<f64> {
     let start = Instant::now();
-    let results = std::thread::scope(|scope| {
+    let results = thread::scope(|scope| {
         let act = &act;
         let callers: Vec<_> = all
             .chunks(all.len().div_ceil(64))

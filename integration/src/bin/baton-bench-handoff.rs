@@ -107,12 +107,14 @@ fn section(result: &Outcome, commit: &str, awake: bool) -> String {
     row("- drain in it", &messages.fence_drain, "shown apart");
     row("RECLAIM after a seal", &messages.reclaim, "2 round trips + 1 fsync");
     row("for comparison: round trip (PING)", &messages.rtt, "");
+    row("for comparison: round trip (PING) after 20 ms of silence", &messages.rtt_idle, "");
     row("for comparison: 4 KiB overwrite + fdatasync", &messages.sync, "");
     let ratio = |figures: &Figures| figures.quantile(0.5) / rtt;
     let _ = writeln!(
         text,
-        "\nIn round trips of PING (median {}), medians: SEAL {:.1}, ACTIVATE {:.1}; with 64 volumes {:.1} and {:.1}.",
+        "\nIn round trips of PING (median {}, after silence {}), medians: SEAL {:.1}, ACTIVATE {:.1}; with 64 volumes {:.1} and {:.1}.",
         ms(rtt),
+        ms(messages.rtt_idle.quantile(0.5)),
         ratio(&small.seal),
         ratio(&small.activate),
         ratio(&wide.seal),
