@@ -88,7 +88,8 @@ pub trait HandoffPort: Send + Sync + Debug {
     fn open_later(&self, open: Open);
 
     /// Takes effect on each queue as soon as it rests: what is submitted
-    /// afterwards waits for [`HandoffPort::go`]. Said before the queues are drained.
+    /// afterwards waits for [`HandoffPort::go`]. Wakes no queue: one that is drained
+    /// afterwards sees it, and any other when a SEAL asks for its count.
     fn hold(&self);
 
     /// Whether the volume is held.

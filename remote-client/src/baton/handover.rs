@@ -19,7 +19,7 @@ use baton_protocol::handoff::{Answer, Count, Open, Outcome, Try};
 use baton_protocol::{AccessMode, Epoch, VolumeId};
 
 use super::session::{Notice, Session};
-use super::volume::Shared;
+use super::volume::{Shared, wake_queues};
 use crate::handoff::{HandoffEvent, HandoffListener, HandoffPort, Opening};
 
 /// What the data path may do.
@@ -142,9 +142,7 @@ impl Errands {
             session.ask(now, waiting.attempt, Asked::Seal);
             handover.seal = None;
         } else if !std::mem::replace(&mut waiting.called, true) {
-            let wakes = hub.queue_wakes();
-            drop(hub);
-            wakes.iter().for_each(|wake| wake.notify());
+            wake_queues(hub);
         }
     }
 }
@@ -301,9 +299,7 @@ impl HandoffPort for Shared {
             let open = opening.map(|opening| opening.open);
             *course = Course { held: false, owner: true, epoch, open, ..*course };
         });
-        let wakes = hub.queue_wakes();
-        drop(hub);
-        wakes.iter().for_each(|wake| wake.notify());
+        wake_queues(hub);
         self.run_errands();
     }
 

@@ -108,12 +108,6 @@ impl Hub {
         open.map(|(index, _)| *index).collect()
     }
 
-    /// What wakes each queue that is open. To be used without the hub's lock, which is the first thing that a woken
-    /// queue takes.
-    pub(super) fn queue_wakes(&self) -> Vec<Arc<Wake>> {
-        self.queues.values().filter_map(|record| record.open.clone()).collect()
-    }
-
     /// Wakes the queues that have no connection.
     pub(super) fn wake_down(&self) {
         for record in self.down.iter().filter_map(|index| self.queues.get(index)) {
@@ -121,6 +115,15 @@ impl Hub {
                 wake.notify();
             }
         }
+    }
+}
+
+/// Wakes each queue that is open, without the lock: it is the first thing that a woken queue takes.
+pub(super) fn wake_queues(hub: MutexGuard<'_, Hub>) {
+    let wakes: Vec<_> = hub.queues.values().filter_map(|record| record.open.clone()).collect();
+    drop(hub);
+    for wake in wakes {
+        wake.notify();
     }
 }
 
@@ -182,9 +185,7 @@ impl Shared {
             return false;
         }
         hub.halt = Some(halt);
-        let wakes = hub.queue_wakes();
-        drop(hub);
-        wakes.iter().for_each(|wake| wake.notify());
+        wake_queues(hub);
         self.control.notify();
         true
     }
