@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A target directory beside the usual one, for a build that differs in this workspace only: what was compiled of other
-# people's crates is copied, not compiled again. Nothing is done when it is there, or when there is nothing to copy.
+# people's crates is taken over, not compiled again. Nothing is done when it is there, or when there is nothing to take.
 #
 #   scripts/seed-target.sh TARGET_DIR NEW_TARGET_DIR
 set -euo pipefail
@@ -12,6 +12,9 @@ mkdir -p "$2"
 part=$(mktemp -d "$2/seed.XXXXXX")
 mkdir "$part/deps"
 cp -a "$from/.fingerprint" "$from/build" "$part/"
-find "$from/deps" -maxdepth 1 \( -name '*.rlib' -o -name '*.rmeta' -o -name '*.d' -o -name '*.so' \) -exec cp -a -t "$part/deps" {} +
+compiled=(-maxdepth 1 \( -name '*.rlib' -o -name '*.rmeta' -o -name '*.d' -o -name '*.so' \))
+# Links take no space, and nobody writes to these files again; ours are compiled again and are copies.
+find "$from/deps" "${compiled[@]}" ! -name '*baton*' -exec cp -al -t "$part/deps" {} +
+find "$from/deps" "${compiled[@]}" -name '*baton*' -exec cp -a -t "$part/deps" {} +
 mv "$part" "$to"
 chmod 755 "$to"
