@@ -52,6 +52,9 @@ pub struct Flags {
     /// Copy large reads into a buffer before they are sent, also when they are in memory.
     #[arg(long)]
     pub no_mapped_reads: bool,
+    /// Receive large writes into a buffer instead of passing them from the socket to the file.
+    #[arg(long)]
+    pub no_piped_writes: bool,
     /// Look for more work so long before a worker sleeps, in microseconds, 0 to 100: saves
     /// wake-ups and costs CPU time [default: 0, which is off].
     #[arg(long, value_name = "N")]
@@ -108,6 +111,7 @@ struct RawWorkers {
     count: Option<usize>,
     io_uring: Option<bool>,
     mapped_reads: Option<bool>,
+    piped_writes: Option<bool>,
     poll_us: Option<u64>,
 }
 
@@ -152,6 +156,8 @@ pub struct Config {
     pub io_uring: bool,
     /// Send large reads that are in memory from where they are.
     pub mapped_reads: bool,
+    /// Pass large writes from the socket to the file through a pipe, where the filesystem allows it.
+    pub piped_writes: bool,
     /// Longest time that a worker looks for more work before it sleeps, in us; 0: it
     /// sleeps at once.
     pub poll_us: u64,
@@ -243,6 +249,9 @@ impl RawConfig {
         if flags.no_mapped_reads {
             workers.mapped_reads = Some(false);
         }
+        if flags.no_piped_writes {
+            workers.piped_writes = Some(false);
+        }
         workers.poll_us = flags.poll_us.or(workers.poll_us);
         log.format = flags.log_format.or(log.format);
         log.level = flags.log_level.or(log.level);
@@ -266,6 +275,7 @@ impl TryFrom<RawConfig> for Config {
             workers: within("worker count", workers.count, cores.min(8), 1..=WORKERS_MAX)?,
             io_uring: workers.io_uring.unwrap_or(true),
             mapped_reads: workers.mapped_reads.unwrap_or(true),
+            piped_writes: workers.piped_writes.unwrap_or(true),
             poll_us: within("polling time in microseconds", workers.poll_us, 0, 0..=POLL_US_MAX)?,
             connections_max: within("connection limit", limits.connections, 4096, 1..=1_000_000)?,
             silent_max: within(
@@ -361,6 +371,7 @@ mod tests {
         assert!(
             config.io_uring
                 && config.mapped_reads
+                && config.piped_writes
                 && !config.cold_reads
                 && config.pool_bytes.is_none()
         );
@@ -382,6 +393,7 @@ mod tests {
             "2G",
             "--no-io-uring",
             "--no-mapped-reads",
+            "--no-piped-writes",
             "--poll-us",
             "30",
             "--log-format",
@@ -392,7 +404,7 @@ mod tests {
         assert_eq!(config.listen.port(), 2);
         assert_eq!(config.pool_bytes, Some(2 << 30));
         assert_eq!((config.workers, config.io_uring, config.poll_us), (3, false, 30));
-        assert!(!config.mapped_reads);
+        assert!(!config.mapped_reads && !config.piped_writes);
         assert_eq!(config.log_format, LogFormat::Json);
     }
 

@@ -25,6 +25,8 @@ pub struct WorkerMetrics {
     pub written_bytes: AtomicU64,
     /// Reads that were sent from the page cache without a copy in between.
     pub mapped_reads: AtomicU64,
+    /// Writes that went from the socket to the file without a copy in between.
+    pub piped_writes: AtomicU64,
     /// Reads that had to wait for the disk.
     pub cold_reads: AtomicU64,
     /// Connections closed because the peer broke the protocol.

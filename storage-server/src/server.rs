@@ -136,6 +136,7 @@ pub async fn start(config: Config) -> Result<Server, StartError> {
             io_uring,
             cold_reads: config.cold_reads,
             mapped_reads: config.mapped_reads,
+            piped_writes: config.piped_writes && store.takes_pipes(),
             poll_us: config.poll_us,
         })?);
     }

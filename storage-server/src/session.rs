@@ -92,10 +92,10 @@ pub enum Violation {
     TooManySeals,
 }
 
-/// Looks at the front of the received bytes. A request that could never be
-/// accepted is refused by its header, before its payload is waited for.
+/// Looks at the front of the received bytes, of which `elsewhere` are the last. A request that could never be accepted
+/// is refused by its header, before its payload is waited for.
 #[must_use]
-pub fn front(received: &[u8]) -> Front {
+pub fn front(received: &[u8], elsewhere: usize) -> Front {
     let Some((head, _)) = received.split_first_chunk::<REQUEST_HEADER_BYTES>() else {
         return Front::Partial { need: REQUEST_HEADER_BYTES };
     };
@@ -107,7 +107,7 @@ pub fn front(received: &[u8]) -> Front {
         return Front::Broken { why, answer: Some((header.opcode, header.seq)) };
     }
     let bytes = REQUEST_HEADER_BYTES + header.payload_len as usize;
-    if received.len() < bytes {
+    if received.len() + elsewhere < bytes {
         Front::Partial { need: bytes }
     } else {
         Front::Whole { header, bytes }

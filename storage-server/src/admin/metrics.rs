@@ -88,7 +88,7 @@ fn page(api: &Api) -> String {
 
 fn workers(page: &mut Page, api: &Api) {
     type Pick = fn(&WorkerMetrics) -> &AtomicU64;
-    let all: [(&str, &str, &str, Pick); 7] = [
+    let all: [(&str, &str, &str, Pick); 8] = [
         ("baton_read_bytes_total", "counter", "Bytes read by clients.", |w| &w.read_bytes),
         ("baton_written_bytes_total", "counter", "Bytes written by clients.", |w| &w.written_bytes),
         (
@@ -96,6 +96,12 @@ fn workers(page: &mut Page, api: &Api) {
             "counter",
             "Large reads that were sent from the page cache without a copy in between.",
             |w| &w.mapped_reads,
+        ),
+        (
+            "baton_piped_writes_total",
+            "counter",
+            "Large writes that went from the socket to the file without a copy in between.",
+            |w| &w.piped_writes,
         ),
         ("baton_cold_reads_total", "counter", "Reads that had to wait for the disk.", |w| {
             &w.cold_reads

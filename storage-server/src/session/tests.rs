@@ -155,7 +155,7 @@ fn ranges_are_whole_sectors_on_the_volume() {
 
 #[test]
 fn what_a_header_alone_may_not_say() {
-    let broken = |header: RequestHeader| match front(&header.encode()) {
+    let broken = |header: RequestHeader| match front(&header.encode(), 0) {
         Front::Broken { why, answer } => {
             assert_eq!(answer, Some((header.opcode, header.seq)), "the sender is told");
             why
@@ -194,19 +194,22 @@ fn what_a_header_alone_may_not_say() {
     ));
     // What the client knows, not a range: a version and a boot id.
     let access = RequestHeader { offset: u64::MAX, len: u64::MAX, ..access };
-    assert!(matches!(front(&access.encode()), Front::Whole { .. }));
+    assert!(matches!(front(&access.encode(), 0), Front::Whole { .. }));
     assert_eq!(judged(&mut Window::default(), &access), Verdict::Run);
     let unmap = RequestHeader { flags: FLAG_UNMAP, ..request(Opcode::WriteZeroes, 3) };
-    assert!(matches!(front(&unmap.encode()), Front::Whole { .. }));
+    assert!(matches!(front(&unmap.encode(), 0), Front::Whole { .. }));
 }
 
 #[test]
 fn only_our_own_peers_are_answered() {
     let mut bytes = request(Opcode::Read, 9).encode();
     bytes[4] = 77;
-    assert!(matches!(front(&bytes), Front::Broken { answer: Some((Opcode::Hello, Seq(9))), .. }));
+    assert!(matches!(
+        front(&bytes, 0),
+        Front::Broken { answer: Some((Opcode::Hello, Seq(9))), .. }
+    ));
     bytes[0] = b'X';
-    assert!(matches!(front(&bytes), Front::Broken { answer: None, .. }));
+    assert!(matches!(front(&bytes, 0), Front::Broken { answer: None, .. }));
 }
 
 /// What a stream of good requests decodes to, however it is cut.
@@ -220,7 +223,7 @@ fn decode_in_pieces(stream: &[u8], cuts: &[usize]) -> Vec<(RequestHeader, Vec<u8
         received.extend_from_slice(&rest[..cut]);
         rest = &rest[cut..];
         loop {
-            match front(&received) {
+            match front(&received, 0) {
                 Front::Partial { need } => {
                     assert!(need > received.len(), "it would never get on");
                     break;
@@ -275,7 +278,7 @@ proptest! {
             bytes[5] &= 3;
             bytes[56..64].fill(0);
         }
-        if let Front::Whole { header, bytes: n } = front(&bytes) {
+        if let Front::Whole { header, bytes: n } = front(&bytes, 0) {
             prop_assert!(n <= bytes.len());
             let _ = judge(&ME, &mut Window::default(), &header, SIZE, |_| true);
         }

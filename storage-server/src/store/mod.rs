@@ -267,6 +267,11 @@ impl Store {
         self.core.note_clean()
     }
 
+    /// Whether `Volume::write_with` may write to the file by splice(2).
+    pub fn takes_pipes(&self) -> bool {
+        self.core.pool.takes_pipes()
+    }
+
     /// `pool.dat`, for reads planned by `Volume::plan_read`.
     pub fn pool_fd(&self) -> BorrowedFd<'_> {
         self.core.pool.fd()

@@ -8,7 +8,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, OFlag, SpliceFFlags, fallocate, splice};
 
 use super::layout::EXTENT_BYTES;
 use super::pool_map::PoolMap;
@@ -31,6 +32,7 @@ pub(super) struct PoolFile {
     punch: bool,
     zero_range: bool,
     preallocate: bool,
+    takes_pipes: bool,
 }
 
 pub(super) fn slot_offset(slot: u32) -> u64 {
@@ -52,8 +54,18 @@ impl PoolFile {
                 _ => return Err(e),
             },
         };
-        let len = AtomicU64::new(file.metadata()?.len());
-        Ok(Self { file, map: PoolMap::default(), len, nowait, punch, zero_range, preallocate })
+        let takes_pipes = takes_pipes(&file)?;
+        let (map, len) = (PoolMap::default(), AtomicU64::new(file.metadata()?.len()));
+        Ok(Self { file, map, len, nowait, punch, zero_range, preallocate, takes_pipes })
+    }
+
+    /// Whether the filesystem lets the file be written by splice(2).
+    pub(super) fn takes_pipes(&self) -> bool {
+        self.takes_pipes
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -201,6 +213,18 @@ fn supported(file: &File, mode: FallocateFlags) -> io::Result<bool> {
             Some(libc::ENOSPC | libc::EDQUOT) => Ok(true),
             _ => Err(e),
         },
+    }
+}
+
+/// Asks the filesystem, too.
+fn takes_pipes(file: &File) -> io::Result<bool> {
+    let (out, into) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    nix::unistd::write(&into, &[0])?;
+    let mut offset = off(PROBE_OFFSET);
+    match splice(&out, None, file, Some(&mut offset), 1, SpliceFFlags::empty()) {
+        Err(Errno::EINVAL | Errno::ENOSYS | Errno::EPERM) => Ok(false),
+        Ok(_) | Err(Errno::ENOSPC | Errno::EDQUOT) => Ok(true),
+        Err(error) => Err(error.into()),
     }
 }
 

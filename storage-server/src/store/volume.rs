@@ -3,6 +3,9 @@
 //! The path of a read or write of mapped extents takes no lock and allocates nothing: pin, one system call, unpin.
 //! Does not know who may use the volume; that is the gate above.
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -209,16 +212,29 @@ impl Volume {
     /// Writes; when this returns the bytes survive a kill of the process, after `Store::sync` a power loss.
     /// After an error any part of the range may be written.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), IoError> {
-        self.check_writable(offset, data.len() as u64)?;
         let mut rest = data;
-        for piece in pieces(offset, data.len() as u64) {
-            let (now, later) = rest.split_at(piece.len);
+        self.write_with(offset, data.len() as u64, |pool, at, len| {
+            let (now, later) = rest.split_at(len);
             rest = later;
+            pool.write_all_at(now, at)
+        })
+    }
+
+    /// The same with bytes from elsewhere: `put` writes the next so many of them at a place of the pool file, and is
+    /// called for each part of the range in turn.
+    pub fn write_with(
+        &self,
+        offset: u64,
+        len: u64,
+        mut put: impl FnMut(&File, u64, usize) -> io::Result<()>,
+    ) -> Result<(), IoError> {
+        self.check_writable(offset, len)?;
+        for piece in pieces(offset, len) {
             let pin = match self.pin(piece.extent) {
                 Some(pin) => pin,
                 None => self.map_and_pin(piece.extent)?,
             };
-            self.core.pool.write(pin.offset(piece.within), now)?;
+            put(self.core.pool.file(), pin.offset(piece.within), piece.len)?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use baton_protocol::frame::REPLY_HEADER_BYTES;
+use baton_protocol::frame::{REPLY_HEADER_BYTES, REQUEST_HEADER_BYTES};
 use baton_protocol::window::Window;
 use baton_protocol::{AccessMode, Event, Opcode, ReplyHeader, Seq, Status};
 use nix::errno::Errno;
@@ -15,11 +15,12 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::gate::Principal;
 use crate::listeners::Listening;
 use crate::metrics::WorkerMetrics;
-use crate::session::Identity;
+use crate::session::{self, Front, Identity};
 use crate::volumes::{Ears, Lease, RunningVolume};
 
 use super::ask::Asks;
 use super::buffers::{InBuf, OutBuf, read_ahead};
+use super::large_writes::{Filled, LargeWrites};
 use super::rounds::Share;
 
 /// Where the window of a connection lives.
@@ -109,6 +110,7 @@ pub(super) struct Conn {
     pub(super) socket: OwnedFd,
     pub(super) identity: Identity,
     pub(super) input: InBuf,
+    pub(super) large: LargeWrites,
     pub(super) output: OutBuf,
     /// Bytes that make the request at the front whole.
     pub(super) need: usize,
@@ -156,7 +158,7 @@ pub(super) const INFLIGHT_MAX: usize = 256;
 pub(super) const HELD_BYTES_MAX: usize = 2 << 20;
 
 impl Conn {
-    pub(super) fn new(newcomer: Newcomer) -> Self {
+    pub(super) fn new(newcomer: Newcomer, piped_writes: bool) -> Self {
         let Newcomer { socket, identity, place, presence, welcome } = newcomer;
         let mut output = OutBuf::default();
         output.push(&welcome);
@@ -164,6 +166,7 @@ impl Conn {
             socket,
             identity,
             input: InBuf::default(),
+            large: if piped_writes { LargeWrites::default() } else { LargeWrites::unused() },
             output,
             need: 0,
             life: Life::Open,
@@ -211,19 +214,44 @@ impl Conn {
         self.asks.give_up_seals();
     }
 
-    /// One recv, of so many payload bytes unless one request needs more. Says whether there is something new to look
-    /// at.
+    /// What stands at the front.
+    pub(super) fn front(&self) -> Front {
+        session::front(self.input.unread(), self.large.held())
+    }
+
+    /// One call that receives so many payload bytes, unless one request needs more or a large write is expected. Says
+    /// whether there is something new to look at.
     pub(super) fn receive(&mut self, payload_bytes: u64) -> bool {
-        let missing = self.need.saturating_sub(self.input.unread().len());
+        let received = self.input.unread().len();
+        let alone = received == REQUEST_HEADER_BYTES;
+        if (alone || self.large.are_expected())
+            && let Front::Partial { need } = self.front()
+        {
+            self.need = need;
+            if alone && self.large.take(need) {
+                return self.receive_large();
+            }
+            if self.large.are_expected() {
+                // Nothing of what follows.
+                return self.receive_most(need - received);
+            }
+        }
+        if self.large.held() > 0 {
+            // A whole one, which comes first.
+            return false;
+        }
+        self.receive_most(read_ahead(payload_bytes).max(self.need.saturating_sub(received)))
+    }
+
+    fn receive_most(&mut self, most: usize) -> bool {
         let room = self.input.room(self.need);
-        let share = room.len().min(read_ahead(payload_bytes).max(missing));
+        let share = room.len().min(most);
         if share == 0 {
             return false;
         }
         match recv(self.socket.as_raw_fd(), &mut room[..share], MsgFlags::MSG_DONTWAIT) {
             Ok(0) => {
-                self.life = Life::Closing;
-                self.forget_parked();
+                self.end_of_input();
                 true
             }
             Ok(n) => {
@@ -241,6 +269,44 @@ impl Conn {
                 false
             }
         }
+    }
+
+    /// More of the large write whose header is at the front.
+    fn receive_large(&mut self) -> bool {
+        let missing = self.need - REQUEST_HEADER_BYTES - self.large.held();
+        match self.large.fill(&self.socket, missing) {
+            Ok(filled @ (Filled::Whole | Filled::Part(_))) => {
+                self.active = true;
+                self.filled = filled == Filled::Whole;
+                self.filled
+            }
+            Ok(Filled::End) => {
+                self.end_of_input();
+                true
+            }
+            Ok(Filled::Unfit) => {
+                let room = self.input.room(self.need);
+                match self.large.give_up(room) {
+                    Ok(n) => self.input.received(n),
+                    Err(_) => self.life = Life::Dead,
+                }
+                true
+            }
+            Err(_) => {
+                self.life = Life::Dead;
+                false
+            }
+        }
+    }
+
+    fn end_of_input(&mut self) {
+        self.life = Life::Closing;
+        self.forget_parked();
+    }
+
+    /// Memory that it needs only while it is busy.
+    pub(super) fn holds_much(&self) -> bool {
+        self.input.is_large() || self.output.is_large() || self.large.has_pipe()
     }
 
     /// Reads and forgets; for a peer that lingers.

@@ -20,6 +20,7 @@ mod ask;
 mod buffers;
 mod conn;
 mod flusher;
+mod large_writes;
 mod mailbox;
 mod pool;
 mod ring;
@@ -76,6 +77,8 @@ pub(crate) struct Setup {
     pub(crate) cold_reads: bool,
     /// Send large reads that are in memory from where they are.
     pub(crate) mapped_reads: bool,
+    /// Pass large writes from the socket to the file through a pipe.
+    pub(crate) piped_writes: bool,
     /// Longest time to look for more work before sleeping, in us; 0: not at all.
     pub(crate) poll_us: u64,
 }
@@ -280,8 +283,7 @@ impl Worker {
             Life::Closing | Life::Dead => false,
         };
         let write = conn.blocked && conn.life != Life::Dead;
-        self.context.untidy |=
-            conn.input.is_large() || conn.output.is_large() || conn.life == Life::Lingering;
+        self.context.untidy |= conn.holds_much() || conn.life == Life::Lingering;
         let Some(watching) = conn.watching else { return };
         if conn.life == Life::Dead {
             // Errors are always reported; nobody would listen.
@@ -357,7 +359,8 @@ impl Worker {
             self.conns.len() - 1
         });
         let id = newcomer.presence.id;
-        let mut conn = Box::new(Conn::new(newcomer));
+        let piped_writes = self.context.setup.piped_writes && large_writes::gain(&newcomer.socket);
+        let mut conn = Box::new(Conn::new(newcomer, piped_writes));
         let event = EpollEvent::new(EpollFlags::EPOLLIN, index as u64);
         if let Err(error) = self.context.epoll.add(&conn.socket, event) {
             tracing::error!(%error, "a connection cannot be watched and is closed");
@@ -429,6 +432,7 @@ impl Worker {
             if !std::mem::take(&mut conn.active) {
                 conn.input.shrink();
                 conn.output.shrink();
+                conn.large.shrink();
             }
             self.settle(index);
         }

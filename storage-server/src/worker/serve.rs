@@ -1,5 +1,6 @@
 //! Runs the requests of one connection's turn.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use baton_protocol::frame::{FLAG_UNMAP, REPLY_HEADER_BYTES, REQUEST_HEADER_BYTES};
@@ -86,10 +87,16 @@ impl Context {
             newest: Seq(0),
         };
         while conn.life != Life::Dead && !conn.blocked && !conn.is_throttled() {
-            match session::front(conn.input.unread()) {
+            match conn.front() {
                 Front::Partial { need } => {
                     conn.need = need;
-                    if conn.filled {
+                    if conn.large.are_expected() {
+                        // Header and payload come by a call each.
+                        let goes_on = conn.life == Life::Open && !conn.share.is_used_up();
+                        if goes_on && conn.receive(self.rounds.share_bytes()) {
+                            continue;
+                        }
+                    } else if conn.filled {
                         conn.input.read_further_ahead();
                     }
                     break;
@@ -104,6 +111,7 @@ impl Context {
                 }
                 Front::Whole { .. } if conn.share.is_used_up() => break,
                 Front::Whole { header, bytes } => {
+                    let held = conn.large.held();
                     let answer = answer_bytes(&header);
                     if !conn.output.has_room(answer) || conn.output.unsent().len() >= SEND_AT {
                         conn.send();
@@ -122,7 +130,9 @@ impl Context {
                     }
                     // OPEN may have made it the owner's.
                     turn.principal = conn.principal();
-                    conn.input.consume(bytes);
+                    conn.input.consume(bytes - held);
+                    conn.large.end();
+                    conn.large.expect_another(bytes);
                 }
             }
         }
@@ -137,7 +147,7 @@ impl Context {
         // A socket that filled the buffer most likely has more.
         let more = conn.filled && conn.share.is_used_up();
         conn.readable |= more;
-        if more || !matches!(session::front(conn.input.unread()), Front::Partial { .. }) {
+        if more || !matches!(conn.front(), Front::Partial { .. }) {
             self.wait(index, conn);
         }
     }
@@ -196,11 +206,7 @@ impl Context {
             Verdict::Answer(status) => Some(status),
             Verdict::Run => match header.opcode {
                 Opcode::Read => self.read(index, conn, volume, turn, header),
-                Opcode::Write => {
-                    let data = &conn.input.unread()[REQUEST_HEADER_BYTES..bytes];
-                    metrics::add(&self.setup.metrics.written_bytes, data.len() as u64);
-                    Some(outcome(&volume.data, header, volume.data.write(header.offset, data)))
-                }
+                Opcode::Write => Some(self.write(conn, &volume.data, header, bytes)),
                 Opcode::Discard | Opcode::WriteZeroes => {
                     self.zero(index, conn, volume, turn, header)
                 }
@@ -256,6 +262,25 @@ impl Context {
             conn.answer(header.opcode, header.seq, status);
         }
         Ok(())
+    }
+
+    fn write(
+        &self,
+        conn: &mut Conn,
+        data: &Volume,
+        header: &RequestHeader,
+        bytes: usize,
+    ) -> Status {
+        let metrics = &self.setup.metrics;
+        metrics::add(&metrics.written_bytes, header.len);
+        let done = if conn.large.held() > 0 {
+            metrics::add(&metrics.piped_writes, 1);
+            let pour = |pool: &File, at, len| conn.large.pour(pool, at, len);
+            data.write_with(header.offset, header.len, pour)
+        } else {
+            data.write(header.offset, &conn.input.unread()[REQUEST_HEADER_BYTES..bytes])
+        };
+        outcome(data, header, done)
     }
 
     /// Straight into the reply when the data is in memory.
