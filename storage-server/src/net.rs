@@ -19,6 +19,9 @@ const KEEPALIVE_IDLE_S: u32 = 10;
 const KEEPALIVE_INTERVAL_S: u32 = 5;
 const KEEPALIVE_PROBES: u32 = 4;
 const UNANSWERED: Duration = Duration::from_secs(30);
+/// Room for answers on their way through a Unix socket, whose buffer does not grow by itself; the kernel cuts it to its
+/// limit. As much as a client makes room for requests.
+const UNIX_BUFFER_BYTES: usize = 4 << 20;
 /// Members of the socket's group may connect.
 const SOCKET_MODE: u32 = 0o660;
 
@@ -124,7 +127,9 @@ impl Socket for TcpStream {
 
 impl Socket for UnixStream {
     fn into_fd(self) -> io::Result<OwnedFd> {
-        Ok(OwnedFd::from(self.into_std()?))
+        let fd = OwnedFd::from(self.into_std()?);
+        setsockopt(&fd.as_fd(), sockopt::SndBuf, &UNIX_BUFFER_BYTES)?;
+        Ok(fd)
     }
 }
 
