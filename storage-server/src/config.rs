@@ -55,6 +55,9 @@ pub struct Flags {
     /// Receive large writes into a buffer instead of passing them from the socket to the file.
     #[arg(long)]
     pub no_piped_writes: bool,
+    /// Leave workers the time slice that all threads have; they ask for a short one.
+    #[arg(long)]
+    pub no_short_slice: bool,
     /// Look for more work so long before a worker sleeps, in microseconds, 0 to 100: saves
     /// wake-ups and costs CPU time [default: 0, which is off].
     #[arg(long, value_name = "N")]
@@ -112,6 +115,7 @@ struct RawWorkers {
     io_uring: Option<bool>,
     mapped_reads: Option<bool>,
     piped_writes: Option<bool>,
+    short_slice: Option<bool>,
     poll_us: Option<u64>,
 }
 
@@ -158,6 +162,8 @@ pub struct Config {
     pub mapped_reads: bool,
     /// Pass large writes from the socket to the file through a pipe, where the filesystem allows it.
     pub piped_writes: bool,
+    /// Workers ask for a short time slice.
+    pub short_slice: bool,
     /// Longest time that a worker looks for more work before it sleeps, in us; 0: it
     /// sleeps at once.
     pub poll_us: u64,
@@ -252,6 +258,9 @@ impl RawConfig {
         if flags.no_piped_writes {
             workers.piped_writes = Some(false);
         }
+        if flags.no_short_slice {
+            workers.short_slice = Some(false);
+        }
         workers.poll_us = flags.poll_us.or(workers.poll_us);
         log.format = flags.log_format.or(log.format);
         log.level = flags.log_level.or(log.level);
@@ -276,6 +285,7 @@ impl TryFrom<RawConfig> for Config {
             io_uring: workers.io_uring.unwrap_or(true),
             mapped_reads: workers.mapped_reads.unwrap_or(true),
             piped_writes: workers.piped_writes.unwrap_or(true),
+            short_slice: workers.short_slice.unwrap_or(true),
             poll_us: within("polling time in microseconds", workers.poll_us, 0, 0..=POLL_US_MAX)?,
             connections_max: within("connection limit", limits.connections, 4096, 1..=1_000_000)?,
             silent_max: within(
@@ -372,6 +382,7 @@ mod tests {
             config.io_uring
                 && config.mapped_reads
                 && config.piped_writes
+                && config.short_slice
                 && !config.cold_reads
                 && config.pool_bytes.is_none()
         );
@@ -394,6 +405,7 @@ mod tests {
             "--no-io-uring",
             "--no-mapped-reads",
             "--no-piped-writes",
+            "--no-short-slice",
             "--poll-us",
             "30",
             "--log-format",
@@ -404,7 +416,7 @@ mod tests {
         assert_eq!(config.listen.port(), 2);
         assert_eq!(config.pool_bytes, Some(2 << 30));
         assert_eq!((config.workers, config.io_uring, config.poll_us), (3, false, 30));
-        assert!(!config.mapped_reads && !config.piped_writes);
+        assert!(!config.mapped_reads && !config.piped_writes && !config.short_slice);
         assert_eq!(config.log_format, LogFormat::Json);
     }
 

@@ -137,6 +137,7 @@ pub async fn start(config: Config) -> Result<Server, StartError> {
             cold_reads: config.cold_reads,
             mapped_reads: config.mapped_reads,
             piped_writes: config.piped_writes && store.takes_pipes(),
+            short_slice: config.short_slice,
             poll_us: config.poll_us,
         })?);
     }

@@ -309,3 +309,48 @@ fn where_io_uring_is_forbidden_threads_read_and_it_is_said_once() {
     let said = log.lines().filter(|line| line.contains("io_uring cannot be used")).count();
     assert_eq!(said, 1, "{log}");
 }
+
+/// Slices of the workers of a process, ns; 0 where the kernel (before 6.12) does not tell.
+fn worker_slices(pid: u32) -> Vec<u64> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("it runs");
+    let tasks = tasks.map(|task| task.expect("a thread").path());
+    let is_worker = |task: &std::path::PathBuf| {
+        std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("worker-"))
+    };
+    let slice = |task: std::path::PathBuf| {
+        let thread = task.file_name().and_then(|name| name.to_str()?.parse::<libc::pid_t>().ok());
+        // SAFETY: zeros are a value of it.
+        let mut told: libc::sched_attr = unsafe { std::mem::zeroed() };
+        let size = size_of_val(&told);
+        let thread = thread.expect("a number");
+        // SAFETY: the kernel writes at most `size` bytes.
+        let done =
+            unsafe { libc::syscall(libc::SYS_sched_getattr, thread, &raw mut told, size, 0) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        told.sched_runtime
+    };
+    tasks.filter(is_worker).map(slice).collect()
+}
+
+#[test]
+fn workers_have_a_short_slice_unless_it_is_not_wanted() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let usual = {
+        let mut command = daemon_command(dir.path());
+        let server = Daemon::from({
+            command.args(["--no-short-slice", "--workers", "2"]);
+            command
+        });
+        worker_slices(server.child.id())
+    };
+    let mut command = daemon_command(dir.path());
+    command.args(["--workers", "2"]);
+    let server = Daemon::from(command);
+    // A worker asks when it begins, maybe after the server listens.
+    common::wait_for("short slices", || {
+        let short = worker_slices(server.child.id());
+        assert_eq!((short.len(), usual.len()), (2, 2));
+        usual.contains(&0) || short == [100_000; 2]
+    });
+    assert!(!usual.contains(&100_000), "{usual:?}");
+}

@@ -26,6 +26,7 @@ mod pool;
 mod ring;
 mod rounds;
 mod serve;
+mod slice;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
@@ -79,6 +80,8 @@ pub(crate) struct Setup {
     pub(crate) mapped_reads: bool,
     /// Pass large writes from the socket to the file through a pipe.
     pub(crate) piped_writes: bool,
+    /// Ask for a short time slice.
+    pub(crate) short_slice: bool,
     /// Longest time to look for more work before sleeping, in us; 0: not at all.
     pub(crate) poll_us: u64,
 }
@@ -141,6 +144,11 @@ pub(crate) fn start(setup: Setup) -> std::io::Result<JoinHandle<()>> {
 impl Worker {
     fn run(&mut self) {
         self.context.setup.mailbox.bind_here();
+        if self.context.setup.short_slice
+            && let Err(error) = slice::ask_for_short()
+        {
+            tracing::warn!(%error, "workers have no shorter time slice than other threads");
+        }
         let mut events = [EpollEvent::empty(); EVENTS];
         let mut messages = Vec::new();
         let mut back = Vec::new();
