@@ -1,6 +1,7 @@
 //! The session against a server in memory: see `pair.rs` and `server.rs`.
 
 mod breakage;
+mod calls;
 mod handoff;
 mod lifecycle;
 mod pair;
