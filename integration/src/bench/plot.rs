@@ -58,7 +58,12 @@ pub struct Bar {
     pub top: i32,
     /// Ends of the whisker: above and below.
     pub whisker: (i32, i32),
+    /// Middle of its number's text: above the whisker, and not across the target's line.
+    pub number: i32,
 }
+
+/// From the middle of a number's text to what it stands on.
+const NUMBER_ABOVE: i32 = 9;
 
 /// Where everything goes.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,6 +92,12 @@ impl Layout {
         let y = |ratio: f64| base - pixel(ratio * per_ratio);
         let row_width = f64::from(SIZE.0 - left - right) / (rows.len().max(1)) as f64;
         let start = |n: usize| f64::from(left) + row_width * (n as f64 + (1.0 - FILLED) / 2.0);
+        let number = |high: i32, target: Option<i32>| {
+            let above = high - NUMBER_ABOVE;
+            target
+                .filter(|line| (line - above).abs() < NUMBER_ABOVE)
+                .map_or(above, |line| line - NUMBER_ABOVE)
+        };
         let bars = |n: usize, row: &Row| {
             let width = row_width * FILLED / row.ratios.len().max(1) as f64;
             let bar = |(at, ratio): (usize, &Spread)| {
@@ -98,6 +109,7 @@ impl Layout {
                         x: (pixel(x), pixel(x + width)),
                         top: y(ratio.median),
                         whisker: (high, low),
+                        number: number(high, row.target.map(y)),
                     }
                 })
             };
@@ -198,14 +210,14 @@ where
     }
 
     fn bar(&self, bar: Bar, base: i32, median: f64, colour: RGBColor) -> Result<()> {
-        let Bar { x: (from, to), top, whisker: (high, low) } = bar;
+        let Bar { x: (from, to), top, whisker: (high, low), number } = bar;
         self.filled((from + 1, top), (to - 1, base), colour)?;
         let at = i32::midpoint(from, to);
         self.line((at, high), (at, low), INK, 1)?;
         for end in [high, low] {
             self.line((at - 4, end), (at + 4, end), INK, 1)?;
         }
-        self.text(&format!("{median:.2}"), (at, high - 9), 12, HPos::Center, INK)
+        self.text(&format!("{median:.2}"), (at, number), 12, HPos::Center, INK)
     }
 
     fn legend(&self, rows: &[Row]) -> Result<()> {
@@ -294,6 +306,18 @@ mod tests {
         assert_eq!(grid.first(), Some(&(0.0, base)));
         assert!(grid.iter().any(|line| line.0 == 1.0), "parity has a line: {grid:?}");
         assert_eq!(targets[1], None);
+    }
+
+    #[test]
+    fn a_target_is_not_drawn_across_a_number() {
+        for target in [0.0, 0.5, 0.9, 1.0, 1.05, 1.1, 1.2, 1.5, 3.0] {
+            let rows =
+                [row("a", &[(1.0, 0.9, 1.1)], Some(target)), row("b", &[(8.0, 8.0, 8.0)], None)];
+            let Layout { rows, targets, .. } = Layout::of(&rows);
+            let (bar, line) = (rows[0].1[0].unwrap(), targets[0].unwrap().2);
+            assert!(bar.number <= bar.whisker.0 - NUMBER_ABOVE, "{target}: {bar:?}");
+            assert!((bar.number - line).abs() >= NUMBER_ABOVE, "{target}: {bar:?} {line}");
+        }
     }
 
     #[test]
