@@ -350,7 +350,7 @@ fn workers_have_a_short_slice_unless_it_is_not_wanted() {
     common::wait_for("short slices", || {
         let short = worker_slices(server.child.id());
         assert_eq!((short.len(), usual.len()), (2, 2));
-        usual.contains(&0) || short == [100_000; 2]
+        usual.contains(&0) || short == [300_000; 2]
     });
-    assert!(!usual.contains(&100_000), "{usual:?}");
+    assert!(!usual.contains(&300_000), "{usual:?}");
 }
