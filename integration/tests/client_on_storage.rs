@@ -85,9 +85,19 @@ fn every_operation_does_what_it_says() {
 /// Verified load on two queues through kills of the server, cut connections and silence.
 #[test]
 fn trouble_between_client_and_server_is_only_a_pause() {
+    trouble("pause", 24 << 10);
+}
+
+/// The same with writes that the server passes from the socket to the file, and that are cut in the middle.
+#[test]
+fn trouble_in_the_middle_of_large_writes_is_only_a_pause() {
+    let (_dir, storage) = trouble("large", 144 << 10);
+    assert!(storage.metric("baton_piped_writes_total").unwrap() > 0.0);
+}
+
+fn trouble(name: &str, request_bytes: usize) -> (TestDir, Storage) {
     const SLOTS: usize = 16;
-    const BYTES: usize = 24 << 10;
-    let (_dir, mut storage) = storage("pause");
+    let (dir, mut storage) = storage(name);
     let proxy = Proxy::start(storage.data_address(), 5).unwrap();
     proxy.delay_replies(Duration::from_millis(2));
     let volume = opened(&storage.uri("v", Some(proxy.address())));
@@ -97,14 +107,14 @@ fn trouble_between_client_and_server_is_only_a_pause() {
             let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
             thread::spawn(move || {
                 let mut queue = volume.open_queue(index, SLOTS).unwrap();
-                let mut buffers = vec![vec![0u8; BYTES]; SLOTS];
+                let mut buffers = vec![vec![0u8; request_bytes]; SLOTS];
                 let (mut stamp, mut rounds) = (0u8, 0u32);
                 while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                     let write = rounds.is_multiple_of(2);
                     stamp = stamp.wrapping_add(u8::from(write));
                     for (slot, buffer) in (0u8..).zip(&mut buffers) {
-                        let place = u64::from(index) * 512 + u64::from(slot);
-                        let offset = place * BYTES as u64;
+                        let place = u64::from(index) * 64 + u64::from(slot);
+                        let offset = place * request_bytes as u64;
                         buffer.fill(if write { stamp ^ slot } else { 0xee });
                         let op = if write { Op::Write { offset } } else { Op::Read { offset } };
                         // SAFETY: the buffers live until all are collected.
@@ -140,6 +150,7 @@ fn trouble_between_client_and_server_is_only_a_pause() {
         assert!(worker.join().unwrap() > 10, "hardly any progress");
     }
     wait_until("connected", SOON, || volume.state() == VolumeState::Connected).unwrap();
+    (dir, storage)
 }
 
 #[test]
