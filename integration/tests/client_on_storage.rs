@@ -85,18 +85,18 @@ fn every_operation_does_what_it_says() {
 /// Verified load on two queues through kills of the server, cut connections and silence.
 #[test]
 fn trouble_between_client_and_server_is_only_a_pause() {
-    trouble("pause", 24 << 10);
+    trouble("pause", 16, 24 << 10);
 }
 
 /// The same with writes that the server passes from the socket to the file, and that are cut in the middle.
 #[test]
 fn trouble_in_the_middle_of_large_writes_is_only_a_pause() {
-    let (_dir, storage) = trouble("large", 144 << 10);
+    let (_dir, storage) = trouble("large", 4, 96 << 10);
     assert!(storage.metric("baton_piped_writes_total").unwrap() > 0.0);
 }
 
-fn trouble(name: &str, request_bytes: usize) -> (TestDir, Storage) {
-    const SLOTS: usize = 16;
+/// With so many requests of so many bytes at a time on each of two queues.
+fn trouble(name: &str, slots: usize, request_bytes: usize) -> (TestDir, Storage) {
     let (dir, mut storage) = storage(name);
     let proxy = Proxy::start(storage.data_address(), 5).unwrap();
     proxy.delay_replies(Duration::from_millis(2));
@@ -106,8 +106,8 @@ fn trouble(name: &str, request_bytes: usize) -> (TestDir, Storage) {
         .map(|index| {
             let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
             thread::spawn(move || {
-                let mut queue = volume.open_queue(index, SLOTS).unwrap();
-                let mut buffers = vec![vec![0u8; request_bytes]; SLOTS];
+                let mut queue = volume.open_queue(index, slots).unwrap();
+                let mut buffers = vec![vec![0u8; request_bytes]; slots];
                 let (mut stamp, mut rounds) = (0u8, 0u32);
                 while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                     let write = rounds.is_multiple_of(2);
@@ -120,8 +120,8 @@ fn trouble(name: &str, request_bytes: usize) -> (TestDir, Storage) {
                         // SAFETY: the buffers live until all are collected.
                         unsafe { queue.submit(Tag(u32::from(slot)), op, &iov(buffer)) };
                     }
-                    let done = collect(&mut *queue, SLOTS, SOON);
-                    assert_eq!(done.len(), SLOTS);
+                    let done = collect(&mut *queue, slots, SOON);
+                    assert_eq!(done.len(), slots);
                     assert!(done.iter().all(|c| c.result.is_ok()), "{done:?}");
                     for (slot, buffer) in (0u8..).zip(&buffers) {
                         assert!(buffer.iter().all(|b| *b == stamp ^ slot), "queue {index}");

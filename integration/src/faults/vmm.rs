@@ -79,10 +79,12 @@ impl Vmm {
             let guest = Guest::boot(config.number, disk, &memory)?;
             Ok(Disk { frontend, guest, memory, connected: true, logging: false })
         });
+        let disks = disks.collect::<Result<_>>()?;
+        // Whoever waits for this one waits for the connections.
         let control = UnixListener::bind(&config.control)
             .with_context(|| format!("cannot listen on {}", config.control.display()))?;
         Ok(Self {
-            disks: disks.collect::<Result<_>>()?,
+            disks,
             recorder: Recorder::open(&config.history)?,
             control,
             running: false,
