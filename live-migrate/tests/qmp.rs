@@ -172,8 +172,8 @@ async fn a_failed_migration_says_why() {
     }
 }
 
-/// A QEMU that tells a client of an event that was for the one before, once or whenever it is called.
-async fn stale(events: usize) -> (TempDir, Qemu, tokio::task::JoinHandle<()>) {
+/// A QEMU that tells so many clients of an event that was for the one before, and takes its time for each answer.
+async fn stale(events: usize, pause: Duration) -> (TempDir, Qemu, tokio::task::JoinHandle<()>) {
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     let dir = tempfile::tempdir().expect("temp dir");
     let socket = dir.path().join("a");
@@ -195,6 +195,7 @@ async fn stale(events: usize) -> (TempDir, Qemu, tokio::task::JoinHandle<()>) {
                     break;
                 }
                 let Ok(Some(question)) = lines.next_line().await else { break };
+                tokio::time::sleep(pause).await;
                 answer = if question.contains("query-status") {
                     "{\"return\": {\"status\": \"running\", \"running\": true}}"
                 } else {
@@ -208,13 +209,42 @@ async fn stale(events: usize) -> (TempDir, Qemu, tokio::task::JoinHandle<()>) {
 
 #[tokio::test]
 async fn what_was_meant_for_the_client_before_is_no_greeting() {
-    let (_dir, vmm, server) = stale(2).await;
+    let (_dir, vmm, server) = stale(2, Duration::ZERO).await;
     assert_eq!(vmm.status().await.expect("status").run, RunState::Running);
     server.abort();
     // Somebody else's socket is not called for ever.
-    let (_dir, vmm, server) = stale(usize::MAX).await;
+    let (_dir, vmm, server) = stale(usize::MAX, Duration::ZERO).await;
     let refused = vmm.status().await.expect_err("no greeting");
     assert!(matches!(refused, VmmError::Broken { command: "qmp_capabilities", .. }), "{refused:?}");
+    server.abort();
+}
+
+/// As a coordinator does that is killed in the middle of its question to the agent.
+#[tokio::test]
+async fn whoever_asks_and_goes_harms_nobody_who_asks_meanwhile() {
+    let (_dir, vmm, server) = stale(0, Duration::from_millis(50)).await;
+    for wait_ms in (10..200).step_by(20) {
+        let gone = tokio::time::timeout(Duration::from_millis(wait_ms), vmm.status());
+        let (_, meanwhile, also) = tokio::join!(gone, vmm.status(), vmm.status());
+        for status in [meanwhile, also] {
+            assert_eq!(status.expect("status").run, RunState::Running, "gone after {wait_ms} ms");
+        }
+    }
+    server.abort();
+}
+
+/// A session that was silent once is not used again, not even by who waited for it.
+#[tokio::test]
+async fn a_silent_session_is_given_up_for_all() {
+    let (dir, _, server) = stale(0, Duration::from_millis(400)).await;
+    let vmm = Qemu::new(dir.path().join("a"), Duration::from_millis(600));
+    let (one, two, three) = tokio::join!(vmm.status(), vmm.status(), vmm.status());
+    for status in [one, two, three] {
+        if let Err(error) = status {
+            let told = matches!(error, VmmError::Silent { .. } | VmmError::Broken { .. });
+            assert!(told, "{error:?}");
+        }
+    }
     server.abort();
 }
 

@@ -7,6 +7,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -51,12 +52,56 @@ struct Session {
     /// Of migrations.
     news: Arc<Notify>,
     reader: JoinHandle<()>,
+    /// No more commands: what comes next may be the answer to an earlier one.
+    given_up: AtomicBool,
     version: String,
 }
 
 impl std::fmt::Debug for Session {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Session").field("version", &self.version).finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// `None`: no answer in time. A session that failed is given up.
+    async fn execute<C>(&self, command: C, limit: Duration) -> Option<Result<C::Ok, ExecuteError>>
+    where
+        C: QmpCommand + Command + Send + Sync,
+        C::Ok: Send,
+    {
+        let run = async {
+            let _turn = self.turn.lock().await;
+            if self.is_given_up() {
+                return Err(ExecuteError::Io(io::ErrorKind::BrokenPipe.into()));
+            }
+            // An answer to this may come after the next command's question, and the turn ends with this.
+            let unless_answered = GiveUp(self);
+            let answer = self.service.execute(command).await;
+            if !matches!(answer, Err(ExecuteError::Io(_))) {
+                std::mem::forget(unless_answered);
+            }
+            answer
+        };
+        let answer = tokio::time::timeout(limit, run).await.ok();
+        if answer.is_none() {
+            drop(GiveUp(self));
+        }
+        answer
+    }
+
+    fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::SeqCst) || self.reader.is_finished()
+    }
+}
+
+/// Ends a session, at its own end.
+struct GiveUp<'a>(&'a Session);
+
+impl Drop for GiveUp<'_> {
+    fn drop(&mut self) {
+        self.0.given_up.store(true, Ordering::SeqCst);
+        self.0.reader.abort();
     }
 }
 
@@ -90,7 +135,7 @@ impl Qemu {
         let open = async {
             let mut slot = self.session.lock().await;
             if let Some(session) = slot.upgrade()
-                && !session.reader.is_finished()
+                && !session.is_given_up()
             {
                 return Ok(session);
             }
@@ -131,46 +176,41 @@ impl Qemu {
         let (service, events) = stream.into_parts();
         let news = Arc::new(Notify::new());
         let reader = tokio::spawn(read(events, Arc::clone(&news)));
-        Ok(Session { service, turn: Mutex::new(()), news, reader, version })
+        let (turn, given_up) = (Mutex::new(()), AtomicBool::new(false));
+        Ok(Session { service, turn, news, reader, given_up, version })
     }
 
-    async fn execute<C>(&self, session: &Session, command: C) -> Result<C::Ok, VmmError>
+    /// Whoever asked may be gone before QEMU has answered, so a task of its own waits for that: a session whose answer
+    /// nobody waited for is of no use to the next command.
+    async fn execute<C>(&self, session: &Arc<Session>, command: C) -> Result<C::Ok, VmmError>
     where
-        C: QmpCommand + Command + Send + Sync,
-        C::Ok: Send,
+        C: QmpCommand + Command + Send + Sync + 'static,
+        C::Ok: Send + 'static,
     {
         let name = C::NAME;
-        let run = async {
-            let _turn = session.turn.lock().await;
-            session.service.execute(command).await
-        };
-        match tokio::time::timeout(self.timeout, run).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(ExecuteError::Qapi(error))) => {
+        let (theirs, limit) = (Arc::clone(session), self.timeout);
+        let run = tokio::spawn(async move { theirs.execute(command, limit).await });
+        match run.await {
+            Ok(Some(Ok(answer))) => Ok(answer),
+            Ok(Some(Err(ExecuteError::Qapi(error)))) => {
                 Err(VmmError::Refused { vmm: NAME, command: name, detail: error.desc })
             }
-            Ok(Err(ExecuteError::Io(source))) => {
-                session.reader.abort();
-                Err(self.broken(name, source))
-            }
-            Err(_) => {
-                // Its answer may come after the next command's question.
-                session.reader.abort();
-                Err(self.silent(name))
-            }
+            Ok(Some(Err(ExecuteError::Io(source)))) => Err(self.broken(name, source)),
+            Ok(None) => Err(self.silent(name)),
+            Err(ended) => Err(self.broken(name, ended)),
         }
     }
 
     async fn command<C>(&self, command: C) -> Result<C::Ok, VmmError>
     where
-        C: QmpCommand + Command + Send + Sync,
-        C::Ok: Send,
+        C: QmpCommand + Command + Send + Sync + 'static,
+        C::Ok: Send + 'static,
     {
         let session = self.session().await?;
         self.execute(&session, command).await
     }
 
-    async fn look(&self, session: &Session) -> Result<VmmStatus, VmmError> {
+    async fn look(&self, session: &Arc<Session>) -> Result<VmmStatus, VmmError> {
         // In this order, so that the machine's state is not older than the phase.
         let migration = self.execute(session, qmp::query_migrate {}).await?;
         let run = self.execute(session, qmp::query_status {}).await?.status;
@@ -188,7 +228,7 @@ impl Qemu {
         })
     }
 
-    async fn capabilities(&self, session: &Session, pause: bool) -> Result<(), VmmError> {
+    async fn capabilities(&self, session: &Arc<Session>, pause: bool) -> Result<(), VmmError> {
         let set = |capability, state| qmp::MigrationCapabilityStatus { capability, state };
         let capabilities = vec![
             set(MigrationCapability::events, true),
