@@ -242,7 +242,8 @@ async fn a_silent_session_is_given_up_for_all() {
     for status in [one, two, three] {
         if let Err(error) = status {
             let told = matches!(error, VmmError::Silent { .. } | VmmError::Broken { .. });
-            assert!(told, "{error:?}");
+            // Nobody's question came to a session that has one open, which ends the process in the library.
+            assert!(told && !format!("{error:?}").contains("Panic"), "{error:?}");
         }
     }
     server.abort();

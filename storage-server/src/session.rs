@@ -92,8 +92,8 @@ pub enum Violation {
     TooManySeals,
 }
 
-/// Looks at the front of the received bytes, of which `elsewhere` are the last. A request that could never be accepted
-/// is refused by its header, before its payload is waited for.
+/// Looks at the front of the received bytes; `elsewhere` more of its payload are held somewhere else. A request that
+/// could never be accepted is refused by its header, before its payload is waited for.
 #[must_use]
 pub fn front(received: &[u8], elsewhere: usize) -> Front {
     let Some((head, _)) = received.split_first_chunk::<REQUEST_HEADER_BYTES>() else {

@@ -46,12 +46,6 @@ fn on_unix(fixture: &Fixture) -> Client {
     client
 }
 
-fn whole(client: &mut Client, offset: u64, data: &[u8]) -> Vec<u8> {
-    let mut header = client.header(Opcode::Write, offset, data.len() as u64);
-    header.payload_len = u32::try_from(data.len()).expect("short");
-    [&header.encode()[..], data].concat()
-}
-
 fn piped(fixture: &Fixture) -> u64 {
     metric(fixture.admin, "baton_piped_writes_total")
 }
@@ -84,7 +78,7 @@ fn they_may_come_in_any_pieces() {
                     sector[..8].copy_from_slice(&random.random::<u64>().to_le_bytes());
                 }
                 model[at..at + len].copy_from_slice(&data);
-                bytes.extend(whole(&mut owner, at as u64, &data));
+                bytes.extend(owner.write_request(at as u64, &data));
                 asked.push(owner.seq);
                 if n == 3 {
                     let ping = owner.header(Opcode::Ping, 0, 0);
@@ -117,7 +111,7 @@ fn half_of_one_changes_nothing() {
         let fixture = fixture(way);
         let mut old = fixture.owner("d", "h", 1);
         assert_eq!(old.write(0, &vec![1; LARGE]), Status::Ok);
-        let request = whole(&mut old, 0, &vec![2; LARGE]);
+        let request = old.write_request(0, &vec![2; LARGE]);
         old.raw(&request[..LARGE - 700]);
         old.stream.shutdown(std::net::Shutdown::Write).expect("shut down");
         assert!(old.is_closed());
@@ -137,7 +131,7 @@ fn one_whose_sender_is_fenced_in_the_middle_changes_nothing() {
         let fixture = fixture(way);
         let mut old = fixture.owner("d", "h", 1);
         warm_up(&mut old);
-        let request = whole(&mut old, 0, &vec![2; LARGE]);
+        let request = old.write_request(0, &vec![2; LARGE]);
         let (first, second) = request.split_at(LARGE / 2 + 33);
         old.raw(first);
         let mut new = fixture.owner("d", "h", 2);
@@ -212,7 +206,7 @@ fn one_in_very_small_pieces_goes_through_the_buffer() {
     let before = piped(&fixture);
     let mut between = Between::start();
     for _ in 0..2 {
-        let request = whole(&mut owner, 0, &data);
+        let request = owner.write_request(0, &data);
         for piece in request.chunks(512) {
             owner.raw(piece);
             between.send();
@@ -255,7 +249,7 @@ fn small_requests_between_them_are_served() {
     let mut all = Vec::new();
     for n in 0..8u8 {
         let len = if n % 2 == 0 { LARGE } else { 512 };
-        all.extend(whole(&mut owner, u64::from(n) << 20, &vec![n; len]));
+        all.extend(owner.write_request(u64::from(n) << 20, &vec![n; len]));
     }
     owner.raw(&all);
     for seq in owner.seq - 7..=owner.seq {

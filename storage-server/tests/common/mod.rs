@@ -294,10 +294,16 @@ impl Client {
     }
 
     pub fn send_write(&mut self, offset: u64, data: &[u8]) -> u64 {
+        let request = self.write_request(offset, data);
+        self.raw(&request);
+        self.seq
+    }
+
+    /// The bytes of a WRITE, with the next number.
+    pub fn write_request(&mut self, offset: u64, data: &[u8]) -> Vec<u8> {
         let mut header = self.header(Opcode::Write, offset, data.len() as u64);
         header.payload_len = u32::try_from(data.len()).expect("short");
-        self.raw(&[&header.encode()[..], data].concat());
-        self.seq
+        [&header.encode()[..], data].concat()
     }
 
     pub fn reply(&mut self) -> (ReplyHeader, Vec<u8>) {
