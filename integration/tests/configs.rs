@@ -86,7 +86,7 @@ fn a_storage_server_starts_from_its_example() {
         &[
             ("127.0.0.1:7700", "127.0.0.1:0".to_owned()),
             ("127.0.0.1:7701", "127.0.0.1:0".to_owned()),
-            ("/run/baton/storage.sock", dir.join("s").display().to_string()),
+            ("/run/baton-storage/data.sock", dir.join("s").display().to_string()),
             ("/var/lib/baton/storage", dir.join("data").display().to_string()),
         ],
     );
@@ -216,6 +216,19 @@ fn every_toml_file_has_a_test_here() {
     );
 }
 
+/// Whoever starts a backend, it may do the same, from the first of these lines to the end of the section.
+#[test]
+fn both_units_of_a_backend_are_confined_alike() {
+    let confined = |unit: &str| {
+        let text = read(&format!("systemd/{unit}@.service"));
+        let (_, rest) = text.split_once("\nNoNewPrivileges=yes\n").unwrap();
+        rest.split("\n[Install]").next().unwrap().trim().to_owned()
+    };
+    let alone = confined("baton-backend");
+    assert!(alone.lines().count() > 15);
+    assert_eq!(alone, confined("baton-agent-backend"));
+}
+
 #[test]
 fn systemd_accepts_the_units() {
     let dir = TestDir::new("configs").unwrap();
@@ -230,7 +243,7 @@ fn systemd_accepts_the_units() {
             .unwrap();
         units.push(dir.join(&name));
     }
-    assert_eq!(units.len(), 5, "{units:?}");
+    assert_eq!(units.len(), 6, "{units:?}");
     let Ok(output) = Command::new("systemd-analyze").arg("verify").args(&units).output() else {
         eprintln!("**** SKIPPED: systemd_accepts_the_units: there is no systemd-analyze ****");
         return;

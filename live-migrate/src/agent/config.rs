@@ -16,8 +16,6 @@ use crate::tls::TlsFiles;
 
 /// Where the API is unless said otherwise.
 pub const DEFAULT_LISTEN: &str = "unix:/run/baton/agent.sock";
-/// In the run directory: what a backend is started with.
-pub(super) const LAUNCH_DIR: &str = "launch";
 /// There where systemd is the init of this host.
 const SYSTEMD_RUNS: &str = "/run/systemd/system";
 

@@ -10,6 +10,12 @@ use utoipa::ToSchema;
 
 use crate::identity::is_name;
 
+/// In the run directory: what a backend is started with.
+pub(super) const LAUNCH_DIR: &str = "launch";
+/// In the run directory: sockets of monitors that are given no other place.
+pub(super) const VMM_DIR: &str = "vmm";
+/// What is the agent's own in the run directory, where each VM has a directory of its name.
+const OWN_NAMES: [&str; 3] = [LAUNCH_DIR, VMM_DIR, "agent.sock"];
 const DISKS_MAX: usize = 256;
 const ARGUMENTS_MAX: usize = 1024;
 
@@ -25,11 +31,11 @@ pub struct VmDefinition {
     /// Its monitor.
     #[serde(default)]
     pub vmm: VmmKind,
-    /// QEMU's QMP socket. Default: `qmp.sock` in the VM's run directory.
+    /// QEMU's QMP socket. Default: `vmm/VM.qmp` in the run directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub qmp: Option<PathBuf>,
-    /// cloud-hypervisor's API socket. Default: `api.sock` in the VM's run directory.
+    /// cloud-hypervisor's API socket. Default: `vmm/VM.api` in the run directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub api_socket: Option<PathBuf>,
@@ -99,6 +105,9 @@ pub enum DefinitionError {
         /// Its value.
         value: String,
     },
+    /// In the run directory it is the agent's own.
+    #[error("a VM cannot be called `{0}`: the agent itself has that name in its run directory")]
+    OwnName(String),
     /// A socket elsewhere than meant.
     #[error("the socket path {} is not absolute", .0.display())]
     Relative(PathBuf),
@@ -126,7 +135,8 @@ pub(super) struct Doors<'a> {
 #[derive(Clone, Debug)]
 pub(super) struct Paths<'a> {
     pub(super) vm: &'a VmDefinition,
-    pub(super) dir: &'a Path,
+    /// The agent's, for all VMs.
+    pub(super) run_dir: &'a Path,
 }
 
 impl VmDefinition {
@@ -137,6 +147,9 @@ impl VmDefinition {
     pub fn check(&self) -> Result<(), DefinitionError> {
         if !is_name(&self.name) {
             return Err(DefinitionError::Name(self.name.clone()));
+        }
+        if OWN_NAMES.contains(&self.name.as_str()) {
+            return Err(DefinitionError::OwnName(self.name.clone()));
         }
         if !(1..=DISKS_MAX).contains(&self.disks.len()) {
             return Err(DefinitionError::Disks(self.disks.len()));
@@ -172,15 +185,15 @@ impl VmDefinition {
         }
         if let Some(command) = &self.incoming_command {
             // Any directory: it is the placeholders that are checked.
-            let paths = Paths { vm: self, dir: Path::new("/") };
+            let paths = Paths { vm: self, run_dir: Path::new("/") };
             paths.fill(command)?;
         }
         Ok(())
     }
 
     /// The backend's configuration file.
-    pub(super) fn backend_toml(&self, host: &str, dir: &Path, doors: Doors<'_>) -> String {
-        let paths = Paths { vm: self, dir };
+    pub(super) fn backend_toml(&self, host: &str, run_dir: &Path, doors: Doors<'_>) -> String {
+        let paths = Paths { vm: self, run_dir };
         let text = |value: &str| toml::Value::from(value).to_string();
         let mut out = String::from("# Written by baton-agent; changes are lost.\n");
         let owner = format!("{host}/{}", self.name);
@@ -215,15 +228,21 @@ impl VmDefinition {
 
 impl Paths<'_> {
     pub(super) fn socket(&self, disk: &Disk) -> PathBuf {
-        disk.socket.clone().unwrap_or_else(|| self.dir.join(format!("{}.sock", disk.name)))
+        let own = || self.run_dir.join(&self.vm.name).join(format!("{}.sock", disk.name));
+        disk.socket.clone().unwrap_or_else(own)
     }
 
     pub(super) fn qmp(&self) -> PathBuf {
-        self.vm.qmp.clone().unwrap_or_else(|| self.dir.join("qmp.sock"))
+        self.vm.qmp.clone().unwrap_or_else(|| self.monitor("qmp"))
     }
 
     pub(super) fn api(&self) -> PathBuf {
-        self.vm.api_socket.clone().unwrap_or_else(|| self.dir.join("api.sock"))
+        self.vm.api_socket.clone().unwrap_or_else(|| self.monitor("api"))
+    }
+
+    /// Not beside the disks' sockets: systemd removes that directory when the backend dies.
+    fn monitor(&self, suffix: &str) -> PathBuf {
+        self.run_dir.join(VMM_DIR).join(format!("{}.{suffix}", self.vm.name))
     }
 
     /// Replaces placeholders. What is no placeholder in form, such as JSON, stays.
@@ -304,6 +323,8 @@ mod tests {
                 "{socket:x}",
             ),
             ("poll_us = 30", "poll_us = 101", "0 to 100"),
+            ("name = \"web\"", "name = \"launch\"", "launch"),
+            ("name = \"web\"", "name = \"agent.sock\"", "agent.sock"),
         ] {
             assert!(ONE.contains(from));
             let error = vm(&ONE.replacen(from, to, 1)).check().expect_err(to).to_string();
@@ -316,14 +337,14 @@ mod tests {
     #[test]
     fn placeholders_are_replaced_and_json_stays() {
         let vm = vm(ONE);
-        let paths = Paths { vm: &vm, dir: Path::new("/run/web") };
+        let paths = Paths { vm: &vm, run_dir: Path::new("/run") };
         let fill = |text: &str| {
             paths.fill(&["q".to_owned(), text.to_owned()]).map(|mut all| all.remove(1))
         };
         for (text, filled) in [
             ("path={socket:root},x", "path=/run/web/root.sock,x"),
             ("{socket:data}{vm}", "/x/d.sockweb"),
-            ("unix:{qmp}", "unix:/run/web/qmp.sock"),
+            ("unix:{qmp}", "unix:/run/vmm/web.qmp"),
             ("{\"a\":{\"b\":1}}", "{\"a\":{\"b\":1}}"),
             ("{", "{"),
             ("{}", "{}"),
@@ -336,7 +357,7 @@ mod tests {
     fn the_backends_file_says_what_the_definition_says() {
         let text = {
             let doors = Doors { mode: Some("660"), group: Some("kvm") };
-            vm(ONE).backend_toml("host-a", Path::new("/run/web"), doors)
+            vm(ONE).backend_toml("host-a", Path::new("/run"), doors)
         };
         let parsed: toml::Table = toml::from_str(&text).expect("TOML");
         assert_eq!(parsed["owner"].as_str(), Some("host-a/web"));

@@ -87,8 +87,7 @@ impl Drop for HalfMade {
 impl Agent {
     /// The driver of a VM's monitor; `None` when it is somebody else's business.
     pub(super) fn vmm(&self, vm: &VmDefinition) -> Option<Arc<dyn Vmm>> {
-        let dir = self.config.vm_dir(&vm.name);
-        let paths = Paths { vm, dir: &dir };
+        let paths = Paths { vm, run_dir: &self.config.run_dir };
         let mut all = self.machines.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((known, vmm)) = all.get(&vm.name)
             && (known.vmm, &known.qmp, &known.api_socket) == (vm.vmm, &vm.qmp, &vm.api_socket)
@@ -128,12 +127,10 @@ impl Agent {
         vmm: &dyn Vmm,
         command: &[String],
     ) -> Result<(), IncomingError> {
-        let dir = self.config.vm_dir(&vm.name);
-        let command = Paths { vm, dir: &dir }.fill(command)?;
+        let command = Paths { vm, run_dir: &self.config.run_dir }.fill(command)?;
         let (program, arguments) = command.split_first().ok_or(DefinitionError::Command)?;
         let log = self.config.state_dir.join(format!("{}.vmm.log", vm.name));
         let start = || -> io::Result<Child> {
-            std::fs::create_dir_all(&dir)?;
             let out = OpenOptions::new().create(true).append(true).open(&log)?;
             Command::new(program)
                 .args(arguments)

@@ -111,7 +111,9 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
             return Err(StartError::WrongHost { found, host });
         }
     }
-    for path in [&config.state_dir, &config.run_dir, &config.run_dir.join(config::LAUNCH_DIR)] {
+    let [launch, vmm] =
+        [definition::LAUNCH_DIR, definition::VMM_DIR].map(|dir| config.run_dir.join(dir));
+    for path in [&config.state_dir, &config.run_dir, &launch, &vmm] {
         std::fs::create_dir_all(path)
             .map_err(|source| StartError::Directory { path: path.clone(), source })?;
     }
@@ -197,17 +199,16 @@ impl Agent {
 
     /// Writes a backend's configuration and says how to start it.
     fn launch(&self, vm: &VmDefinition, role: Role, only_for: Option<Try>) -> io::Result<Launch> {
-        let vm_dir = self.config.vm_dir(&vm.name);
         // A unit of systemd has its directory made by systemd, for its own user.
         if self.config.manager == crate::supervisor::Manager::Child {
-            std::fs::create_dir_all(&vm_dir)?;
+            std::fs::create_dir_all(self.config.vm_dir(&vm.name))?;
         }
         let at = |suffix: &str| {
-            self.config.run_dir.join(config::LAUNCH_DIR).join(format!("{}.{suffix}", vm.name))
+            self.config.run_dir.join(definition::LAUNCH_DIR).join(format!("{}.{suffix}", vm.name))
         };
         let toml = vm.backend_toml(
             &self.config.host,
-            &vm_dir,
+            &self.config.run_dir,
             Doors {
                 mode: self.config.socket_mode.as_deref(),
                 group: self.config.socket_group.as_deref(),

@@ -145,11 +145,12 @@ impl Keeper {
                     };
                     was_up |= up.into_inner().unwrap_or_else(PoisonError::into_inner);
                     if status.and_then(|status| status.code()) == Some(EXIT_USAGE) {
-                        return self.fail(&launch, launch.tail());
+                        return self.fail(&launch, self.settings.manager.tail(&launch).await);
                     }
+                    let tail = self.settings.manager.tail(&launch).await;
                     match status {
-                        Some(status) => format!("it ended ({status}): {}", launch.tail()),
-                        None => format!("it ended: {}", launch.tail()),
+                        Some(status) => format!("it ended ({status}): {tail}"),
+                        None => format!("it ended: {tail}"),
                     }
                 }
             };

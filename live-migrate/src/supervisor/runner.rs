@@ -1,8 +1,10 @@
 //! Starts and stops one process: as a child of its own group, or as a systemd
 //! unit.
 //!
-//! A child outlives the agent: its output goes to a file, nothing ends it when
-//! the agent ends, and the next agent finds it by its record.
+//! Either outlives the agent: nothing ends it when the agent ends, and the next
+//! agent finds it by its record. Neither is started again by anybody else than the
+//! agent, who knows as what: a unit that systemd starts again would have the
+//! arguments of before, and could come between a seal and the proof of its end.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -70,14 +72,7 @@ impl Launch {
     }
 
     fn unit(&self) -> String {
-        format!("baton-backend@{}.service", self.vm)
-    }
-
-    /// The end of the log, for a person who asks why.
-    pub(super) fn tail(&self) -> String {
-        let text = fs::read(&self.log).unwrap_or_default();
-        let tail = &text[text.len().saturating_sub(TAIL_BYTES)..];
-        String::from_utf8_lossy(tail).lines().last().unwrap_or_default().trim().to_owned()
+        format!("baton-agent-backend@{}.service", self.vm)
     }
 }
 
@@ -161,11 +156,29 @@ impl Manager {
                     tell(systemctl, &["show", "--property=MainPID", "--value", &launch.unit()])
                         .await?;
                 let pid = shown.trim().parse().ok().filter(|pid| *pid > 0);
-                pid.and_then(ProcessId::of).map(Process::other).ok_or_else(|| {
-                    io::Error::other(format!("{} ended at once; see its journal", launch.unit()))
-                })
+                if let Some(process) = pid.and_then(ProcessId::of) {
+                    return Ok(Process::other(process));
+                }
+                let (unit, tail) = (launch.unit(), self.tail(launch).await);
+                Err(io::Error::other(format!("{unit} ended at once: {tail}")))
             }
         }
+    }
+
+    /// What it said last, for a person who asks why.
+    pub(super) async fn tail(&self, launch: &Launch) -> String {
+        let text = match self {
+            Self::Child => fs::read(&launch.log).unwrap_or_default(),
+            Self::Systemd(systemctl) => {
+                let of_unit = format!("_SYSTEMD_UNIT={}", launch.unit());
+                let last = ["--lines=1", "--output=cat", "--quiet", of_unit.as_str()];
+                // Beside systemctl.
+                let said = tell(&systemctl.with_file_name("journalctl"), &last).await;
+                said.unwrap_or_else(|error| format!("see its journal ({error})")).into_bytes()
+            }
+        };
+        let tail = &text[text.len().saturating_sub(TAIL_BYTES)..];
+        String::from_utf8_lossy(tail).lines().last().unwrap_or_default().trim().to_owned()
     }
 
     /// Asks it to end, and makes it end after `grace`.
@@ -210,15 +223,17 @@ impl Manager {
     }
 }
 
-async fn tell(systemctl: &Path, arguments: &[&str]) -> io::Result<String> {
+async fn tell(program: &Path, arguments: &[&str]) -> io::Result<String> {
     let run =
-        Command::new(systemctl).args(arguments).stdin(Stdio::null()).kill_on_drop(true).output();
+        Command::new(program).args(arguments).stdin(Stdio::null()).kill_on_drop(true).output();
+    let name = program.display();
     let output = tokio::time::timeout(SYSTEMCTL_TIMEOUT, run)
         .await
-        .map_err(|_| io::Error::other("systemctl did not answer"))??;
+        .map_err(|_| io::Error::other(format!("{name} did not answer")))?
+        .map_err(|error| io::Error::new(error.kind(), format!("{name}: {error}")))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        return Err(io::Error::other(format!("systemctl {}: {said}", arguments.join(" "))));
+        return Err(io::Error::other(format!("{name} {}: {said}", arguments.join(" "))));
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

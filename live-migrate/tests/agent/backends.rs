@@ -238,9 +238,9 @@ async fn a_unit_of_systemd_is_started_found_and_stopped() {
     assert_eq!(
         told,
         [
-            "start baton-backend@web.service",
-            "show --property=MainPID --value baton-backend@web.service",
-            "stop baton-backend@web.service",
+            "start baton-agent-backend@web.service",
+            "show --property=MainPID --value baton-agent-backend@web.service",
+            "stop baton-agent-backend@web.service",
         ]
     );
 }
