@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests, the demo and the benchmark need on a Debian machine, and nothing else.
 #
-#   scripts/setup.sh [--check] [--demo] [--test] [--bench] [--cost] [--libvirt] [--ceph] [--etcd]
+#   scripts/setup.sh [--check] [--demo] [--test] [--bench] [--cost] [--libvirt] [--ceph] [--etcd] [--systemd]
 #
 #   --demo           a QEMU that boots guests, plus a guest kernel and busybox (unpacked, never installed)
 #   --bench          qemu-storage-daemon, nbdkit and qemu-nbd, the peers of the side-by-side benchmark
@@ -11,7 +11,8 @@
 #                    --bench also QEMU's driver for it
 #   --etcd           etcd and its client, for tests that start a cluster of their own. Where systemd runs, the package
 #                    starts a member on port 2379, too: systemctl disable --now etcd
-#   --test           all six, for the harness is tested on the peers, and a C++ compiler for the fuzzer's runtime
+#   --systemd        systemd and systemd-nspawn, for tests that boot hosts whose init it is
+#   --test           all seven, for the harness is tested on the peers, and a C++ compiler for the fuzzer's runtime
 #   --check          change nothing; list what is missing and exit 1 if anything is
 #   (no purpose)     everything
 #
@@ -33,19 +34,20 @@ qemu_min=9.2
 # In the order in which the guest's init loads them: virtio.ko needs virtio_ring.ko.
 modules=(virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk)
 
-check=0 want_guest=0 want_bench=0 want_cost=0 want_fuzz=0 want_libvirt=0 want_ceph=0 want_etcd=0
+check=0 want_guest=0 want_bench=0 want_cost=0 want_fuzz=0 want_libvirt=0 want_ceph=0 want_etcd=0 want_systemd=0
 for arg in "$@"; do
     case $arg in
     --check) check=1 ;;
     --demo) want_guest=1 ;;
-    --test) want_guest=1 want_bench=1 want_cost=1 want_fuzz=1 want_libvirt=1 want_ceph=1 want_etcd=1 ;;
+    --test) want_guest=1 want_bench=1 want_cost=1 want_fuzz=1 want_libvirt=1 want_ceph=1 want_etcd=1 want_systemd=1 ;;
     --bench) want_bench=1 ;;
     --cost) want_cost=1 ;;
     --libvirt) want_libvirt=1 ;;
     --ceph) want_ceph=1 ;;
     --etcd) want_etcd=1 ;;
+    --systemd) want_systemd=1 ;;
     -h | --help)
-        sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,25s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
     *)
@@ -54,7 +56,7 @@ for arg in "$@"; do
         ;;
     esac
 done
-if ((want_guest + want_bench + want_cost + want_libvirt + want_ceph + want_etcd == 0)); then want_guest=1 want_bench=1 want_cost=1 want_fuzz=1 want_libvirt=1 want_ceph=1 want_etcd=1; fi
+if ((want_guest + want_bench + want_cost + want_libvirt + want_ceph + want_etcd + want_systemd == 0)); then want_guest=1 want_bench=1 want_cost=1 want_fuzz=1 want_libvirt=1 want_ceph=1 want_etcd=1 want_systemd=1; fi
 
 say() { echo "setup: $*" >&2; }
 die() {
@@ -112,6 +114,10 @@ if ((want_etcd)); then
     have sysctl || missing+=(procps)
     # Makes the certificates of a test.
     have openssl || missing+=(openssl)
+fi
+if ((want_systemd)); then
+    [[ -x /usr/lib/systemd/systemd ]] || missing+=(systemd)
+    have systemd-nspawn || missing+=(systemd-container)
 fi
 need_guest=0
 ((want_guest)) && ! guest_ok && need_guest=1

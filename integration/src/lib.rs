@@ -1,7 +1,8 @@
 //! What the end-to-end tests, the demo and the benchmark are made of.
 //!
-//! Starts real processes (`daemon`, `baton`, `qsd`, `cluster`, `ceph`, `images`, `etcd`), real guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them
-//! (`migration`) and lets that go wrong (`splitbrain`, `faults`). Plays the other side of a vhost-user socket without a guest
+//! Starts real processes (`daemon`, `baton`, `qsd`, `cluster`, `ceph`, `images`, `etcd`), whole hosts (`machine`), real
+//! guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them (`migration`) and lets that go wrong (`splitbrain`,
+//! `faults`). Plays the other side of a vhost-user socket without a guest
 //! (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`), a storage server's client (`raw_wire`), or a bad network
 //! (`proxy`, `wire`, `island`), on ports of their own (`port`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
@@ -19,6 +20,7 @@ pub mod handoff;
 pub mod images;
 pub mod island;
 pub mod libvirt;
+pub mod machine;
 pub mod memory;
 pub mod migration;
 pub mod nbdkit;
