@@ -2,6 +2,7 @@
 //! back, and a real guest that notices nothing.
 
 use baton_integration::baton::wait_until;
+use baton_integration::ceph::{Ceph, skip_without_ceph};
 use baton_integration::cluster::{HOSTS, Trust, call};
 use baton_integration::daemon::Daemon;
 use baton_integration::guest::{GuestFiles, skip_without_program, skip_without_qemu};
@@ -187,6 +188,41 @@ fn a_guest_finds_its_disk_at_a_socket_of_systemd() {
     let pid = machine.main_pid("baton-backend@web-1").unwrap();
     machine.run("kill", &["-9", &pid.to_string()]).unwrap();
     probe.wait_progress(200, SOON).unwrap();
+    probe.stop_load().unwrap();
+}
+
+/// Ceph's client library works within what a backend's unit allows, with a keyring that its user may read.
+#[test]
+fn a_guest_works_on_ceph_from_a_unit() {
+    const NAME: &str = "a_guest_works_on_ceph_from_a_unit";
+    if skip_without_qemu(NAME) || skip_without_systemd(NAME) || skip_without_ceph(NAME) {
+        return;
+    }
+    let dir = TestDir::new("ceph-unit").unwrap();
+    public(dir.path());
+    let ceph = Ceph::start(dir.path()).unwrap();
+    ceph.create_image("v", 64 << 20).unwrap();
+    ceph.add_user("vm", "profile rbd", "profile rbd pool=rbd").unwrap();
+    let (conf, own) = (fs::read_to_string(ceph.conf()).unwrap(), dir.path().to_str().unwrap());
+    // What a client needs of it: nothing that lies in the cluster's own directory.
+    let global = conf.split("\n[").next().unwrap();
+    let global: Vec<&str> = global.lines().filter(|line| !line.contains(own)).collect();
+    let conf = format!("{}\nkeyring = /etc/baton/$name.keyring\n", global.join("\n"));
+    let key = fs::read_to_string(dir.join("ceph/client.vm.keyring")).unwrap();
+    let vm = example("vm.toml", &[]);
+    let (one_disk, _) = vm.split_once("[[disk]]\nname = \"shared-data\"").unwrap();
+    let volume = "rbd://rbd/v?conf=/etc/baton/ceph.conf&id=vm";
+    let vm = one_disk.replace("baton://127.0.0.1:7700/web-1-root\"", &format!("{volume}\""));
+    let files = [("ceph.conf", conf), ("client.vm.keyring", key), ("vm/web-1.toml", vm)];
+    let machine = Machine::boot(dir.path(), "ceph", &files).unwrap();
+    machine.start("baton-backend@web-1").unwrap();
+    public(&dir.join("guest"));
+    let (_qemu, mut probe) = boot(&machine, &dir.join("guest"), "/run/baton/web-1/root.sock");
+    probe.ask("load threads=2 depth=4 flush-every=50").unwrap();
+    probe.wait_progress(100, SOON).unwrap();
+    let pid = machine.main_pid("baton-backend@web-1").unwrap();
+    machine.run("kill", &["-9", &pid.to_string()]).unwrap();
+    probe.wait_progress(100, SOON).unwrap();
     probe.stop_load().unwrap();
 }
 
