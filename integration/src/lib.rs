@@ -4,7 +4,7 @@
 //! guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them (`migration`) and lets that go wrong (`splitbrain`,
 //! `faults`). Plays the other side of a vhost-user socket without a guest
 //! (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`), a storage server's client (`raw_wire`), or a bad network
-//! (`proxy`, `wire`, `island`), on ports of their own (`port`). Knows the command lines of Baton's programs;
+//! (`proxy`, `distance`, `wire`, `island`), on ports of their own (`port`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
 
 pub mod baton;
@@ -13,6 +13,7 @@ pub mod blk;
 pub mod ceph;
 pub mod cluster;
 pub mod daemon;
+pub mod distance;
 pub mod etcd;
 pub mod faults;
 pub mod guest;

@@ -8,10 +8,12 @@
 //! Both of a run send the same vhost-user messages with the same requests under way; the difference is what the handoff
 //! adds. The front-end that takes over is connected before, as an incoming VMM's is.
 
+use crate::baton::Storage;
 use crate::bench::cpu::{Snapshot, cpus};
 use crate::bench::standstill::Standstills;
 use crate::blk::Request;
 use crate::daemon::Daemon;
+use crate::distance::Distance;
 use crate::handoff::{Attempt, Begin, Fleet, Host};
 use crate::memory::BASE;
 use crate::raw_frontend::{Options, RawFrontend};
@@ -266,17 +268,28 @@ impl<'a> Stillness<'a> {
     }
 }
 
-/// Moves a VM of so many volumes on so many servers, in mode "fast" or "base".
-pub fn moves(
+/// Storage servers with the volumes of a VM.
+pub fn fleet(dir: &Path, servers: usize, volumes: usize) -> Result<Fleet> {
+    Fleet::start(dir, servers, volumes, DISK_BYTES)
+}
+
+/// The same for clients to whom a message takes so long.
+pub fn distant_fleet(
     dir: &Path,
     servers: usize,
     volumes: usize,
-    mode: &'static str,
-    runs: usize,
-) -> Result<Moves> {
-    let mut fleet = Fleet::start(dir, servers, volumes, DISK_BYTES)?;
-    fleet.mode = mode;
-    let mut vm = Vm::start(&fleet, dir)?;
+    one_way: Duration,
+) -> Result<Fleet> {
+    let mut fleet = fleet(dir, servers, volumes)?;
+    let way = |server: &Storage| Distance::start(server.data_address(), one_way);
+    let ways = fleet.servers.iter().map(way).collect::<Result<Vec<_>>>()?;
+    fleet.through = ways.iter().map(Distance::address).collect();
+    Ok(fleet)
+}
+
+/// Moves the VM of these volumes to and fro.
+pub fn moves(fleet: &Fleet, dir: &Path, runs: usize) -> Result<Moves> {
+    let mut vm = Vm::start(fleet, dir)?;
     let mut out = Moves::default();
     let watch = Standstills::watch(cpus()).ok();
     for _ in 0..runs {
@@ -450,16 +463,15 @@ pub struct Messages {
     pub reclaim: Figures,
 }
 
-/// Measures them on one server.
-pub fn messages(dir: &Path, runs: usize) -> Result<Messages> {
-    let fleet = Fleet::start(dir, 1, 1, DISK_BYTES)?;
+/// Measures them on the server of one volume.
+pub fn messages(fleet: &Fleet, dir: &Path, runs: usize) -> Result<Messages> {
     let (server, volume) = (&fleet.servers[0], fleet.members[0].volume.as_str());
     let mut out = Messages::default();
     let file = fs::File::create(dir.join("sync"))?;
     file.write_all_at(&[1; 4096], 0)?;
     file.sync_all()?;
-    let connect =
-        |session, mode| Control::connect(server.data_address(), volume, "host-a/vm", session, mode);
+    let address = fleet.through.first().copied().unwrap_or(server.data_address());
+    let connect = |session, mode| Control::connect(address, volume, "host-a/vm", session, mode);
     let mut standby = connect(u64::MAX, Mode::Standby)?;
     for run in 0..runs {
         out.rtt.push(timed(|| standby.ping())?);

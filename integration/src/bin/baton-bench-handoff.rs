@@ -4,14 +4,17 @@ use anyhow::{Result, bail};
 use baton_integration::bench::cpu::hold_cpus_awake;
 use baton_integration::bench::document::{machine, replace};
 use baton_integration::bench::handoff::{
-    Figures, Many, Messages, Moves, Syncs, many, messages, moves, syncs,
+    Figures, Many, Messages, Moves, Syncs, distant_fleet, fleet, many, messages, moves, syncs,
 };
 use baton_integration::workspace::TestDir;
 use clap::Parser;
 use std::fmt::Write as _;
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 
+/// How far the servers are from the hosts in the second table.
+const ONE_WAY: Duration = Duration::from_millis(5);
 /// Its section in docs/performance.md.
 const SECTION: &str = "bench-handoff";
 
@@ -25,6 +28,9 @@ struct Cli {
     /// Moves of 64 volumes on 8 servers
     #[arg(long, default_value_t = 300)]
     wide_runs: usize,
+    /// Moves with the servers at a distance: of one volume, and of 64
+    #[arg(long, default_value_t = 50)]
+    distant_runs: usize,
     /// Handoffs at the same time
     #[arg(long, default_value_t = 1000)]
     many: usize,
@@ -38,21 +44,47 @@ struct Cli {
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
-    if cli.runs == 0 || cli.wide_runs == 0 || cli.many == 0 {
-        bail!("nothing to measure: --runs, --wide-runs and --many must be at least 1");
+    if [cli.runs, cli.wide_runs, cli.distant_runs, cli.many].contains(&0) {
+        bail!(
+            "nothing to measure: --runs, --wide-runs, --distant-runs and --many must be at least 1"
+        );
     }
     let awake = hold_cpus_awake();
     let on = |what: &str| -> Result<TestDir> {
         eprintln!("bench-handoff: {what}");
         TestDir::new("bench-handoff")
     };
-    let small = moves(on("one volume")?.path(), 1, 1, "fast", cli.runs)?;
-    let durable = moves(on("one volume, base mode")?.path(), 1, 1, "base", cli.runs)?;
-    let wide = moves(on("64 volumes on 8 servers")?.path(), 8, 64, "fast", cli.wide_runs)?;
-    let messages = messages(on("messages")?.path(), cli.runs)?;
+    let move_on = |what: &str, servers, volumes, mode, runs| -> Result<Moves> {
+        let dir = on(what)?;
+        let mut fleet = fleet(dir.path(), servers, volumes)?;
+        fleet.mode = mode;
+        moves(&fleet, dir.path(), runs)
+    };
+    let small = move_on("one volume", 1, 1, "fast", cli.runs)?;
+    let durable = move_on("one volume, base mode", 1, 1, "base", cli.runs)?;
+    let wide = move_on("64 volumes on 8 servers", 8, 64, "fast", cli.wide_runs)?;
+    let move_far = |what: &str, servers, volumes| -> Result<Moves> {
+        let dir = on(what)?;
+        let fleet = distant_fleet(dir.path(), servers, volumes, ONE_WAY)?;
+        moves(&fleet, dir.path(), cli.distant_runs)
+    };
+    let distant = Distant {
+        small: move_far("one volume at a distance", 1, 1)?,
+        wide: move_far("64 volumes at a distance", 8, 64)?,
+        messages: {
+            let dir = on("messages at a distance")?;
+            let fleet = distant_fleet(dir.path(), 1, 1, ONE_WAY)?;
+            messages(&fleet, dir.path(), cli.distant_runs)?
+        },
+    };
+    let messages = {
+        let dir = on("messages")?;
+        messages(&fleet(dir.path(), 1, 1)?, dir.path(), cli.runs)?
+    };
     let syncs = syncs(on("calls to the disk")?.path(), 5)?;
     let many_at_once = many(on("many at once")?.path(), cli.many)?;
-    let result = Outcome { small, durable, wide, messages, syncs, many: (cli.many, many_at_once) };
+    let result =
+        Outcome { small, durable, wide, distant, messages, syncs, many: (cli.many, many_at_once) };
     let text = section(&result, &cli.commit, awake.is_some());
     // Nobody may be reading.
     let _ = writeln!(std::io::stdout(), "{text}");
@@ -62,18 +94,25 @@ fn main() -> Result<()> {
     }
 }
 
+/// With the servers at a distance.
+struct Distant {
+    small: Moves,
+    wide: Moves,
+    messages: Messages,
+}
+
 struct Outcome {
     small: Moves,
     durable: Moves,
     wide: Moves,
+    distant: Distant,
     messages: Messages,
     syncs: Option<Syncs>,
     many: (usize, Many),
 }
 
 fn section(result: &Outcome, commit: &str, awake: bool) -> String {
-    let Outcome { small, durable, wide, messages, syncs, many: (count, many) } = result;
-    let rtt = messages.rtt.quantile(0.5);
+    let Outcome { small, durable, wide, distant, messages, syncs, many: (count, many) } = result;
     let mut text = String::new();
     let awake = if awake { "kept from halting" } else { "free to halt" };
     let _ = writeln!(text, "{}, idle CPUs {awake}, commit {commit}:\n", machine());
@@ -109,17 +148,7 @@ fn section(result: &Outcome, commit: &str, awake: bool) -> String {
     row("for comparison: round trip (PING)", &messages.rtt, "");
     row("for comparison: round trip (PING) after 20 ms of silence", &messages.rtt_idle, "");
     row("for comparison: 4 KiB overwrite + fdatasync", &messages.sync, "");
-    let ratio = |figures: &Figures| figures.quantile(0.5) / rtt;
-    let _ = writeln!(
-        text,
-        "\nIn round trips of PING (median {}, after silence {}), medians: SEAL {:.1}, ACTIVATE {:.1}; with 64 volumes {:.1} and {:.1}.",
-        ms(rtt),
-        ms(messages.rtt_idle.quantile(0.5)),
-        ratio(&small.seal),
-        ratio(&small.activate),
-        ratio(&wide.seal),
-        ratio(&wide.activate)
-    );
+    text.push_str(&in_round_trips(distant));
     let _ = writeln!(
         text,
         "{count} handoffs at once on one server: first SEAL to last ACTIVATED {:.0} ms (target 1 s); ARM of all {:.0} ms before, SETTLE of all {:.0} ms after.",
@@ -135,6 +164,31 @@ fn section(result: &Outcome, commit: &str, awake: bool) -> String {
             syncs.before_decision, syncs.before_first_io, syncs.later
         ),
     };
+    text
+}
+
+/// What is a matter of messages shows where these take longer than all else.
+fn in_round_trips(Distant { small, wide, messages }: &Distant) -> String {
+    let rtt = messages.rtt_idle.quantile(0.5);
+    let mut text = format!(
+        "\nThe servers {} away in each direction (a round trip of PING: {}), in round trips:\n\n| what | runs | p50 | p99 | target |\n|---|---|---|---|---|\n",
+        ms(ONE_WAY.as_secs_f64() * 1e6),
+        ms(rtt)
+    );
+    let sync = format!("2, and 1 fsync ({:.2})", messages.sync.quantile(0.5) / rtt);
+    for (what, figures, target) in [
+        ("one volume: SEAL to SEALED", &small.seal, "1 + longest in flight"),
+        ("- ACTIVATE to its answer", &small.activate, "1"),
+        ("- added gap", &small.added, ""),
+        ("64 volumes on 8 servers: SEAL to all SEALED", &wide.seal, "1 + longest in flight"),
+        ("- ACTIVATE to its answer", &wide.activate, "1"),
+        ("- added gap", &wide.added, ""),
+        ("RECLAIM after a seal", &messages.reclaim, sync.as_str()),
+    ] {
+        let [p50, p99] = [0.5, 0.99].map(|part| figures.quantile(part) / rtt);
+        let _ = writeln!(text, "| {what} | {} | {p50:.2} | {p99:.2} | {target} |", figures.len());
+    }
+    text.push('\n');
     text
 }
 
