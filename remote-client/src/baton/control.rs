@@ -16,6 +16,7 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -124,7 +125,8 @@ impl Desk {
             due.extend(events[..n].iter().map(EpollEvent::data).filter(|key| *key != NEWCOMERS));
             let now = Instant::now();
             due.extend(late_at.iter().filter(|(_, at)| **at <= now).map(|(key, _)| *key));
-            due.sort_unstable();
+            // A server that is woken for the first of its volumes finds what is said to the others, too.
+            due.sort_unstable_by_key(|key| (charges.get(key).map(|charge| charge.server), *key));
             due.dedup();
             for key in due {
                 let Some(charge) = charges.get_mut(&key) else { continue };
@@ -166,6 +168,8 @@ fn timeout<'a>(late_at: impl Iterator<Item = &'a Instant>) -> EpollTimeout {
 #[derive(Debug)]
 struct Charge {
     shared: Arc<Shared>,
+    /// The same number for the same server.
+    server: u64,
     wake: OwnedFd,
     reporter: Reporter,
     resolver: Resolver,
@@ -176,7 +180,10 @@ struct Charge {
 impl Charge {
     fn new(shared: Arc<Shared>, wake: OwnedFd) -> Self {
         let (reporter, resolver) = Default::default();
-        Self { shared, wake, reporter, resolver, release_until: None }
+        let mut server = DefaultHasher::new();
+        shared.endpoint.to_string().hash(&mut server);
+        let server = server.finish();
+        Self { shared, server, wake, reporter, resolver, release_until: None }
     }
 
     fn is_late(&self, now: Instant) -> bool {
