@@ -35,16 +35,27 @@ fn a_few_requests_go_at_once() {
     assert_eq!(calls(16, 1024 * KIB).len(), 1);
 }
 
+/// The more are under way, the shorter.
 #[test]
-fn of_many_large_ones_a_call_takes_one_or_two() {
-    for (bytes, most) in [(128, 1), (64, 2), (100, 2), (1024, 0)] {
-        let calls = calls(64, bytes * KIB);
+fn of_many_large_ones_a_call_takes_pieces() {
+    for bytes in [32, 64, 100, 128, 1024] {
+        let calls = calls(100, bytes * KIB);
         let frame = REQUEST_HEADER_BYTES + bytes * KIB;
         let (first, rest) = calls.split_first().expect("some");
         assert_eq!(*first, 16 * frame, "{bytes} KiB: the first few");
-        let longest = if most == 0 { 256 * KIB } else { most * frame };
-        assert!(rest.iter().all(|call| *call <= longest), "{bytes} KiB: {rest:?}");
-        assert!(rest.len() >= 48 * frame / longest && rest.len() <= 48 * frame / (64 * KIB));
+        let mut begun = *first;
+        for call in rest {
+            let longest = if begun >= 64 * frame { 64 } else { 256 } * KIB;
+            assert!(*call <= longest, "{bytes} KiB: {calls:?}");
+            begun += call;
+            // Nothing is divided that need not be.
+            assert!(bytes > 128 || begun > 64 * frame || begun % frame == 0, "{calls:?}");
+        }
+        // No more calls than are of use: only the last may have less.
+        let (_, whole) = rest.split_last().expect("many");
+        assert!(whole.iter().all(|call| *call >= 32 * KIB), "{bytes} KiB: {calls:?}");
+        let many = rest.iter().filter(|call| **call > 64 * KIB).count();
+        assert!(many > 0, "{bytes} KiB: longer ones while there are fewer: {calls:?}");
     }
 }
 
