@@ -48,13 +48,18 @@ fn create(machine: &Machine, admin: SocketAddr, volume: &str) {
     machine.run("baton", &args).unwrap();
 }
 
+/// All in this directory: others may not be readable for anybody, or not be there in a machine.
+fn guest_files(dir: &Path) -> GuestFiles {
+    let mut files = GuestFiles::prepare(dir).unwrap();
+    fs::copy(&files.kernel, dir.join("vmlinuz")).unwrap();
+    files.kernel = dir.join("vmlinuz");
+    files
+}
+
 /// QEMU in a machine with one disk, run by `nobody` in the group of the sockets, as a monitor is that has no privileges.
 fn boot(machine: &Machine, dir: &Path, socket: &str) -> (Daemon, Probe) {
     let config = GuestConfig::new(Path::new(socket));
-    let mut files = GuestFiles::prepare(dir).unwrap();
-    // Where nobody may read it.
-    fs::copy(&files.kernel, dir.join("vmlinuz")).unwrap();
-    files.kernel = dir.join("vmlinuz");
+    let files = guest_files(dir);
     let mut qemu = machine.command("setpriv").unwrap();
     qemu.args(["--reuid=65534", "--regid=kvm", "--clear-groups"])
         .arg(system_program("qemu-system-x86_64").unwrap())
@@ -77,6 +82,17 @@ fn assert_unprivileged(machine: &Machine, unit: &str) {
     // Of others what they could get is not taken away, since nothing gives it to them.
     let bounded = if unit.contains("backend") { &may[..] } else { &may[..2] };
     assert!(!root && has("NoNewPrivs: 1") && bounded.iter().all(|line| has(line)), "{status}");
+}
+
+/// What the unit's process sees of the sockets of this host.
+fn sees(machine: &Machine, unit: &str) -> Vec<String> {
+    let pid = machine.main_pid(unit).unwrap();
+    let root = machine.path(&format!("/proc/{pid}/root/run/baton"));
+    let names = fs::read_dir(root).unwrap();
+    let mut names: Vec<String> =
+        names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
 }
 
 /// A directory for anybody.
@@ -116,6 +132,8 @@ fn a_guest_goes_on_while_units_die_and_are_stopped() {
     machine.start(&backend).unwrap();
     assert_unprivileged(&machine, STORAGE);
     assert_unprivileged(&machine, &backend);
+    assert_eq!(sees(&machine, AGENT), ["agent.sock", "launch", "vmm", VM]);
+    assert_eq!(sees(&machine, &backend), [VM]);
     let socket = format!("/run/baton/{VM}/root.sock");
     public(&dir.join("guest"));
     let (_qemu, mut probe) = boot(&machine, &dir.join("guest"), &socket);
@@ -287,7 +305,7 @@ impl Host {
                 .into(),
             ..GuestConfig::new(Path::new("/run/baton/web-1/root.sock"))
         };
-        let files = GuestFiles::prepare(&own).unwrap();
+        let files = guest_files(&own);
         let mut command = vec![system_program("qemu-system-x86_64").unwrap().display().to_string()];
         let incoming = GuestConfig { incoming: true, ..guest.clone() };
         command.extend(incoming.arguments(&own, &files));
@@ -408,6 +426,7 @@ fn moves_there_and_back(pair: &Pair) {
     probe.ask("load threads=2 depth=4 flush-every=50").unwrap();
     a.goes_on(&probe, "at first");
     assert_unprivileged(&a.machine, BACKEND);
+    assert_eq!(sees(&a.machine, BACKEND), ["launch", VM]);
 
     let pid = a.signal(BACKEND, "-KILL");
     a.wait_another(BACKEND, pid);
