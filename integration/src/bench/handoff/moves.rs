@@ -1,0 +1,251 @@
+//! A VM that moves to and fro, and what its guest sees of it.
+
+use super::{Figures, PATIENCE, us};
+use crate::bench::cpu::{Snapshot, cpus};
+use crate::bench::standstill::Standstills;
+use crate::blk::Request;
+use crate::handoff::{Attempt, Begin, Fleet, Host};
+use crate::memory::BASE;
+use crate::raw_frontend::{Options, RawFrontend};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Requests under way on each disk when it is stopped.
+const UNDER_WAY: u64 = 4;
+
+/// What runs of one kind showed; all times in microseconds.
+#[derive(Clone, Debug, Default)]
+pub struct Moves {
+    /// Gap of a stop and start on one backend.
+    pub base: Figures,
+    /// Gap of a move.
+    pub moved: Figures,
+    /// Their difference, run by run.
+    pub added: Figures,
+    /// The same of runs in which no CPU stood still. Empty where nobody may watch that.
+    pub added_awake: Figures,
+    /// First SEAL to the last member's SEALED, as the source saw it.
+    pub seal: Figures,
+    /// Ring stop to the last request's end, as the source saw it.
+    pub drain: Figures,
+    /// ACTIVATE to its answer, as the destination saw it.
+    pub activate: Figures,
+    /// CPU time of the backends and servers in a pause, and in a move.
+    pub base_cpu: Figures,
+    /// See there.
+    pub moved_cpu: Figures,
+}
+
+fn options() -> Options {
+    Options { memory_bytes: 2 << 20, start: false, inflight: false, ..Options::default() }
+}
+
+/// A VM that moves to and fro.
+pub(super) struct Vm<'a> {
+    fleet: &'a Fleet,
+    dir: &'a Path,
+    host: Host,
+    pub(super) disks: Vec<RawFrontend>,
+    moves: usize,
+}
+
+impl<'a> Vm<'a> {
+    pub(super) fn start(fleet: &'a Fleet, dir: &'a Path) -> Result<Self> {
+        let host = Host::start(dir, "host-0", "host-0/vm", fleet, Begin::Claim)?;
+        let mut disks = connect(&host)?;
+        for disk in &mut disks {
+            start_ring(disk)?;
+            disk.queue(0).write(0, &[1; 4096])?;
+        }
+        Ok(Self { fleet, dir, host, disks, moves: 0 })
+    }
+
+    /// Stops the rings as a VMM does, with requests under way.
+    fn stop(&mut self) -> Result<Instant> {
+        for disk in &mut self.disks {
+            for n in 0..UNDER_WAY {
+                disk.queue(0).submit(&Request::Write { sector: 64 + 8 * n, data: &[2; 4096] })?;
+            }
+            disk.queue(0).kick()?;
+            // The backend has fetched them; the others are under way.
+            let done = disk.queue(0).wait_completion(PATIENCE)?;
+            done.context("no answer to a write")?.ok()?;
+        }
+        let start = Instant::now();
+        for disk in &self.disks {
+            disk.enable(0, false)?;
+        }
+        for disk in &self.disks {
+            disk.get_vring_base(0)?;
+        }
+        Ok(start)
+    }
+
+    /// Takes what was completed before the rings were stopped.
+    fn reap(disks: &mut [RawFrontend]) -> Result<()> {
+        for disk in disks {
+            while let Some(done) = disk.queue(0).wait_completion(Duration::ZERO)? {
+                done.ok()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The gap of a stop and a start with no handoff.
+    fn pause(&mut self) -> Result<Duration> {
+        let start = self.stop()?;
+        Self::reap(&mut self.disks)?;
+        run(&mut self.disks, start)
+    }
+
+    /// Up to the moment before the VM stops.
+    pub(super) fn prepare(&mut self) -> Result<(Attempt, Host, Vec<RawFrontend>)> {
+        self.moves += 1;
+        let label = format!("host-{}", self.moves);
+        let owner = format!("{label}/vm");
+        let there = Host::start(self.dir, &label, &owner, self.fleet, Begin::Standby)?;
+        let attempt = self.fleet.arm(&self.host.owner, &owner)?;
+        there.wait_standing("ready")?;
+        // A backend that was just granted its volumes hears other news of them a little later, and between two moves
+        // of a real VM lies more.
+        let known = || self.host.status().is_ok_and(|s| s["handoff"]["id"] == attempt.id.as_str());
+        crate::baton::wait_until("the source knows of the handoff", PATIENCE, known)?;
+        let disks = connect(&there)?;
+        Ok((attempt, there, disks))
+    }
+
+    /// The gap of the move.
+    pub(super) fn go(&mut self, disks: &mut [RawFrontend]) -> Result<Duration> {
+        let start = self.stop()?;
+        Self::reap(&mut self.disks)?;
+        run(disks, start)
+    }
+
+    pub(super) fn arrived(
+        &mut self,
+        attempt: &Attempt,
+        there: Host,
+        disks: Vec<RawFrontend>,
+    ) -> Result<(Value, Value)> {
+        // It may hear of its seal later than the destination.
+        let has_seal =
+            || self.host.status().is_ok_and(|s| s["handoff"]["timings"]["seal_us"].is_u64());
+        let _ = crate::baton::wait_until("SEAL is answered", Duration::from_secs(1), has_seal);
+        let status = (self.host.status()?, there.status()?);
+        let winner = self.fleet.settle(attempt)?;
+        if winner != "destination" {
+            bail!("the {winner} won a move that nobody disturbed");
+        }
+        self.host = there;
+        self.disks = disks;
+        Ok(status)
+    }
+}
+
+/// Up to rings that can be started: negotiated, with the guest's memory.
+fn connect(host: &Host) -> Result<Vec<RawFrontend>> {
+    let ready = |socket: &PathBuf| {
+        let mut disk = RawFrontend::connect(socket, options())?;
+        disk.set_features(disk.features())?;
+        disk.send_memory()?;
+        // A VMM that takes a machine in has written its memory by the time it starts the rings.
+        let map = disk.memory().map();
+        disk.memory().write(BASE, &vec![0; map.len()]);
+        Ok(disk)
+    };
+    host.sockets().iter().map(ready).collect()
+}
+
+fn start_ring(disk: &mut RawFrontend) -> Result<()> {
+    let base = disk.queue(0).ring.used_index();
+    disk.set_up_queue(0, base)?;
+    disk.enable(0, true)?;
+    disk.queue(0).kick_anyway()
+}
+
+/// Starts all disks and waits for a read on each.
+fn run(disks: &mut [RawFrontend], start: Instant) -> Result<Duration> {
+    for disk in disks.iter_mut() {
+        disk.queue(0).submit(&Request::Read { sector: 0, len: 4096 })?;
+        start_ring(disk)?;
+    }
+    for disk in disks.iter_mut() {
+        // Writes that were not fetched before the stop come first.
+        let mut data = Vec::new();
+        while data.is_empty() {
+            data = disk.queue(0).wait_completion(PATIENCE)?.context("no answer")?.ok()?;
+        }
+        if data != [1; 4096] {
+            bail!("the disk has other data than was written");
+        }
+    }
+    Ok(start.elapsed())
+}
+
+/// Whether a CPU stood still in any of the times that it was asked about.
+struct Stillness<'a> {
+    watch: Option<&'a Standstills>,
+    seen: bool,
+}
+
+impl<'a> Stillness<'a> {
+    fn of(watch: Option<&'a Standstills>) -> Self {
+        Self { watch, seen: false }
+    }
+
+    fn during<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let from = Instant::now();
+        let done = work();
+        self.seen |= self.watch.is_some_and(|watch| watch.any_in(from, Instant::now()));
+        done
+    }
+
+    fn ran_all_the_time(&self) -> bool {
+        self.watch.is_some() && !self.seen
+    }
+}
+
+/// Moves the VM of these volumes to and fro.
+pub fn moves(fleet: &Fleet, dir: &Path, runs: usize) -> Result<Moves> {
+    let mut vm = Vm::start(fleet, dir)?;
+    let mut out = Moves::default();
+    let watch = Standstills::watch(cpus()).ok();
+    for _ in 0..runs {
+        for disk in &mut vm.disks {
+            disk.start_logging()?;
+        }
+        let mut pids: Vec<u32> = fleet.servers.iter().map(|s| s.daemon.pid()).collect();
+        pids.push(vm.host.daemon.pid());
+        let before = Snapshot::take(&pids)?;
+        let mut is_still = Stillness::of(watch.as_ref());
+        let base = is_still.during(|| vm.pause())?;
+        let base_cpu = Snapshot::take(&pids)?.since(&before);
+        let (attempt, there, mut disks) = vm.prepare()?;
+        pids.push(there.daemon.pid());
+        let before = Snapshot::take(&pids)?;
+        let moved = is_still.during(|| vm.go(&mut disks))?;
+        let moved_cpu = Snapshot::take(&pids)?.since(&before);
+        let (source, destination) = vm.arrived(&attempt, there, disks)?;
+        out.base.push(us(base));
+        out.moved.push(us(moved));
+        out.added.push(us(moved) - us(base));
+        if is_still.ran_all_the_time() {
+            out.added_awake.push(us(moved) - us(base));
+        }
+        out.base_cpu.push(base_cpu.processes_s.iter().sum::<f64>() * 1e6);
+        out.moved_cpu.push(moved_cpu.processes_s.iter().sum::<f64>() * 1e6);
+        // A source that hears that it has lost before its SEAL is answered has no figure for it: fewer runs in the table.
+        for (figures, status, name) in [
+            (&mut out.seal, &source, "seal_us"),
+            (&mut out.drain, &source, "drain_us"),
+            (&mut out.activate, &destination, "activate_us"),
+        ] {
+            if let Some(figure) = status["handoff"]["timings"][name].as_f64() {
+                figures.push(figure);
+            }
+        }
+    }
+    Ok(out)
+}
