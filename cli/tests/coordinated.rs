@@ -3,7 +3,7 @@
 
 // The coordinator's own tests have the same cluster.
 #[allow(dead_code, reason = "each test uses its part")]
-#[path = "../../live-migrate/tests/coordinator/world.rs"]
+#[path = "../../live-migrate/tests/coordinator/world/mod.rs"]
 mod world;
 
 use std::process::{Command, Output, Stdio};
