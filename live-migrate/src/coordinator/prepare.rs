@@ -247,11 +247,10 @@ async fn plan(
         fast: request.durability == Durability::Fast,
         key,
         labels: request.labels,
-        // A clock that was set back must not hide a handoff behind an older one.
-        created_unix_us: core
-            .latest(vm)
-            .map_or(0, |handle| handle.row().created_unix_us + 1)
-            .max(unix_us()),
+        created_unix_us: created(
+            core.latest(vm).map(|handle| handle.row().created_unix_us),
+            unix_us(),
+        ),
         ready_timeout_ms: u64::try_from(ready_timeout.as_millis()).unwrap_or(u64::MAX),
         members,
         state: State::Preparing,
@@ -278,6 +277,11 @@ async fn plan(
         term: core.term,
         reached: Vec::new(),
     })
+}
+
+/// When a handoff was made, later than the VM's last one: a clock that was set back must not hide it behind that.
+fn created(last: Option<u64>, now: u64) -> u64 {
+    last.map_or(now, |last| now.max(last.saturating_add(1)))
 }
 
 /// Volumes with access records, and the host that these say owns them.
@@ -501,6 +505,19 @@ fn not_owner(member: &Member, what: &str, from: Option<&str>) -> Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_handoff_is_later_than_the_last_by_any_clock() {
+        for (last, now, made) in [
+            (None, 5, 5),
+            (Some(3), 5, 5),
+            (Some(5), 5, 6),
+            (Some(9), 5, 10),
+            (Some(u64::MAX), 5, u64::MAX),
+        ] {
+            assert_eq!(created(last, now), made, "{last:?} {now}");
+        }
+    }
 
     #[test]
     fn times_as_people_write_them() {
