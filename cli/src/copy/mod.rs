@@ -11,14 +11,17 @@
 //! |---|---|
 //! | [`side`] | an open end, and how it stands |
 //! | [`piece`] | pieces, runs of zeros, digests |
+//! | [`digests`] | the threads that make them |
 //! | [`map`] | what a volume told of its holes |
 //! | [`reader`], [`writer`] | what is under way at each end |
 //! | [`state`] | the file that a copy goes on from |
 //! | [`phase`] | the copy, the verification, and the look at both before going on |
 //! | [`progress`] | how far it is |
 //!
-//! One thread: both ends are queues that never block, but for a file, whose reads the kernel has read ahead.
+//! One thread moves the data: both ends are queues that never block, but for a file, whose reads the kernel has read
+//! ahead. Digests are made beside it.
 
+mod digests;
 mod map;
 mod phase;
 mod piece;

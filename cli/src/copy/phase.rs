@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
-use super::piece::{Marks, NO_DIGEST, Pieces, ZeroDigests, digest, sample};
+use super::digests::Digests;
+use super::piece::{Marks, NO_DIGEST, Pieces, ZeroDigests, sample};
 use super::progress::{Audience, Progress};
-use super::reader::{Found, Reader};
+use super::reader::{Found, Reader, SLOTS};
 use super::side::Side;
 use super::state::State;
 use super::writer::{Writer, Written, ZEROS};
@@ -113,8 +114,11 @@ impl Phases<'_> {
         };
         let mut progress = Progress::new(self.audience, phase, total, 0);
         let mut found = Vec::new();
-        while !reader.is_done() {
-            let moved = reader.pump(wanted, FOUND_MAX, &mut found)?;
+        // By slot; dropped before the reader's buffers.
+        let mut under_way = [None; SLOTS];
+        let digests = Digests::new().map_err(CopyError::System)?;
+        while !reader.is_done() || under_way.iter().any(Option::is_some) {
+            let mut moved = reader.pump(wanted, FOUND_MAX, &mut found)?;
             for found in found.drain(..) {
                 match found {
                     Found::Zeros { first, count } => {
@@ -126,21 +130,27 @@ impl Phases<'_> {
                         progress.add(self.pieces.bytes(first, count));
                     }
                     Found::Data { piece, slot } => {
-                        let len = self.pieces.bytes(piece, 1);
-                        let bytes = &reader.buffer(slot)[..usize::try_from(len).expect("a piece")];
-                        if self.state.read(piece)? != digest(bytes) {
-                            differs(piece)?;
-                        }
-                        reader.release(slot);
-                        progress.add(len);
+                        let len = usize::try_from(self.pieces.bytes(piece, 1)).expect("a piece");
+                        under_way[slot] = Some(piece);
+                        // SAFETY: the slot is released when its digest is there.
+                        unsafe { digests.ask(slot, &reader.buffer(slot)[..len]) };
                     }
                 }
+            }
+            while let Some((slot, digest)) = digests.take() {
+                let Some(piece) = under_way[slot].take() else { continue };
+                if self.state.read(piece)? != digest {
+                    differs(piece)?;
+                }
+                reader.release(slot);
+                progress.add(self.pieces.bytes(piece, 1));
+                moved = true;
             }
             if self.attend(&[side], &mut progress)? {
                 return Err(self.interrupted(phase, &progress));
             }
             if !moved {
-                self.wait(&[reader.wake_fd()])?;
+                self.wait(&[reader.wake_fd(), digests.wake_fd()])?;
             }
         }
         Ok(())
@@ -162,7 +172,8 @@ impl Phases<'_> {
         let from = self.source.queue(Reader::DEPTH)?;
         let to = self.destination.queue(Writer::DEPTH)?;
         let reader = Reader::new(from, Role::Source, self.pieces, blocks[0]);
-        let writer = Writer::new(to, self.pieces, blocks[1]);
+        let digests = Digests::new().map_err(CopyError::System)?;
+        let writer = Writer::new(to, self.pieces, blocks[1], digests);
         let mut pipe =
             Pipe { writer, reader, found: VecDeque::new(), zeros: ZeroDigests::new(self.pieces) };
         let mut last = (Instant::now(), CHECKPOINT);
@@ -190,7 +201,8 @@ impl Phases<'_> {
                 return Err(self.interrupted("copying", &progress));
             }
             if !moved {
-                self.wait(&[pipe.reader.wake_fd(), pipe.writer.wake_fd()])?;
+                let [written, digested] = pipe.writer.wake_fds();
+                self.wait(&[pipe.reader.wake_fd(), written, digested])?;
             }
         }
     }
@@ -312,7 +324,7 @@ impl Pipe {
                 self.writer.flush();
             }
             if !self.write(phases.state, sums, progress)? {
-                phases.wait(&[self.writer.wake_fd()])?;
+                phases.wait(&self.writer.wake_fds())?;
             }
         }
         Ok(())

@@ -1,8 +1,11 @@
 //! Writes pieces, zeros as zeros, and says which are done, and which are durable.
 
+use std::os::fd::BorrowedFd;
+
 use baton_remote_client::{Completion, IoError, Op, Tag, VolumeQueue};
 
-use super::piece::{Digest, Pieces, RUNS_MAX, ZeroDigests, digest, runs};
+use super::digests::Digests;
+use super::piece::{Digest, NO_DIGEST, Pieces, RUNS_MAX, ZeroDigests, runs};
 use super::reader::SLOTS;
 use super::{CopyError, Role};
 
@@ -26,6 +29,7 @@ struct Job {
 
 /// See the module's documentation.
 pub(super) struct Writer {
+    digests: Digests,
     queue: Box<dyn VolumeQueue>,
     pieces: Pieces,
     /// Writes are whole blocks of the destination, bytes.
@@ -46,8 +50,14 @@ impl Writer {
     /// Queues for a writer need this depth.
     pub(super) const DEPTH: usize = SLOTS * RUNS_MAX + ZEROS + 1;
 
-    pub(super) fn new(queue: Box<dyn VolumeQueue>, pieces: Pieces, block: u32) -> Self {
+    pub(super) fn new(
+        queue: Box<dyn VolumeQueue>,
+        pieces: Pieces,
+        block: u32,
+        digests: Digests,
+    ) -> Self {
         Self {
+            digests,
             queue,
             pieces,
             block: u64::from(block),
@@ -60,8 +70,8 @@ impl Writer {
         }
     }
 
-    pub(super) fn wake_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.queue.wake_fd()
+    pub(super) fn wake_fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.queue.wake_fd(), self.digests.wake_fd()]
     }
 
     /// Nothing is under way, a flush included.
@@ -106,13 +116,15 @@ impl Writer {
         let whole = len.next_multiple_of(usize::try_from(self.block).expect("a block"));
         // The end of the destination's last block.
         buffer[len..whole].fill(0);
-        let digest = digest(&buffer[..len]);
+        // SAFETY: the caller vouches for the buffer.
+        unsafe { self.digests.ask(slot, &buffer[..len]) };
         // A destination with blocks larger than the grain has its zeros written as data.
         let runs = match self.block {
             ..=4096 => runs(&buffer[..whole]),
             _ => vec![super::piece::Run { at: 0, len: whole, zeros: false }],
         };
-        self.begin(slot, Written::Data { piece, digest }, runs.len());
+        // And the digest.
+        self.begin(slot, Written::Data { piece, digest: NO_DIGEST }, runs.len() + 1);
         for run in runs {
             let offset = self.pieces.offset(piece) + run.at as u64;
             let (op, data) = match run.zeros {
@@ -150,11 +162,18 @@ impl Writer {
     ) -> Result<bool, CopyError> {
         let mut done = std::mem::take(&mut self.done);
         self.queue.poll(&mut done);
-        let moved = !done.is_empty();
+        let mut moved = !done.is_empty();
         for completion in done.drain(..) {
             self.completed(completion, free, durable)?;
         }
         self.done = done;
+        while let Some((slot, made)) = self.digests.take() {
+            if let Some(Job { written: Written::Data { digest, .. }, .. }) = &mut self.jobs[slot] {
+                *digest = made;
+            }
+            self.done_with(slot, None, free)?;
+            moved = true;
+        }
         Ok(moved)
     }
 
@@ -164,18 +183,25 @@ impl Writer {
         free: &mut Vec<usize>,
         durable: &mut Vec<Written>,
     ) -> Result<(), CopyError> {
-        let failed =
-            |doing, offset, error| CopyError::Io { role: Role::Destination, doing, offset, error };
-        if done.tag == FLUSH_TAG {
-            let flushed = self.flushing.take().unwrap_or_default();
-            done.result.map_err(|error| failed("making durable what was written", 0, error))?;
-            durable.extend(flushed);
-            return Ok(());
+        if done.tag != FLUSH_TAG {
+            return self.done_with(done.tag.0 as usize, done.result.err(), free);
         }
-        let tag = done.tag.0 as usize;
+        let flushed = self.flushing.take().unwrap_or_default();
+        done.result.map_err(|error| failed("making durable what was written", 0, error))?;
+        durable.extend(flushed);
+        Ok(())
+    }
+
+    /// One of the things that a job waits for.
+    fn done_with(
+        &mut self,
+        tag: usize,
+        error: Option<IoError>,
+        free: &mut Vec<usize>,
+    ) -> Result<(), CopyError> {
         let Some(job) = &mut self.jobs[tag] else { return Ok(()) };
         job.left -= 1;
-        job.error = job.error.or(done.result.err());
+        job.error = job.error.or(error);
         if job.left > 0 {
             return Ok(());
         }
@@ -210,6 +236,10 @@ impl Written {
             Self::Data { digest, .. } => *digest,
         }
     }
+}
+
+fn failed(doing: &'static str, offset: u64, error: IoError) -> CopyError {
+    CopyError::Io { role: Role::Destination, doing, offset, error }
 }
 
 fn tag_of(tag: usize) -> Tag {
