@@ -42,6 +42,8 @@ pub struct Point {
     pub amount: u64,
     /// Processor time of backends and server per request, in µs; the median of the rounds.
     pub cpu_us: f64,
+    /// The server's part of it.
+    pub server_us: f64,
     /// Rounds in which others took more than 8 % of the CPUs.
     pub noisy: u32,
 }
@@ -124,14 +126,19 @@ fn point(of: &'static str, amount: u64, work: Work, rounds: u32, time: Duration)
     }
     let mut pids: Vec<u32> = backends.iter().map(|backend| backend.daemon.pid()).collect();
     pids.push(storage.daemon.pid());
-    let (mut costs, mut noisy) = (Vec::new(), 0);
+    let (mut all, mut servers, mut noisy) = (Vec::new(), Vec::new(), 0);
     for round in 0..rounds {
-        let (cost, was_noisy) = round_of(&backends, &pids, work, time, round)?;
-        costs.push(cost);
-        noisy += u32::from(was_noisy);
+        let cost = round_of(&backends, &pids, work, time, round)?;
+        all.push(cost.all_us);
+        servers.push(cost.server_us);
+        noisy += u32::from(cost.noisy);
     }
-    costs.sort_by(f64::total_cmp);
-    Ok(Point { of, amount, cpu_us: costs[costs.len() / 2], noisy })
+    Ok(Point { of, amount, cpu_us: median(all), server_us: median(servers), noisy })
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 fn backends(dir: &Path, storage: &Storage, work: Work) -> Result<Vec<Backend>> {
@@ -144,7 +151,14 @@ fn backends(dir: &Path, storage: &Storage, work: Work) -> Result<Vec<Backend>> {
     (0..work.disks).map(start).collect()
 }
 
-/// Processor time per request in µs, and whether others took part in it. All disks are busy from before the first is
+/// Processor time per request in µs, and whether others took part in it.
+struct Cost {
+    all_us: f64,
+    server_us: f64,
+    noisy: bool,
+}
+
+/// The server is the last of the processes. All disks are busy from before the first is
 /// measured until after the last: the processes' time is looked at once, by the first disk's job.
 #[allow(clippy::cast_precision_loss, reason = "counts of requests of a short measurement")]
 fn round_of(
@@ -153,7 +167,7 @@ fn round_of(
     work: Work,
     time: Duration,
     round: u32,
-) -> Result<(f64, bool)> {
+) -> Result<Cost> {
     let job = |n: usize, backend: &Backend| Job {
         socket: backend.socket.clone(),
         pattern: Pattern::RandRead,
@@ -182,8 +196,13 @@ fn round_of(
     let usage = &outcomes[0].usage;
     // By rate: the disks' times are not quite the same ones.
     let iops: f64 = outcomes.iter().map(|outcome| outcome.iops).sum();
-    let cpu: f64 = usage.processes_s.iter().sum::<f64>() / usage.seconds;
-    Ok((1e6 * cpu / iops, usage.is_noisy()))
+    let us = |seconds: f64| 1e6 * seconds / usage.seconds / iops;
+    let server = usage.processes_s.last().context("there is a server")?;
+    Ok(Cost {
+        all_us: us(usage.processes_s.iter().sum()),
+        server_us: us(*server),
+        noisy: usage.is_noisy(),
+    })
 }
 
 /// Bytes of the server's memory per attached volume, and per GiB that holds data.
@@ -225,7 +244,7 @@ fn memory() -> Result<(f64, f64)> {
 pub fn table(scale: &Scale) -> String {
     let mut text = format!(
         "Random reads of 4 KiB, {} rounds each, backends and server on one CPU and the front-end on the other.\n\n\
-         | work | CPU per request, backends and server | against the first | target |\n|---|---|---|---|\n",
+         | work | CPU per request, backends and server | against the first | target | the server's part | against the first |\n|---|---|---|---|---|---|\n",
         scale.rounds
     );
     let mut first: Option<&Point> = None;
@@ -235,11 +254,13 @@ pub fn table(scale: &Scale) -> String {
         let noisy =
             if point.noisy > 0 { format!(" ({} noisy)", point.noisy) } else { String::new() };
         text.push_str(&format!(
-            "| {} {} | {:.2} us{noisy} | {:.2} | at most {DEARER_MAX} |\n",
+            "| {} {} | {:.2} us{noisy} | {:.2} | at most {DEARER_MAX} | {:.2} us | {:.2} |\n",
             point.amount,
             point.of,
             point.cpu_us,
-            point.cpu_us / base.cpu_us
+            point.cpu_us / base.cpu_us,
+            point.server_us,
+            point.server_us / base.server_us
         ));
     }
     text.push_str(&format!(
@@ -256,7 +277,13 @@ mod tests {
 
     #[test]
     fn each_group_is_set_against_its_first() {
-        let point = |of, amount, cpu_us, noisy| Point { of, amount, cpu_us, noisy };
+        let point = |of, amount, cpu_us: f64, noisy| Point {
+            of,
+            amount,
+            cpu_us,
+            server_us: cpu_us.sqrt(),
+            noisy,
+        };
         let points = vec![
             point("queues", 1, 4.0, 0),
             point("queues", 2, 5.0, 1),
@@ -267,7 +294,7 @@ mod tests {
         let text = table(&scale);
         for line in [
             "| 1 queues | 4.00 us | 1.00 |",
-            "| 2 queues | 5.00 us (1 noisy) | 1.25 |",
+            "| 2 queues | 5.00 us (1 noisy) | 1.25 | at most 1.15 | 2.24 us | 1.12 |",
             "| 1 volumes | 2.00 us | 1.00 |",
             "| 4 volumes | 1.00 us | 0.50 |",
             "2 KiB for each attached volume, 1 KiB for each GiB",
