@@ -112,8 +112,8 @@ impl Machine {
     pub fn uncomment(&self, unit: &str, starts: &str) -> Result<()> {
         let file = format!("{unit}.service");
         let text = fs::read_to_string(self.path("/etc/systemd/system").join(&file))?;
-        let line = text.lines().filter_map(|line| line.strip_prefix('#'));
-        let line = line.into_iter().find(|line| line.starts_with(starts));
+        let mut lines = text.lines().filter_map(|line| line.strip_prefix('#'));
+        let line = lines.find(|line| line.starts_with(starts));
         let line = line.with_context(|| format!("{unit} has no comment {starts}"))?;
         let dir = self.path("/run/systemd/system").join(file + ".d");
         fs::create_dir_all(&dir)?;

@@ -25,7 +25,7 @@ const STORAGE: &str = "baton-storage";
 const BACKEND: &str = "baton-agent-backend@web-1";
 
 /// An example of `configs/` with some of it replaced.
-fn example(name: &str, pairs: &[(&str, &str)]) -> String {
+fn example(name: &str, pairs: &[(&str, String)]) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs").join(name);
     let text = fs::read_to_string(path).unwrap();
     pairs.iter().fold(text, |text, (from, to)| {
@@ -34,11 +34,17 @@ fn example(name: &str, pairs: &[(&str, &str)]) -> String {
     })
 }
 
+/// The example of a VM without its second disk.
+fn one_disk(pairs: &[(&str, String)]) -> String {
+    let vm = example("vm.toml", pairs);
+    let (one, _) = vm.split_once("[[disk]]\nname = \"shared-data\"").unwrap();
+    one.to_owned()
+}
+
 /// A storage server's addresses, and its configuration.
 fn storage() -> (SocketAddr, SocketAddr, String) {
     let (data, admin) = (free_port().unwrap(), free_port().unwrap());
     let pairs = [("127.0.0.1:7700", data.to_string()), ("127.0.0.1:7701", admin.to_string())];
-    let pairs = pairs.each_ref().map(|(from, to)| (*from, to.as_str()));
     (data, admin, example("baton-storage.toml", &pairs))
 }
 
@@ -69,6 +75,16 @@ fn boot(machine: &Machine, dir: &Path, socket: &str) -> (Daemon, Probe) {
     let probe = Probe::connect(&dir.join("guest.probe"), &dir.join("guest.probe.log")).unwrap();
     probe.wait_ready(BOOT_TIMEOUT).unwrap_or_else(|error| panic!("{error:#}\n{}", qemu.log()));
     (qemu, probe)
+}
+
+/// The guest works, and its backend, whom systemd starts again, is killed.
+fn goes_on_after_a_kill(machine: &Machine, probe: &mut Probe) {
+    probe.ask("load threads=2 depth=4 flush-every=50").unwrap();
+    probe.wait_progress(100, SOON).unwrap();
+    let pid = machine.main_pid("baton-backend@web-1").unwrap();
+    machine.run("kill", &["-9", &pid.to_string()]).unwrap();
+    probe.wait_progress(100, SOON).unwrap();
+    probe.stop_load().unwrap();
 }
 
 /// The unit's process can do nothing that its user cannot, and is not root.
@@ -116,9 +132,9 @@ fn a_guest_goes_on_while_units_die_and_are_stopped() {
         ("127.0.0.1:7700", data.to_string()),
         (&*format!("baton://{data}/shared-data"), by_path.to_owned()),
     ];
-    let vm = example("vm.toml", &pairs.each_ref().map(|(from, to)| (*from, to.as_str())));
+    let vm = example("vm.toml", &pairs);
     let storage = storage.replace("#: unix =", "unix =");
-    let agent = example("baton-agent.toml", &[("127.0.0.1:7700", &data.to_string())]);
+    let agent = example("baton-agent.toml", &[("127.0.0.1:7700", data.to_string())]);
     let files =
         [("baton-storage.toml", storage), ("vm/web-1.toml", vm), ("baton-agent.toml", agent)];
     let machine = Machine::boot(dir.path(), "units", &files).unwrap();
@@ -190,9 +206,8 @@ fn a_guest_finds_its_disk_at_a_socket_of_systemd() {
     let dir = TestDir::new("socket").unwrap();
     public(dir.path());
     let (data, admin, storage) = storage();
-    let vm = example("vm.toml", &[("127.0.0.1:7700", &data.to_string())]);
-    let (one_disk, _) = vm.split_once("[[disk]]\nname = \"shared-data\"").unwrap();
-    let vm = one_disk.replace("socket_path = \"/run/baton/web-1/root.sock\"", "");
+    let vm = one_disk(&[("127.0.0.1:7700", data.to_string())]);
+    let vm = vm.replace("socket_path = \"/run/baton/web-1/root.sock\"", "");
     let files = [("baton-storage.toml", storage), ("vm/web-1.toml", vm)];
     let machine = Machine::boot(dir.path(), "socket", &files).unwrap();
     machine.start(STORAGE).unwrap();
@@ -201,12 +216,7 @@ fn a_guest_finds_its_disk_at_a_socket_of_systemd() {
     assert!(machine.main_pid("baton-backend@web-1").is_err(), "nobody has asked yet");
     public(&dir.join("guest"));
     let (_qemu, mut probe) = boot(&machine, &dir.join("guest"), "/run/baton/web-1-root.sock");
-    probe.ask("load threads=2 depth=4 flush-every=50").unwrap();
-    probe.wait_progress(200, SOON).unwrap();
-    let pid = machine.main_pid("baton-backend@web-1").unwrap();
-    machine.run("kill", &["-9", &pid.to_string()]).unwrap();
-    probe.wait_progress(200, SOON).unwrap();
-    probe.stop_load().unwrap();
+    goes_on_after_a_kill(&machine, &mut probe);
 }
 
 /// Ceph's client library works within what a backend's unit allows, with a keyring that its user may read.
@@ -227,21 +237,14 @@ fn a_guest_works_on_ceph_from_a_unit() {
     let global: Vec<&str> = global.lines().filter(|line| !line.contains(own)).collect();
     let conf = format!("{}\nkeyring = /etc/baton/$name.keyring\n", global.join("\n"));
     let key = fs::read_to_string(dir.join("ceph/client.vm.keyring")).unwrap();
-    let vm = example("vm.toml", &[]);
-    let (one_disk, _) = vm.split_once("[[disk]]\nname = \"shared-data\"").unwrap();
     let volume = "rbd://rbd/v?conf=/etc/baton/ceph.conf&id=vm";
-    let vm = one_disk.replace("baton://127.0.0.1:7700/web-1-root\"", &format!("{volume}\""));
+    let vm = one_disk(&[("baton://127.0.0.1:7700/web-1-root", volume.to_owned())]);
     let files = [("ceph.conf", conf), ("client.vm.keyring", key), ("vm/web-1.toml", vm)];
     let machine = Machine::boot(dir.path(), "ceph", &files).unwrap();
     machine.start("baton-backend@web-1").unwrap();
     public(&dir.join("guest"));
     let (_qemu, mut probe) = boot(&machine, &dir.join("guest"), "/run/baton/web-1/root.sock");
-    probe.ask("load threads=2 depth=4 flush-every=50").unwrap();
-    probe.wait_progress(100, SOON).unwrap();
-    let pid = machine.main_pid("baton-backend@web-1").unwrap();
-    machine.run("kill", &["-9", &pid.to_string()]).unwrap();
-    probe.wait_progress(100, SOON).unwrap();
-    probe.stop_load().unwrap();
+    goes_on_after_a_kill(&machine, &mut probe);
 }
 
 /// The coordinator's user may not read the key, and systemd passes it.
@@ -265,7 +268,6 @@ fn a_coordinator_has_its_key_from_systemd() {
         ("http://127.0.0.1:77", "https://127.0.0.1:77".to_owned()),
         ("admin = \"https:", "admin = \"http:".to_owned()),
     ];
-    let pairs = pairs.each_ref().map(|(from, to)| (*from, to.as_str()));
     let files = [
         ("baton-coordinator.toml", example("baton-coordinator.toml", &pairs)),
         ("tls/ca.pem", pem("ca.pem")),
@@ -320,7 +322,6 @@ impl Host {
             ("\"baton://127.0.0.1:7700/web-1-root\"", format!("\"{volume}\"")),
             ("#: num_queues = 4", "num_queues = 2".to_owned()),
         ];
-        let pairs = pairs.each_ref().map(|(from, to)| (*from, to.as_str()));
         let mut files_there = more.to_vec();
         files_there.push(("baton-agent.toml", example("baton-agent.toml", &pairs)));
         let machine = Machine::boot(dir, name, &files_there).unwrap();
@@ -386,7 +387,6 @@ impl Pair {
             ("127.0.0.1:7700", data.to_string()),
             ("127.0.0.1:7701", admin.to_string()),
         ];
-        let pairs = pairs.each_ref().map(|(from, to)| (*from, to.as_str()));
         let files = [
             ("baton-storage.toml", storage),
             ("baton-coordinator.toml", example("baton-coordinator.toml", &pairs)),

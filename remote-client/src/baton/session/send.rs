@@ -14,8 +14,8 @@ const FEW_REQUESTS: u64 = 16;
 /// With more than this they are shorter where payloads are large: it costs who has so many a few per cent, and who has 32
 /// a quarter.
 const MANY_REQUESTS: u64 = 64;
-/// A short call has at most so many bytes, and takes no further request behind half of them: some 50 us of copying, in
-/// which a kernel without preemption lets nobody else on this CPU.
+/// A short call has at most so many bytes, and takes no further request behind half of them: while it copies, a kernel
+/// without preemption lets nobody else on this CPU.
 const SHORT_CALL_BYTES: usize = 256 << 10;
 /// The same of a shorter one.
 const SHORTER_CALL_BYTES: usize = 64 << 10;
