@@ -151,7 +151,13 @@ impl Manager {
             Self::Systemd(systemctl) => {
                 let arguments = launch.arguments().join(" ");
                 fs::write(&launch.environment, format!("BATON_ARGS={arguments}\n"))?;
-                tell(systemctl, &["start", &launch.unit()]).await?;
+                // One that ends before systemd has looked at it is a failed start, else a unit that has ended.
+                if let Err(error) = tell(systemctl, &["start", &launch.unit()]).await {
+                    let tail = self.tail(launch).await;
+                    return Err(io::Error::other(format!(
+                        "{error}; its journal ends with: {tail}"
+                    )));
+                }
                 let shown =
                     tell(systemctl, &["show", "--property=MainPID", "--value", &launch.unit()])
                         .await?;
@@ -172,8 +178,10 @@ impl Manager {
             Self::Systemd(systemctl) => {
                 let of_unit = format!("_SYSTEMD_UNIT={}", launch.unit());
                 let last = ["--lines=1", "--output=cat", "--quiet", of_unit.as_str()];
-                // Beside systemctl.
-                let said = tell(&systemctl.with_file_name("journalctl"), &last).await;
+                let journalctl = systemctl.with_file_name("journalctl");
+                // Its last words may still be on their way to the journal.
+                let _ = tell(&journalctl, &["--sync"]).await;
+                let said = tell(&journalctl, &last).await;
                 said.unwrap_or_else(|error| format!("see its journal ({error})")).into_bytes()
             }
         };

@@ -197,30 +197,47 @@ async fn one_that_cannot_start_says_why_and_is_not_tried_again() {
     assert!(refused(result).2.contains("cannot start"));
 }
 
-#[tokio::test]
-async fn a_unit_of_systemd_is_started_found_and_stopped() {
-    // As systemctl would: `start` starts the unit with the arguments of its environment file.
-    let mut agent = Agent::with(
-        "exec_pretended \"$@\"",
-        "manager = \"systemd\"\nsystemctl = \"SYSTEMCTL\"\nstop_grace_ms = 3000\n",
-        WEB,
-    );
-    let dir = agent.dir.path().display().to_string();
-    let script = format!(
-        "#!/bin/sh\necho \"$@\" >> {dir}/told\ncase $1 in\nstart) . {dir}/run/launch/web.sh; {dir}/backend $BATON_ARGS >/dev/null 2>&1 & echo $! > {dir}/main ;;\nshow) cat {dir}/main ;;\nstop) kill $(cat {dir}/main) ;;\nkill) kill -9 $(cat {dir}/main) ;;\nesac\n"
-    );
-    // `BATON_ARGS=a b` is systemd's syntax, not the shell's.
-    let script = script.replace(
-        &format!(". {dir}/run/launch/web.sh"),
-        &format!("BATON_ARGS=$(sed s/BATON_ARGS=// {dir}/run/launch/web.env)"),
-    );
-    std::fs::write(agent.path("systemctl"), script).expect("write");
+/// An agent whose `systemctl` is this script, with `journalctl` beside it; DIR in both is the agent's directory.
+fn with_systemctl(systemctl: &str, journalctl: &str) -> Agent {
     use std::os::unix::fs::PermissionsExt;
-    let mode = std::fs::Permissions::from_mode(0o755);
-    std::fs::set_permissions(agent.path("systemctl"), mode).expect("mode");
+    let settings = "manager = \"systemd\"\nsystemctl = \"SYSTEMCTL\"\nstop_grace_ms = 3000\n";
+    let agent = Agent::with("exec_pretended \"$@\"", settings, WEB);
+    let dir = agent.dir.path().display().to_string();
+    for (name, script) in [("systemctl", systemctl), ("journalctl", journalctl)] {
+        let script = format!("#!/bin/sh\n{}\n", script.replace("DIR", &dir));
+        std::fs::write(agent.path(name), script).expect("write");
+        let mode = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(agent.path(name), mode).expect("mode");
+    }
     let config = std::fs::read_to_string(agent.path("agent.toml")).expect("read");
     let config = config.replace("SYSTEMCTL", &format!("{dir}/systemctl"));
     std::fs::write(agent.path("agent.toml"), config).expect("write");
+    agent
+}
+
+#[tokio::test]
+async fn a_unit_that_does_not_start_is_told_of_with_its_last_words() {
+    // It ended before systemd had looked at it, and after.
+    for systemctl in [
+        "test $1 != start || { echo 'Job for web failed' >&2; exit 1; }",
+        "test $1 != show || echo 0",
+    ] {
+        let journalctl = "case $1 in\n--sync) touch DIR/synced ;;\n*) test -e DIR/synced && echo 'no such volume: root' ;;\nesac";
+        let mut agent = with_systemctl(systemctl, journalctl);
+        agent.run().await;
+        let result = agent.put("/v1/vms/web/backend", json!({"role": "owner"})).await;
+        let (status, kind, detail) = refused(result);
+        assert_eq!((status, kind.as_str()), (409, "baton:backend-failed"));
+        assert!(detail.contains("no such volume: root"), "{detail}");
+    }
+}
+
+#[tokio::test]
+async fn a_unit_of_systemd_is_started_found_and_stopped() {
+    // As systemctl would: `start` starts the unit with the arguments of its environment file, whose syntax is not the
+    // shell's.
+    let systemctl = "echo \"$@\" >> DIR/told\ncase $1 in\nstart) BATON_ARGS=$(sed s/BATON_ARGS=// DIR/run/launch/web.env); DIR/backend $BATON_ARGS >/dev/null 2>&1 & echo $! > DIR/main ;;\nshow) cat DIR/main ;;\nstop) kill $(cat DIR/main) ;;\nkill) kill -9 $(cat DIR/main) ;;\nesac";
+    let mut agent = with_systemctl(systemctl, "");
     // Made by systemd, for the unit.
     std::fs::create_dir_all(agent.path("run/web")).expect("directory");
 
