@@ -123,8 +123,8 @@ impl DiskServer {
         let queues = (0..num_queues)
             .map(|index| QueueHandle::spawn(index, Arc::clone(&disk), options.poll_us))
             .collect::<io::Result<Vec<_>>>()?;
-        // A destination's connections stand before its rings start.
-        if disk.volume.handoff().is_some_and(|port| port.is_held()) {
+        // Connections stand before rings start: the guest of a move or of a restarted backend is waiting then.
+        if disk.volume.handoff().is_some() {
             for queue in &queues {
                 queue.prepare(usize::from(options.queue_size));
             }

@@ -8,7 +8,7 @@ use baton_integration::baton::wait_until;
 use baton_integration::bench::handoff::{Syncs, syncs};
 use baton_integration::blk::{OK, Request};
 use baton_integration::daemon::Daemon;
-use baton_integration::handoff::{Begin, Host};
+use baton_integration::handoff::{Begin, Fleet, Host};
 use baton_integration::raw_frontend::{Options, RawFrontend};
 use baton_integration::workspace::TestDir;
 use scene::{A_WHILE, QUEUES, SOON, Scene, block, connect, is_parked, options};
@@ -78,6 +78,24 @@ fn a_vm_moves_with_its_writes_and_back_again() {
         Scene::check(&mut again);
         assert_eq!(scene.fleet.settle(&attempt).unwrap(), "destination");
     }
+}
+
+/// Whoever starts its rings must not wait for connections then, neither after a move nor after a restart of the backend.
+#[test]
+fn connections_stand_before_the_rings_start() {
+    let dir = TestDir::new("early").unwrap();
+    let fleet = Fleet::start(dir.path(), 1, 1, 1 << 20).unwrap();
+    let stand = |count| {
+        let is_so = || fleet.servers[0].metric("baton_connections").is_ok_and(|n| n == count);
+        wait_until("the control connection and all queues' stand", SOON, is_so).unwrap();
+    };
+    let dir = dir.path();
+    let begin = |label, owner, how| Host::start_with(dir, label, owner, &fleet, how, QUEUES);
+    let each = 1.0 + f64::from(QUEUES);
+    let _owner = begin("a", "host-a/vm", Begin::Claim).unwrap();
+    stand(each);
+    let _standby = begin("b", "host-b/vm", Begin::Standby).unwrap();
+    stand(2.0 * each);
 }
 
 /// A standby opens all queues; the guest may use one.
