@@ -22,6 +22,7 @@ pub mod idle;
 pub mod load;
 pub mod outcome;
 pub mod plot;
+pub mod programs;
 pub mod scale;
 pub mod section;
 pub mod stack;

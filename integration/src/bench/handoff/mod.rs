@@ -1,18 +1,22 @@
 //! What a handoff costs: the gap that a guest sees, and the messages inside it.
 //!
 //! ```text
-//!   one run:  stop and start on one backend  (the base)
-//!             stop here, start there         (the move)    gap = first stop to first completion on every disk
+//!   one run:  stop here, start there, the fence off  (the base)    gap = first stop to first completion on every disk,
+//!             stop and start on one backend          (a pause)           less what passes the volumes on in the base
+//!             stop here, start there                 (the move)
 //! ```
 //!
-//! Both of a run send the same vhost-user messages with the same requests under way; the difference is what the handoff
-//! adds. The front-end that takes over is connected before, as an incoming VMM's is.
+//! All of a run send the same vhost-user messages with the same requests under way, and both moves go to a backend that
+//! serves nobody yet and to a front-end that was connected before, as an incoming VMM's is. What a move takes longer than
+//! the base is what the handoff adds. In the base the volumes are passed on by FENCE while the rings stand still and no
+//! clock runs: the backend that starts has them already, so nothing is sealed and nothing activated.
 //!
-//! `moves` plays the VM, `syncs` looks at the disk meanwhile; `messages` asks for single messages, `many` for very many
+//! `moves` plays the VM, `meter` watches what else happens, `syncs` looks at the disk meanwhile; `messages` asks for single messages, `many` for very many
 //! at once.
 
 mod many;
 mod messages;
+mod meter;
 mod moves;
 mod syncs;
 

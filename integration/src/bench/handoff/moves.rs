@@ -1,7 +1,8 @@
 //! A VM that moves to and fro, and what its guest sees of it.
 
+use super::meter::Meter;
 use super::{Figures, PATIENCE, us};
-use crate::bench::cpu::{Snapshot, cpus};
+use crate::bench::cpu::cpus;
 use crate::bench::standstill::Standstills;
 use crate::blk::Request;
 use crate::handoff::{Attempt, Begin, Fleet, Host};
@@ -18,23 +19,29 @@ const UNDER_WAY: u64 = 4;
 /// What runs of one kind showed; all times in microseconds.
 #[derive(Clone, Debug, Default)]
 pub struct Moves {
+    /// Runs that others disturbed and that were made again.
+    pub disturbed: usize,
     /// Gap of a stop and start on one backend.
-    pub base: Figures,
+    pub paused: Figures,
+    /// Gap of a move that nothing guards.
+    pub unguarded: Figures,
     /// Gap of a move.
     pub moved: Figures,
-    /// Their difference, run by run.
+    /// What the guard adds: move less unguarded move, run by run.
     pub added: Figures,
     /// The same of runs in which no CPU stood still. Empty where nobody may watch that.
     pub added_awake: Figures,
+    /// Move less pause, run by run: with what a process costs that serves nobody yet.
+    pub over_pause: Figures,
     /// First SEAL to the last member's SEALED, as the source saw it.
     pub seal: Figures,
     /// Ring stop to the last request's end, as the source saw it.
     pub drain: Figures,
     /// ACTIVATE to its answer, as the destination saw it.
     pub activate: Figures,
-    /// CPU time of the backends and servers in a pause, and in a move.
-    pub base_cpu: Figures,
-    /// See there.
+    /// CPU time of the backends and servers in an unguarded move.
+    pub unguarded_cpu: Figures,
+    /// The same in a move.
     pub moved_cpu: Figures,
 }
 
@@ -100,11 +107,47 @@ impl<'a> Vm<'a> {
         run(&mut self.disks, start)
     }
 
-    /// Up to the moment before the VM stops.
-    pub(super) fn prepare(&mut self) -> Result<(Attempt, Host, Vec<RawFrontend>)> {
+    /// The gap of the same move with the fence off: the rings stop here and start on a backend that serves nobody yet,
+    /// and what passes the volumes on takes place in between, unmeasured.
+    fn move_unguarded(&mut self, meter: &mut Meter<'_>) -> Result<Duration> {
+        let pids = self.pids(&self.host);
+        let stopped = meter.during(&pids, || {
+            let start = self.stop()?;
+            Self::reap(&mut self.disks)?;
+            anyhow::Ok(start.elapsed())
+        })??;
+        let (label, owner) = self.next_host();
+        for member in 0..self.fleet.members.len() {
+            self.fleet.fence(member, &owner)?;
+        }
+        self.host = Host::start(self.dir, &label, &owner, self.fleet, Begin::Claim)?;
+        self.host.wait_standing("serving")?;
+        self.disks = connect(&self.host)?;
+        let pids = self.pids(&self.host);
+        let started = meter.during(&pids, || run(&mut self.disks, Instant::now()))??;
+        Ok(stopped + started)
+    }
+
+    /// The processes of the servers and of a host.
+    fn pids(&self, host: &Host) -> Vec<u32> {
+        let servers = self.fleet.servers.iter().map(|server| server.daemon.pid());
+        servers.chain([host.daemon.pid()]).collect()
+    }
+
+    fn next_host(&mut self) -> (String, String) {
         self.moves += 1;
         let label = format!("host-{}", self.moves);
         let owner = format!("{label}/vm");
+        (label, owner)
+    }
+
+    fn start_logging(&mut self) -> Result<()> {
+        self.disks.iter_mut().try_for_each(RawFrontend::start_logging)
+    }
+
+    /// Up to the moment before the VM stops.
+    pub(super) fn prepare(&mut self) -> Result<(Attempt, Host, Vec<RawFrontend>)> {
+        let (label, owner) = self.next_host();
         let there = Host::start(self.dir, &label, &owner, self.fleet, Begin::Standby)?;
         let attempt = self.fleet.arm(&self.host.owner, &owner)?;
         there.wait_standing("ready")?;
@@ -184,58 +227,44 @@ fn run(disks: &mut [RawFrontend], start: Instant) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-/// Whether a CPU stood still in any of the times that it was asked about.
-struct Stillness<'a> {
-    watch: Option<&'a Standstills>,
-    seen: bool,
-}
-
-impl<'a> Stillness<'a> {
-    fn of(watch: Option<&'a Standstills>) -> Self {
-        Self { watch, seen: false }
-    }
-
-    fn during<T>(&mut self, work: impl FnOnce() -> T) -> T {
-        let from = Instant::now();
-        let done = work();
-        self.seen |= self.watch.is_some_and(|watch| watch.any_in(from, Instant::now()));
-        done
-    }
-
-    fn ran_all_the_time(&self) -> bool {
-        self.watch.is_some() && !self.seen
-    }
-}
-
-/// Moves the VM of these volumes to and fro.
+/// Moves the VM of these volumes to and fro. A run beside which other programs had the processors for long is made again,
+/// but not for ever.
 pub fn moves(fleet: &Fleet, dir: &Path, runs: usize) -> Result<Moves> {
     let mut vm = Vm::start(fleet, dir)?;
     let mut out = Moves::default();
     let watch = Standstills::watch(cpus()).ok();
-    for _ in 0..runs {
-        for disk in &mut vm.disks {
-            disk.start_logging()?;
-        }
-        let mut pids: Vec<u32> = fleet.servers.iter().map(|s| s.daemon.pid()).collect();
-        pids.push(vm.host.daemon.pid());
-        let before = Snapshot::take(&pids)?;
-        let mut is_still = Stillness::of(watch.as_ref());
-        let base = is_still.during(|| vm.pause())?;
-        let base_cpu = Snapshot::take(&pids)?.since(&before);
+    let mut left = runs;
+    while left > 0 {
+        let mut meter = Meter::new(watch.as_ref());
+        // Whoever moves away has stopped its rings once before, here and below: what is done for the first time is dear.
+        vm.start_logging()?;
+        vm.pause()?;
+        let unguarded = vm.move_unguarded(&mut meter)?;
+        let unguarded_cpu = meter.take_used_us();
+        vm.start_logging()?;
+        let pids = vm.pids(&vm.host);
+        let paused = meter.during(&pids, || vm.pause())??;
+        meter.take_used_us();
         let (attempt, there, mut disks) = vm.prepare()?;
-        pids.push(there.daemon.pid());
-        let before = Snapshot::take(&pids)?;
-        let moved = is_still.during(|| vm.go(&mut disks))?;
-        let moved_cpu = Snapshot::take(&pids)?.since(&before);
+        let pids = [pids, vec![there.daemon.pid()]].concat();
+        let moved = meter.during(&pids, || vm.go(&mut disks))??;
+        let moved_cpu = meter.take_used_us();
         let (source, destination) = vm.arrived(&attempt, there, disks)?;
-        out.base.push(us(base));
-        out.moved.push(us(moved));
-        out.added.push(us(moved) - us(base));
-        if is_still.ran_all_the_time() {
-            out.added_awake.push(us(moved) - us(base));
+        if meter.is_disturbed() && out.disturbed < runs {
+            out.disturbed += 1;
+            continue;
         }
-        out.base_cpu.push(base_cpu.processes_s.iter().sum::<f64>() * 1e6);
-        out.moved_cpu.push(moved_cpu.processes_s.iter().sum::<f64>() * 1e6);
+        left -= 1;
+        out.paused.push(us(paused));
+        out.unguarded.push(us(unguarded));
+        out.moved.push(us(moved));
+        out.added.push(us(moved) - us(unguarded));
+        out.over_pause.push(us(moved) - us(paused));
+        if meter.ran_all_the_time() {
+            out.added_awake.push(us(moved) - us(unguarded));
+        }
+        out.unguarded_cpu.push(unguarded_cpu);
+        out.moved_cpu.push(moved_cpu);
         // A source that hears that it has lost before its SEAL is answered has no figure for it: fewer runs in the table.
         for (figures, status, name) in [
             (&mut out.seal, &source, "seal_us"),
