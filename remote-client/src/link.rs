@@ -2,7 +2,8 @@
 //! wait on: for Baton's own protocol and for NBD.
 //!
 //! The descriptor is an epoll instance that holds the socket of the moment, a
-//! timer and a notification, so it stays the same over reconnects. It is never
+//! timer and a notification, so it stays the same over reconnects. Whoever has an
+//! epoll instance anyway lets the three be watched in that one. It is never
 //! asked which of the three it was: `poll` tries what may be due, which in
 //! steady state is one `sendmsg` and one `recv` per batch and nothing else.
 //! Decides nothing; the conversation does.
@@ -36,8 +37,8 @@ const BATCH_BYTES: usize = 256 << 10;
 /// that came between.
 const TAIL_BYTES: usize = 4 << 10;
 
-const SOCKET: EpollEvent = EpollEvent::new(EpollFlags::EPOLLIN, 0);
-const SOCKET_OUT: EpollEvent = EpollEvent::new(EpollFlags::EPOLLIN.union(EpollFlags::EPOLLOUT), 0);
+const IN: EpollFlags = EpollFlags::EPOLLIN;
+const IN_OUT: EpollFlags = IN.union(EpollFlags::EPOLLOUT);
 
 /// Longest farewell, bytes.
 pub(crate) const GOODBYE_BYTES_MAX: usize = 32;
@@ -115,6 +116,31 @@ struct Socket<S> {
     seal: Option<S>,
 }
 
+/// Where the descriptors of a link are watched.
+struct Watch {
+    epoll: Epoll,
+    /// What the events carry.
+    data: u64,
+}
+
+impl Watch {
+    fn new() -> io::Result<Self> {
+        Ok(Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, data: 0 })
+    }
+
+    fn event(&self, flags: EpollFlags) -> EpollEvent {
+        EpollEvent::new(flags, self.data)
+    }
+
+    fn add(&self, fd: impl AsFd, flags: EpollFlags) -> nix::Result<()> {
+        self.epoll.add(fd, self.event(flags))
+    }
+
+    fn modify(&self, fd: impl AsFd, flags: EpollFlags) -> nix::Result<()> {
+        self.epoll.modify(fd, &mut self.event(flags))
+    }
+}
+
 /// See the module's documentation.
 pub(crate) struct Link<C: Conversation> {
     session: C,
@@ -122,7 +148,7 @@ pub(crate) struct Link<C: Conversation> {
     settings: Option<Arc<<C::Seal as Seal>::Settings>>,
     attempt: usize,
     socket: Option<Socket<C::Seal>>,
-    epoll: Epoll,
+    watch: Watch,
     timer: Timer,
     wake: Arc<Wake>,
     iov: Vec<libc::iovec>,
@@ -142,10 +168,10 @@ impl<C: Conversation> std::fmt::Debug for Link<C> {
 impl<C: Conversation> Link<C> {
     /// A link for `session`; `batch` is false for one that carries no I/O.
     pub(crate) fn new(session: C, endpoint: Arc<Endpoint>, batch: bool) -> io::Result<Self> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let watch = Watch::new()?;
         let (timer, wake) = (Timer::new()?, Arc::new(Wake::new()?));
-        epoll.add(timer.as_fd(), SOCKET)?;
-        epoll.add(wake.as_fd(), SOCKET)?;
+        watch.add(timer.as_fd(), IN)?;
+        watch.add(wake.as_fd(), IN)?;
         let bytes = if batch { BATCH_BYTES } else { TAIL_BYTES };
         Ok(Self {
             session,
@@ -153,7 +179,7 @@ impl<C: Conversation> Link<C> {
             settings: None,
             attempt: 0,
             socket: None,
-            epoll,
+            watch,
             timer,
             wake,
             iov: Vec::with_capacity(IOV_MAX),
@@ -188,7 +214,37 @@ impl<C: Conversation> Link<C> {
     }
 
     pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.epoll.0.as_fd()
+        self.watch.epoll.0.as_fd()
+    }
+
+    /// Has everything watched in this epoll instance, with these data in its events, instead of in one of its own that
+    /// would be watched there: the kernel looks into each on every wake-up.
+    pub(crate) fn watch_in(&mut self, epoll: &Epoll, data: u64) -> io::Result<()> {
+        self.watch_through(Watch { epoll: Epoll(epoll.0.try_clone()?), data })
+    }
+
+    /// Undoes [`Self::watch_in`].
+    pub(crate) fn watch_alone(&mut self) -> io::Result<()> {
+        self.watch_through(Watch::new()?)
+    }
+
+    fn watch_through(&mut self, watch: Watch) -> io::Result<()> {
+        watch.add(self.timer.as_fd(), IN)?;
+        watch.add(self.wake.as_fd(), IN)?;
+        if let Some(socket) = &self.socket {
+            watch.add(&socket.fd, if socket.wants_out { IN_OUT } else { IN })?;
+        }
+        let before = std::mem::replace(&mut self.watch, watch);
+        self.leave(&before);
+        Ok(())
+    }
+
+    /// Takes everything out of an epoll instance that may be another's.
+    fn leave(&self, watch: &Watch) {
+        let fds = [self.timer.as_fd(), self.wake.as_fd()];
+        for fd in fds.into_iter().chain(self.socket.as_ref().map(|socket| socket.fd.as_fd())) {
+            let _ = watch.epoll.delete(fd);
+        }
     }
 
     /// Closes the connection, if there is one, with a goodbye.
@@ -259,7 +315,7 @@ impl<C: Conversation> Link<C> {
             self.session.connecting(now);
             self.attempt = self.attempt.wrapping_add(1);
             let opened = self.endpoint.connect(self.attempt - 1).and_then(|fd| {
-                self.epoll.add(&fd, SOCKET_OUT)?;
+                self.watch.add(&fd, IN_OUT)?;
                 Ok(fd)
             });
             match opened {
@@ -345,8 +401,8 @@ impl<C: Conversation> Link<C> {
             self.session.blocked();
         }
         if blocked != socket.wants_out {
-            let mut event = if blocked { SOCKET_OUT } else { SOCKET };
-            if let Err(error) = self.epoll.modify(&socket.fd, &mut event) {
+            let flags = if blocked { IN_OUT } else { IN };
+            if let Err(error) = self.watch.modify(&socket.fd, flags) {
                 return Some(error);
             }
             socket.wants_out = blocked;
@@ -422,5 +478,7 @@ impl<C: Conversation> Link<C> {
 impl<C: Conversation> Drop for Link<C> {
     fn drop(&mut self) {
         self.say_goodbye();
+        // Who notifies keeps a descriptor open, and the epoll instance may be another's.
+        self.leave(&self.watch);
     }
 }

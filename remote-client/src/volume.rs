@@ -14,6 +14,8 @@ use std::fmt::Debug;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
+
 use crate::gate::Gate;
 use crate::handoff::HandoffPort;
 
@@ -235,6 +237,17 @@ pub trait VolumeQueue: Send {
     /// for whatever reason: answers, room to send, a timer. The same descriptor
     /// for the life of the queue. Quiet while nothing is in flight.
     fn wake_fd(&self) -> BorrowedFd<'_>;
+
+    /// Has what is behind [`VolumeQueue::wake_fd`] watched in an epoll instance of the
+    /// caller, whose events carry `data` then; nobody waits for that descriptor itself
+    /// from then on. Where it is an epoll instance, too, the kernel need not look into
+    /// one through the other for each event.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors or memory.
+    fn watch_in(&mut self, epoll: &Epoll, data: u64) -> std::io::Result<()> {
+        Ok(epoll.add(self.wake_fd(), EpollEvent::new(EpollFlags::EPOLLIN, data))?)
+    }
 
     /// Requests submitted and not completed.
     fn in_flight(&self) -> usize;

@@ -116,7 +116,8 @@ impl Worker {
 
     /// Waits as said, and does what there is then. The result is how to wait next.
     fn round(&mut self, how: Next) -> Next {
-        let mut events = [EpollEvent::empty(); 4];
+        // Mailbox, kick, and what the volume has: a socket, a timer and a notification.
+        let mut events = [EpollEvent::empty(); 8];
         let timeout = match how {
             // Only look at what else is there.
             Next::Look => EpollTimeout::ZERO,
@@ -257,9 +258,8 @@ impl Worker {
         if self.io.is_some() {
             return Ok(());
         }
-        let io = self.disk.volume.open_queue(self.index, depth).map_err(io::Error::other)?;
-        self.epoll
-            .add(io.wake_fd(), EpollEvent::new(EpollFlags::EPOLLIN, Source::Volume as u64))?;
+        let mut io = self.disk.volume.open_queue(self.index, depth).map_err(io::Error::other)?;
+        io.watch_in(&self.epoll, Source::Volume as u64)?;
         (self.io, self.depth) = (Some(io), depth);
         Ok(())
     }

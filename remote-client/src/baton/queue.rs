@@ -1,10 +1,12 @@
 //! One queue of a Baton volume: a [`Link`] that reports to its volume.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use baton_protocol::handoff::Count;
+use nix::sys::epoll::Epoll;
 
 use super::handover::Course;
 use super::link::Link;
@@ -108,6 +110,10 @@ impl VolumeQueue for BatonQueue {
 
     fn wake_fd(&self) -> BorrowedFd<'_> {
         self.link.wake_fd()
+    }
+
+    fn watch_in(&mut self, epoll: &Epoll, data: u64) -> io::Result<()> {
+        self.link.watch_in(epoll, data)
     }
 
     fn in_flight(&self) -> usize {

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::Epoll;
 
 use super::handshake::{Export, Refusal};
 use super::link::Link;
@@ -515,6 +516,10 @@ impl VolumeQueue for NbdQueue {
         self.link.as_ref().expect("taken by drop only").wake_fd()
     }
 
+    fn watch_in(&mut self, epoll: &Epoll, data: u64) -> io::Result<()> {
+        self.link().watch_in(epoll, data)
+    }
+
     fn in_flight(&self) -> usize {
         self.link.as_ref().map_or(0, Link::in_flight)
     }
@@ -524,6 +529,8 @@ impl Drop for NbdQueue {
     fn drop(&mut self) {
         let index = self.index;
         let spare = self.link.take().filter(|link| link.is_at_rest());
+        // Whose events woke the queue's thread must not wake it any more.
+        let spare = spare.and_then(|mut link| link.watch_alone().is_ok().then_some(link));
         let shared = Arc::clone(&self.shared);
         self.shared.change(|hub| {
             hub.down.remove(&index);
