@@ -70,6 +70,11 @@ pub enum Story {
     Frozen,
     /// The source's backend is killed during pre-copy, its next one goes on, then the guest moves.
     Successor,
+    /// The handoff is called off before the guest stops.
+    Cancel,
+    /// The source's host is said to be dead while its guest runs on: its volumes are taken, and the guest boots on the
+    /// destination.
+    Evacuate,
 }
 
 /// A named point of a daemon.
@@ -91,7 +96,7 @@ use Actor::{
     Anchor, Coordinator, DestinationAgent, DestinationBackend, DestinationVmm, Monitor, Osd, Other,
     SourceAgent, SourceBackend, SourceVmm,
 };
-use Story::{Frozen, Move, Race, Restart, Return, Successor};
+use Story::{Cancel, Evacuate, Frozen, Move, Race, Restart, Return, Successor};
 
 const EVERY_ENGINE: &[Engine] = &[Engine::Baton, Engine::Rbd];
 
@@ -120,11 +125,12 @@ pub const POINTS: &[Point] = &[
     baton("activate.answered", &[Anchor], &[Move]),
     baton("open.stepped", &[Other], &[Move]),
     baton("open.answered", &[Other], &[Move]),
-    baton("reclaim.stored", &[Anchor], &[Return, Race]),
+    baton("reclaim.stored", &[Anchor], &[Return, Race, Cancel]),
     baton("reclaim.answered", &[Anchor], &[Return]),
-    baton("settle.stored", &[Anchor, Other], &[Move, Return]),
+    baton("settle.stored", &[Anchor, Other], &[Move, Return, Cancel]),
     baton("unfreeze.answered", &[Anchor], &[Restart]),
     baton("abdicate.answered", &[Anchor], &[Frozen]),
+    baton("fence.stored", &[Anchor, Other], &[Evacuate]),
     // Who changes an image's record, from reading it to after the swap; its lock, the blocklist, the map.
     rbd("arm.swapping", &[Coordinator], &[Move]),
     rbd("arm.swapped", &[Coordinator], &[Move]),
@@ -164,6 +170,11 @@ pub const POINTS: &[Point] = &[
     point("arm.sent", &[Coordinator], &[Move]),
     point("ready.told", &[Coordinator], &[Move]),
     point("settle.sent", &[Coordinator], &[Move]),
+    baton("fence.sent", &[Coordinator], &[Evacuate]),
+    // Agents.
+    baton("backend.started", &[DestinationAgent], &[Move]),
+    baton("backend.stopped", &[SourceAgent], &[Move]),
+    baton("backend.stopped", &[DestinationAgent], &[Cancel]),
 ];
 
 /// Every process of the matrix that there is on every engine.
@@ -304,7 +315,7 @@ mod tests {
 
     /// String literals like `"seal.closed"` in the sources of the daemons, tests apart.
     fn names_in(dir: &Path, names: &mut BTreeSet<String>) {
-        const ENDS: [&str; 19] = [
+        const ENDS: [&str; 21] = [
             "stored",
             "requested",
             "closed",
@@ -324,6 +335,8 @@ mod tests {
             "taken",
             "entered",
             "ended",
+            "started",
+            "stopped",
         ];
         for entry in fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
@@ -350,7 +363,6 @@ mod tests {
             names_in(&root.join(part).join("src"), &mut found);
         }
         // No parts of a handoff.
-        found.remove("fence.stored");
         found.remove("release.answered");
         found.remove("record.swapping");
         found.remove("record.swapped");

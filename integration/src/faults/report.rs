@@ -74,14 +74,25 @@ impl Report {
         }
     }
 
+    /// Whether somebody was at this point when the accident was to happen: a victim that was not there counts.
+    #[must_use]
+    pub fn has_hurt_at(&self, point: &str) -> bool {
+        let outcome = |row: &Row| row.outcome.as_ref().map(|outcome| outcome.accident);
+        let of_point = self.rows.iter().filter(|row| row.case.point == point);
+        of_point.filter_map(outcome).any(|accident| accident != "missed")
+    }
+
     /// Why the run is no proof; empty when it is one. `points` are the names that it was to pass.
     #[must_use]
     pub fn complaints(&self, points: &[&str]) -> Vec<String> {
         let failed = self.rows.iter().filter(|row| row.outcome.is_none()).map(Row::line);
-        let missed = points
-            .iter()
-            .filter(|name| !self.hits.contains_key(**name))
-            .map(|name| format!("the point {name} was never passed"));
+        let passed = |name: &str| self.hits.contains_key(name);
+        let missed =
+            points.iter().filter_map(|name| match (passed(name), self.has_hurt_at(name)) {
+                (false, _) => Some(format!("the point {name} was never passed")),
+                (true, false) => Some(format!("nobody was hurt at the point {name}")),
+                (true, true) => None,
+            });
         failed.chain(missed).collect()
     }
 
@@ -99,6 +110,17 @@ impl Report {
             self.rows.len(),
             count(|row| row.outcome.is_some()),
             count(|row| row.outcome.is_none()),
+        );
+        let accidents = |what: &'static str| {
+            let outcomes = self.rows.iter().filter_map(|row| row.outcome.as_ref());
+            outcomes.filter(|outcome| outcome.accident == what).count()
+        };
+        let _ = writeln!(
+            text,
+            "the victim was hurt in {}, not there in {}, and the point was missed in {}",
+            accidents("hurt"),
+            accidents("absent"),
+            accidents("missed"),
         );
         let _ = writeln!(text, "points passed:");
         let engines: Vec<Engine> = self.rows.iter().map(|row| row.case.engine).collect();
@@ -137,8 +159,12 @@ mod tests {
             answers: 2,
         };
         let hits = BTreeMap::from([("arm.stored".to_owned(), 3)]);
-        let rows = vec![Row::new(case, Ok(good), took)];
-        let mut report = Report { seed: 1, rows, hits };
+        let missed = Outcome { accident: "missed", ..good.clone() };
+        let of = |outcome| vec![Row::new(case, Ok(outcome), took)];
+        let mut report = Report { seed: 1, rows: of(missed), hits };
+        assert_eq!(case.point, "arm.stored");
+        assert_eq!(report.complaints(&["arm.stored"]), ["nobody was hurt at the point arm.stored"]);
+        report.rows = of(good);
         assert!(report.complaints(&["arm.stored"]).is_empty());
         assert_eq!(report.complaints(&["arm.stored", "seal.sent"]).len(), 1);
         report.rows.push(Row::new(case, Err(anyhow::anyhow!("stale read")), took));

@@ -10,6 +10,7 @@ use crate::images::SharedCeph;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 use serde_json::json;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -72,7 +73,9 @@ pub fn run(
     let (fork, saved, started) = (None, dir.join("saved"), [true, false]);
     let go_on_within = if case.engine == Engine::Rbd { GO_ON_RBD } else { GO_ON };
     let recovery = Recovery::new(matches!(case.victim, Actor::Osd | Actor::Monitor));
-    let mut play = Play { world, injector, recovery, id, fork, saved, started, go_on_within };
+    let (story, fenced) = (case.story, None);
+    let mut play =
+        Play { world, injector, recovery, story, id, fork, fenced, saved, started, go_on_within };
     let told = play.tell(case.story);
     let winner = play.end(told.is_ok())?;
     let accident = match play.injector.progress() {
@@ -96,10 +99,13 @@ struct Play {
     world: World,
     injector: Injector,
     recovery: Recovery,
+    story: Story,
     /// Of the handoff.
     id: String,
     /// When the guest was copied.
     fork: Option<u64>,
+    /// When its volumes had been taken from the source.
+    fenced: Option<u64>,
     saved: PathBuf,
     /// Whose VMM was told to run the guest.
     started: [bool; 2],
@@ -110,8 +116,15 @@ struct Play {
 impl Play {
     /// What the orchestrator does until something keeps it from it.
     fn tell(&mut self, story: Story) -> Result<()> {
+        if story == Story::Evacuate {
+            return self.evacuate(STEP);
+        }
         self.prepare()?;
         self.order(Side::Source, "log")?;
+        if story == Story::Cancel {
+            self.call_off()?;
+            return self.wait_serving(Side::Source);
+        }
         if story == Story::Restart {
             self.world.restart_anchor()?;
             // The source says that it never sealed, and goes on.
@@ -152,7 +165,30 @@ impl Play {
                 self.wait_serving(Side::Source)?;
                 self.finish()
             }
+            Story::Cancel | Story::Evacuate => unreachable!("they have ended above"),
         }
+    }
+
+    /// The volumes are taken from the source, whoever runs there, and the destination's backend claims them.
+    fn evacuate(&mut self, patience: Duration) -> Result<()> {
+        let (from, to) = (Side::Source.host(), Side::Destination.host());
+        let body = json!({ "dead_host": from, "nominee": to, "reason": "test", "force": true });
+        let path = format!("/v1/vms/{VM}:fence");
+        self.wait_for("every volume is taken from the source", patience, |play| {
+            play.world.coordinator.call("POST", &path, Some(&body)).map(|_| true)
+        })?;
+        self.fenced.get_or_insert_with(now_ns);
+        self.wait_for("the destination claims the volumes", patience, |play| {
+            play.world.host(Side::Destination).own().map(|()| true)
+        })
+    }
+
+    fn call_off(&mut self) -> Result<()> {
+        let path = self.path(":cancel");
+        self.wait("the handoff is called off", |play| {
+            let shown = play.world.coordinator.call("POST", &path, None)?;
+            Ok(shown["outcome"] == "source")
+        })
     }
 
     fn prepare(&mut self) -> Result<()> {
@@ -272,6 +308,10 @@ impl Play {
         self.wait_for("the accident ends", self.go_on_within, |play| {
             Ok(play.injector.progress() != Progress::Hurt)
         })?;
+        if self.story == Story::Evacuate {
+            self.evacuate(self.go_on_within)?;
+            return Ok(Side::Destination);
+        }
         let mut poked = false;
         let mut outcome = None;
         self.wait_for("the handoff is decided and over", self.go_on_within, |play| {
@@ -290,7 +330,7 @@ impl Play {
                 shown => shown?,
             };
             if shown["over"] != true {
-                let verb = if told { ":finish" } else { ":cancel" };
+                let verb = if told && play.story != Story::Cancel { ":finish" } else { ":cancel" };
                 let _ = play.world.coordinator.call("POST", &play.path(verb), None);
                 return Ok(false);
             }
@@ -397,7 +437,23 @@ impl Play {
                 silent(&after, "source")?;
                 judge.follow(destination.context("the destination has a history")?)?;
             }
-            (Side::Destination, None) => bail!("the destination has won, and was never started"),
+            (Side::Destination, None) => {
+                let Some(fenced) = self.fenced else {
+                    bail!("the destination has won, and was never started")
+                };
+                // What storage had done by then may be heard later, by a host that stood still.
+                let sent: BTreeSet<u64> = source
+                    .iter()
+                    .filter(|event| event.what == What::Submit && event.at_ns <= fenced)
+                    .map(|event| event.op)
+                    .collect();
+                let (before, after): (Vec<Event>, Vec<Event>) = source
+                    .iter()
+                    .cloned()
+                    .partition(|event| event.at_ns <= fenced || sent.contains(&event.op));
+                judge.follow(&before)?;
+                silent(&after, "source")?;
+            }
             (Side::Source, _) => {
                 judge.follow(source)?;
                 silent(destination.map_or(&[], Vec::as_slice), "destination")?;

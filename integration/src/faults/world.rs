@@ -4,7 +4,7 @@
 //! What dies is started again as its supervisor would do it, but not before the injector says so, and never a VMM: a
 //! guest whose VMM is gone is gone, and boots again where its volumes are. Backends are the agents' business.
 
-use super::case::{Actor, Case};
+use super::case::{Actor, Case, Story};
 use super::cluster::{AgentHost, Kept, Place, coordinator, one_of_several};
 use super::history::{self, Event};
 use super::injector::{Register, Who};
@@ -115,14 +115,14 @@ impl World {
         let fleet = Fleet::start_in(dir, case.volumes, case.volumes, DISK_BYTES, |n| {
             env(&[if n == 0 { Actor::Anchor } else { Actor::Other }])
         })?;
-        Self::begin(dir, fleet, hits, env)
+        Self::begin(dir, fleet, hits, case.story == Story::Evacuate, env)
     }
 
     /// The same with images of a cluster, named after the directory.
     pub fn start_on(ceph: &SharedCeph, dir: &Path, case: Case, hits: &Path) -> Result<Self> {
         let prefix = dir.file_name().context("the directory has a name")?.to_string_lossy();
         let fleet = Fleet::on_ceph(ceph, &prefix, case.volumes, DISK_BYTES)?;
-        Self::begin(dir, fleet, hits, |actors| environment(case, actors, hits))
+        Self::begin(dir, fleet, hits, false, |actors| environment(case, actors, hits))
     }
 
     /// The same processes with no point at which anybody stops.
@@ -130,18 +130,20 @@ impl World {
         let hits = dir.join("hits");
         let env = |_: &[Actor]| hits_only(&hits);
         let fleet = Fleet::start_in(dir, volumes, volumes, DISK_BYTES, |_| env(&[]))?;
-        Self::begin(dir, fleet, &hits, env)
+        Self::begin(dir, fleet, &hits, false, env)
     }
 
+    /// `everywhere`: both hosts have the VM's definition, not only the one where it runs.
     fn begin(
         dir: &Path,
         fleet: Fleet,
         hits: &Path,
+        everywhere: bool,
         env: impl Fn(&[Actor]) -> Environment,
     ) -> Result<Self> {
         let host = |side: Side| {
             let env = env(&[side.agent(), side.backend()]);
-            AgentHost::start(dir, side.host(), &fleet, side == Side::Source, &env)
+            AgentHost::start(dir, side.host(), &fleet, everywhere || side == Side::Source, &env)
         };
         let hosts = [host(Side::Source)?, host(Side::Destination)?];
         let named = [(Side::Source.host(), &hosts[0]), (Side::Destination.host(), &hosts[1])];

@@ -21,6 +21,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::http::StatusCode;
+use baton_fault_point as fault_point;
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -377,6 +378,7 @@ async fn fence_one(
     let fenced = volume.server.fence(&volume.name, core.term, order.reason, nominee, &record).await;
     match fenced {
         Ok(epoch) => {
+            fault_point::at("fence.sent");
             (result.fenced, result.taken, result.epoch) = (true, true, epoch);
             result.detail = format!("taken from `{}`", order.owner);
             (result, false)

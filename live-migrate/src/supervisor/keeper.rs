@@ -13,6 +13,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use baton_fault_point as fault_point;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::watch;
@@ -132,6 +133,9 @@ impl Keeper {
             let died = match started {
                 Err(error) => format!("cannot start {}: {error}", launch.program.display()),
                 Ok(mut process) => {
+                    if !adopted {
+                        fault_point::at("backend.started");
+                    }
                     self.note(&launch, &process, adopted);
                     let up = Mutex::new(false);
                     let watching = self.watch(&launch, process.id().cloned(), &up);
@@ -201,6 +205,7 @@ impl Keeper {
         let grace = self.settings.stop_grace;
         match self.settings.manager.stop(launch, process, grace).await {
             Ok(ending) => {
+                fault_point::at("backend.stopped");
                 let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
                 *ended = process.id().map(|process| (process.pid, ending));
             }
