@@ -107,13 +107,17 @@ impl Drop for Effort {
     }
 }
 
-/// Explores a scope; what was broken and the way there, if anything was.
-fn explore(
-    scope: &Scope,
-    live: bool,
-    most: usize,
-    effort: &mut Effort,
-) -> Option<(String, String)> {
+/// What a search found.
+#[derive(Debug)]
+struct Search {
+    /// What was broken, and the way there.
+    broken: Option<(String, String)>,
+    /// Every state of the scope was looked at.
+    is_complete: bool,
+}
+
+/// Explores a scope up to so many states.
+fn explore(scope: &Scope, live: bool, most: usize, effort: &mut Effort) -> Search {
     let started = Instant::now();
     let model = Handoff { scope: scope.clone(), live };
     let checker = model
@@ -123,11 +127,12 @@ fn explore(
         .spawn_bfs()
         .join();
     let found = checker.discoveries().into_iter().next();
+    let is_complete = found.is_none() && checker.state_count() < most;
     let outcome = match &found {
         Some((name, path)) => {
             format!("{name} broken in {} steps", path.clone().into_actions().len())
         }
-        None if checker.state_count() >= most => "cut off, nothing found".to_owned(),
+        None if !is_complete => "cut off, nothing found".to_owned(),
         None => "complete, nothing found".to_owned(),
     };
     let mutant = scope.mutant.map_or(String::new(), |mutant| format!(" {mutant:?}"));
@@ -139,11 +144,12 @@ fn explore(
         started.elapsed().as_secs_f64(),
     ));
     effort.spend(checker.state_count());
-    found.map(|(name, path)| {
+    let broken = found.map(|(name, path)| {
         let actions = path.into_actions();
         let lines = actions.iter().enumerate().map(|(at, a)| format!("{:>3} {a:?}\n", at + 1));
         (name.to_owned(), lines.collect())
-    })
+    });
+    Search { broken, is_complete }
 }
 
 #[allow(clippy::print_stdout, reason = "what a run covered is its result")]
@@ -333,7 +339,31 @@ fn searches_find_nothing() {
     ];
     for scope in scopes {
         let found = explore(&scope, true, 60_000 * self::effort(), &mut effort);
-        assert!(found.is_none(), "{found:?}\n{scope:?}");
+        assert!(found.broken.is_none(), "{found:?}\n{scope:?}");
+    }
+}
+
+/// Scopes so small that every state of them is looked at.
+#[test]
+fn small_scopes_are_searched_whole() {
+    let mut effort = Effort::of(1_000_000);
+    let small = |name, mode| Scope { server_crashes: 0, ..Scope::new(name, mode) };
+    for mode in [Mode::Base, Mode::Fast] {
+        let one = |name| Scope { members: 1, ..small(name, mode) };
+        let scopes = [
+            Scope { writes: [1, 0], server_crashes: 1, ..one("one, a server crashes") },
+            Scope { writes: [1, 0], backend_crashes: [1, 0], ..one("one, the source dies") },
+            Scope { writes: [1, 0], backend_crashes: [0, 1], ..one("one, the destination dies") },
+            Scope { coordinator: true, ..one("one, a coordinator") },
+            Scope { fence: true, ..one("one, a fence") },
+            Scope { rogue: true, ..one("one, a rogue standby") },
+            Scope { writes: [1, 0], ..small("two, a write", mode) },
+            Scope { writes: [0, 0], server_crashes: 1, ..small("two, a server crashes", mode) },
+        ];
+        for scope in scopes {
+            let found = explore(&scope, true, 1_000_000, &mut effort);
+            assert!(found.broken.is_none() && found.is_complete, "{found:?}\n{scope:?}");
+        }
     }
 }
 
@@ -347,7 +377,7 @@ fn every_mutant_is_caught() {
         let scope = Scope { mutant: Some(mutant), ..mutant.tempt(scope) };
         // A long and narrow way is found by searching, the others by walking.
         let found = if mutant == Mutant::UnfreezeNoBootId {
-            explore(&scope, false, 1_000_000, &mut effort)
+            explore(&scope, false, 1_000_000, &mut effort).broken
         } else {
             wander(&scope, 700, 60_000, live, &mut effort)
         };

@@ -126,6 +126,10 @@ impl World {
             self.requests.insert(Request { stage: Stage::Inside, ..request });
         } else {
             self.apply(request);
+            // No guest hears of what it did not write.
+            if request.value == OF_ROGUE {
+                return Some(());
+            }
             let done = Request { stage: Stage::Done, ..request };
             self.act(scope, &Action::Ack(done))?;
         }
