@@ -148,6 +148,12 @@ fn section(result: &Outcome, commit: &str, awake: bool) -> String {
     row("forced FENCE, over HTTP", &messages.fence, "10 ms + drain");
     row("- wait for the disk in it", &messages.fence_store, "");
     row("- drain in it", &messages.fence_drain, "shown apart");
+    row(
+        "forced FENCE of an owner with 1 MiB of writes under way",
+        &messages.fence_busy,
+        "10 ms + drain",
+    );
+    row("- drain in it", &messages.fence_busy_drain, "shown apart");
     row("RECLAIM after a seal", &messages.reclaim, "2 round trips + 1 fsync");
     row("for comparison: round trip (PING)", &messages.rtt, "");
     row("for comparison: round trip (PING) after 20 ms of silence", &messages.rtt_idle, "");

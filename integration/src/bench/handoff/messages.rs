@@ -1,9 +1,11 @@
 //! Single messages, one at a time.
 
-use super::{Figures, id, us};
-use crate::handoff::Fleet;
+use super::moves::{self, start_ring};
+use super::{Figures, PATIENCE, id, us};
+use crate::blk::Request;
+use crate::handoff::{Begin, Fleet, Host};
 use crate::raw_wire::{Ask, Control, Mode};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -12,6 +14,10 @@ use std::time::{Duration, Instant};
 
 /// Nothing comes for so long before a message of which it is said.
 const SILENCE: Duration = Duration::from_millis(20);
+
+/// Of a writer who is fenced, while the first is answered and the others are under way.
+const WRITES: u64 = 8;
+const WRITE_BYTES: usize = 128 << 10;
 
 /// What single messages cost on one server; times in microseconds.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +34,10 @@ pub struct Messages {
     pub fence_store: Figures,
     /// Of that, the wait for requests inside the gate.
     pub fence_drain: Figures,
+    /// FENCE of an owner who is writing.
+    pub fence_busy: Figures,
+    /// Of that, the wait for requests inside the gate.
+    pub fence_busy_drain: Figures,
     /// RECLAIM after a seal.
     pub reclaim: Figures,
 }
@@ -58,6 +68,24 @@ pub fn messages(fleet: &Fleet, dir: &Path, runs: usize) -> Result<Messages> {
         out.fence.push(timed(|| server.fence(volume, Some("host-a/vm")).map(drop))?);
         out.fence_store.push((waited("store")? - store) * 1e6);
         out.fence_drain.push((waited("drain")? - drain) * 1e6);
+    }
+    for run in 0..runs {
+        let owner = format!("host-{run}/vm");
+        server.fence(volume, Some(&owner))?;
+        let host = Host::start(dir, &format!("writer-{run}"), &owner, fleet, Begin::Claim)?;
+        host.wait_standing("serving")?;
+        let mut disk = moves::connect(&host)?.pop().context("the VM has a disk")?;
+        start_ring(&mut disk)?;
+        for n in 0..WRITES {
+            disk.queue(0).submit(&Request::Write { sector: 256 * n, data: &[3; WRITE_BYTES] })?;
+        }
+        disk.queue(0).kick()?;
+        // They come to the server one after another.
+        disk.queue(0).wait_completion(PATIENCE)?.context("no answer to a write")?.ok()?;
+        let drain = server.metric_of("baton_access_wait_seconds_total", "for", "drain")?;
+        out.fence_busy.push(timed(|| server.fence(volume, Some("nobody/vm")).map(drop))?);
+        let waited = server.metric_of("baton_access_wait_seconds_total", "for", "drain")? - drain;
+        out.fence_busy_drain.push(waited * 1e6);
     }
     Ok(out)
 }

@@ -188,7 +188,7 @@ impl<'a> Vm<'a> {
 }
 
 /// Up to rings that can be started: negotiated, with the guest's memory.
-fn connect(host: &Host) -> Result<Vec<RawFrontend>> {
+pub(super) fn connect(host: &Host) -> Result<Vec<RawFrontend>> {
     let ready = |socket: &PathBuf| {
         let mut disk = RawFrontend::connect(socket, options())?;
         disk.set_features(disk.features())?;
@@ -201,7 +201,7 @@ fn connect(host: &Host) -> Result<Vec<RawFrontend>> {
     host.sockets().iter().map(ready).collect()
 }
 
-fn start_ring(disk: &mut RawFrontend) -> Result<()> {
+pub(super) fn start_ring(disk: &mut RawFrontend) -> Result<()> {
     let base = disk.queue(0).ring.used_index();
     disk.set_up_queue(0, base)?;
     disk.enable(0, true)?;
