@@ -33,6 +33,8 @@ pub struct Storage {
     pub data: Vec<String>,
     /// Its admin API.
     pub admin: Endpoint,
+    /// Whose certificate is shown there, `baton://host/NAME`, where it is reached through TLS.
+    pub host: String,
 }
 
 /// A Ceph cluster.
@@ -162,6 +164,7 @@ struct RawHost {
 struct RawStorage {
     data: OneOrMore,
     admin: String,
+    host: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -241,7 +244,7 @@ impl TryFrom<Raw> for Config {
             hosts.push(Host { name, agent, migration_uri });
         }
         let mut storages: Vec<Storage> = Vec::new();
-        for RawStorage { data, admin } in raw.storage {
+        for RawStorage { data, admin, host } in raw.storage {
             let data = match data {
                 OneOrMore::One(one) => vec![one],
                 OneOrMore::More(more) => more,
@@ -262,7 +265,11 @@ impl TryFrom<Raw> for Config {
                 ));
             }
             let admin = endpoint("storage.admin", &admin, tls.is_some())?;
-            storages.push(Storage { data, admin });
+            let host = host.unwrap_or_else(|| "storage".to_owned());
+            if !is_name(&host) {
+                return Err(value("storage.host", &host, "the NAME of baton://host/NAME"));
+            }
+            storages.push(Storage { data, admin, host });
         }
         let mut cephs: Vec<Cluster> = Vec::new();
         for RawCeph { conf, id } in raw.ceph {
@@ -371,6 +378,7 @@ mod tests {
                 format!("{GOOD}[[storage]]\ndata = [\"s:1\"]\nadmin = \"unix:/x\"\n"),
                 "another storage",
             ),
+            (format!("{GOOD}host = \"a/b\"\n"), "storage.host"),
             (format!("{GOOD}[[ceph]]\nconf = \"ceph.conf\"\nid = \"x\"\n"), "ceph.conf"),
             (format!("{GOOD}[[ceph]]\nconf = \"/c\"\nid = \"\"\n"), "ceph.id"),
             (format!("{GOOD}[danger_zone]\ndie_after_write = 1\n"), "danger_zone"),
@@ -386,5 +394,11 @@ mod tests {
             assert!(error.contains(names), "{error}");
         }
         assert!(toml::from_str::<Raw>("jornal = 1").is_err());
+        let hosts = |text: &str| {
+            let storages = config(text).expect("good").storages;
+            storages.into_iter().map(|storage| storage.host).collect::<Vec<_>>()
+        };
+        assert_eq!(hosts(GOOD), ["storage"]);
+        assert_eq!(hosts(&format!("{GOOD}host = \"host-s1\"\n")), ["host-s1"]);
     }
 }

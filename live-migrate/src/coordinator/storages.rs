@@ -121,9 +121,8 @@ impl Storages {
     #[must_use]
     pub fn new(config: &Config, credentials: Option<&Arc<Credentials>>) -> Self {
         let server = |storage: &super::config::Storage| {
-            // Storage servers have no certificates of their own yet; behind TLS
-            // they are their host's.
-            let who = Identity { role: Role::Host, name: "storage".to_owned() };
+            // Storage servers have no certificates of their own yet: who ends TLS before one shows its host's.
+            let who = Identity { role: Role::Host, name: storage.host.clone() };
             StorageServer {
                 name: storage.data.first().cloned().unwrap_or_default(),
                 data: storage.data.clone(),
