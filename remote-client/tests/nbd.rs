@@ -270,6 +270,46 @@ fn is_readable(queue: &dyn baton_remote_client::VolumeQueue) -> bool {
     poll(&mut fds, PollTimeout::ZERO) == Ok(1)
 }
 
+/// The connection of a queue that was dropped is kept for the next one, and its end is no news to whoever waited for the
+/// first.
+#[test]
+fn what_a_queue_leaves_behind_wakes_nobody() {
+    use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollTimeout};
+    const NOBODY: [u64; 0] = [];
+    if skip_without("what_a_queue_leaves_behind_wakes_nobody", "nbdkit") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    let path = disk(dir.path(), BYTES);
+    let mut server = NbdServer::nbdkit(dir.path(), &["file", &path]);
+    let volume = opened(&server.uri(""));
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("epoll");
+    let woken = |timeout: u16| {
+        let mut events = [EpollEvent::empty(); 4];
+        let n = epoll.wait(&mut events, EpollTimeout::from(timeout)).expect("a wait");
+        events[..n].iter().map(EpollEvent::data).collect::<Vec<_>>()
+    };
+    for (data, write) in [(7, 1), (8, 2)] {
+        let mut queue = volume.open_queue(0, 4).expect("queue");
+        queue.watch_in(&epoll, data).expect("watched");
+        let mut buffer = Buffer(vec![write; 4096]);
+        let mut done = Vec::new();
+        // SAFETY: the buffer outlives the request.
+        unsafe { queue.submit(Tag(1), Op::Write { offset: 0 }, &buffer.iov()) };
+        queue.poll(&mut done);
+        while done.is_empty() {
+            let woken = woken(10_000);
+            assert!(!woken.is_empty() && woken.iter().all(|by| *by == data), "{woken:?}");
+            queue.poll(&mut done);
+        }
+        drop(queue);
+        assert_eq!(woken(0), NOBODY);
+        server.kill();
+        assert_eq!(woken(200), NOBODY, "by a connection that nobody uses");
+        server.restart();
+    }
+}
+
 /// At a server with one place: who stands by leaves it after a look, and takes it when the one before has shut its
 /// gate, which closes the connection.
 #[test]
