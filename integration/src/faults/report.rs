@@ -5,7 +5,7 @@ use super::run::Outcome;
 use anyhow::Result;
 use serde::Serialize;
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
@@ -125,7 +125,9 @@ impl Report {
         let _ = writeln!(text, "points passed:");
         let engines: Vec<Engine> = self.rows.iter().map(|row| row.case.engine).collect();
         let of_these = |point: &&Point| point.engines.iter().any(|e| engines.contains(e));
-        for point in POINTS.iter().filter(of_these) {
+        let mut told = BTreeSet::new();
+        // Some have a line of their own for each owner.
+        for point in POINTS.iter().filter(of_these).filter(|point| told.insert(point.name)) {
             let hits = self.hits.get(point.name).copied().unwrap_or(0);
             let _ = writeln!(text, "  {:20} {hits}", point.name);
         }
