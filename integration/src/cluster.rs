@@ -265,6 +265,12 @@ impl Host {
         status["run"].as_str().map(str::to_owned).context("a monitor has a state")
     }
 
+    /// "active", "pre-switchover", ...: how far its VM's monitor is with a migration.
+    pub fn migration(&self) -> Result<String> {
+        let status = self.trust.call("GET", &format!("{}/v1/vms/{VM}/vmm", self.url), None)?;
+        status["migration"]["phase"].as_str().map(str::to_owned).context("a monitor has a phase")
+    }
+
     /// What its agent started and what it started for it, by what was noted.
     fn strays(&self) -> Vec<Pid> {
         let note = fs::read(self.dir.join(format!("state/{VM}.backend.json")));

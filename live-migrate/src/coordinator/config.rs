@@ -76,7 +76,8 @@ pub struct Config {
     pub agent_patience: Duration,
     /// For a handoff to become READY, unless it says otherwise.
     pub ready_timeout: Duration,
-    /// For a destination to run once a driven migration was let go.
+    /// In a driven migration: for the volumes to be sealed once the source stands
+    /// still, and for the destination to run once the source was let go.
     pub switch_timeout: Duration,
     /// For tests: when to die.
     pub death: Option<Death>,

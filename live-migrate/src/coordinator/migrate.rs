@@ -200,6 +200,7 @@ impl Driver {
         source.monitor(&vm, "migrate", &outgoing).await.map_err(|error| error.trouble().clone())?;
         // The machine stops, its rings with it, and the backend seals by itself.
         let mut silent = 0;
+        let mut stopped = None;
         loop {
             self.still_on()?;
             // One that does not pause may be past it before we look.
@@ -211,6 +212,16 @@ impl Driver {
                     silent = 0;
                     match view.migration()["phase"].as_str().unwrap_or_default() {
                         "pre-switchover" if self.row().state.reached(State::Sealed) => break,
+                        // Its backend died in the stop, and the next process of it knows of
+                        // no rings that it could seal behind: the guest would stand still for ever.
+                        "pre-switchover" => {
+                            let since = *stopped.get_or_insert_with(tokio::time::Instant::now);
+                            if since.elapsed() > self.core.config.switch_timeout {
+                                return Err(trouble(
+                                    "the source's machine stopped, but its backend did not seal the volumes in time",
+                                ));
+                            }
+                        }
                         "failed" | "cancelled" => return Err(failed(&view)),
                         // Without the pause it may be past it already.
                         "completed" | "device" => break,
