@@ -1,6 +1,7 @@
-//! A hostile network between a client and a storage server: replies late and out of order, silence, cut connections.
+//! A hostile network between a client and a storage server: requests late, and twice when their client has connected
+//! again; replies late and out of order; silence, cut connections.
 //!
-//! Requests pass as they come. Replies are taken apart into frames, each is held for a random time, and they leave in
+//! Requests pass in their order, as TCP has it. Replies are taken apart into frames, each is held for a random time, and they leave in
 //! the order in which their times end: the server is free to answer in any order, so this is a network and a server
 //! at their worst, not a broken one. Deterministic for a seed as far as threads allow.
 
@@ -23,6 +24,7 @@ const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// What the network does now.
 #[derive(Debug)]
 struct Weather {
+    request_delay_us_max: AtomicU64,
     reply_delay_us_max: AtomicU64,
     /// Nothing passes in either direction, and nobody is told.
     silent: AtomicBool,
@@ -32,7 +34,8 @@ struct Weather {
     random: Mutex<fastrand::Rng>,
     /// Replies are Baton's and taken apart; others pass as they come.
     framed: bool,
-    cut: Mutex<Vec<TcpStream>>,
+    /// Each with its client first and its server second.
+    connections: Mutex<Vec<[TcpStream; 2]>>,
 }
 
 impl Weather {
@@ -68,13 +71,14 @@ impl Proxy {
         let listener = TcpListener::bind((ip, 0)).context("cannot bind the proxy")?;
         let address = listener.local_addr()?;
         let weather = Arc::new(Weather {
+            request_delay_us_max: AtomicU64::new(0),
             reply_delay_us_max: AtomicU64::new(0),
             silent: AtomicBool::new(false),
             holding: AtomicBool::new(false),
             request_bytes: AtomicU64::new(0),
             random: Mutex::new(fastrand::Rng::with_seed(seed)),
             framed,
-            cut: Mutex::default(),
+            connections: Mutex::default(),
         });
         let theirs = Arc::clone(&weather);
         thread::spawn(move || {
@@ -96,8 +100,12 @@ impl Proxy {
 
     /// Holds each reply for up to this long from now on.
     pub fn delay_replies(&self, max: Duration) {
-        let micros = u64::try_from(max.as_micros()).unwrap_or(u64::MAX);
-        self.weather.reply_delay_us_max.store(micros, Ordering::Relaxed);
+        self.weather.reply_delay_us_max.store(micros(max), Ordering::Relaxed);
+    }
+
+    /// Holds what is sent at once for up to this long from now on, and what comes behind it as well.
+    pub fn delay_requests(&self, max: Duration) {
+        self.weather.request_delay_us_max.store(micros(max), Ordering::Relaxed);
     }
 
     /// Keeps requests on their way from now on: sent by the client, not seen by the server.
@@ -128,19 +136,29 @@ impl Proxy {
 
     /// Cuts every connection.
     pub fn cut(&self) {
-        for stream in self.weather.cut.lock().expect("nobody panics here").drain(..) {
+        let mut connections = self.weather.connections.lock().expect("nobody panics here");
+        for stream in connections.drain(..).flatten() {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
+
+    /// Ends every connection for its client; what that had sent is on its way all the same.
+    pub fn hang_up(&self) {
+        for [client, _] in self.weather.connections.lock().expect("nobody panics here").iter() {
+            let _ = client.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn join(client: TcpStream, server: TcpStream, weather: &Arc<Weather>) -> std::io::Result<()> {
     client.set_nodelay(true)?;
     server.set_nodelay(true)?;
-    let mut cut = weather.cut.lock().expect("nobody panics here");
-    cut.push(client.try_clone()?);
-    cut.push(server.try_clone()?);
-    drop(cut);
+    let both = [client.try_clone()?, server.try_clone()?];
+    weather.connections.lock().expect("nobody panics here").push(both);
     let (client_in, server_out) = (client.try_clone()?, server.try_clone()?);
     let up = Arc::clone(weather);
     thread::spawn(move || pass_requests(client_in, server_out, &up));
@@ -172,6 +190,8 @@ fn pass_requests(mut from: TcpStream, mut to: TcpStream, weather: &Weather) {
             Ok(n) => {
                 weather.request_bytes.fetch_add(n as u64, Ordering::SeqCst);
                 kept.extend_from_slice(&buffer[..n]);
+                let max = weather.request_delay_us_max.load(Ordering::Relaxed);
+                thread::sleep(Duration::from_micros(weather.random(max + 1)));
             }
         }
         if !weather.holding.load(Ordering::SeqCst)

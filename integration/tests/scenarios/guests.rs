@@ -2,7 +2,6 @@
 
 use crate::scene::{OWNERS, SOON, Scene};
 use baton_integration::blk::Request;
-use baton_integration::handoff::Begin;
 use baton_integration::raw_frontend::{Options, RawFrontend};
 use std::time::Duration;
 
@@ -58,11 +57,7 @@ fn f18_a_guest_that_moves_to_and_fro_loses_nothing() {
         let moving = scene.prepare();
         scene.stop_guest(&moving);
         scene.go_on(moving);
-        // The old owner's process ends and the next one of the host stands by.
-        let left = 1 - scene.at;
-        scene.hosts[left].daemon.kill().unwrap();
-        scene.hosts[left].set_begin(Begin::Standby).unwrap();
-        scene.hosts[left].restart().unwrap();
+        scene.stand_by_again();
     }
     let answers = scene.judge();
     assert!(answers > 40 * rounds, "{answers}");

@@ -1,10 +1,12 @@
 //! A guest that stamps its disks, on one of two hosts, and its moves between them step by step.
 
-use baton_integration::faults::history::{Event, Judge};
+use baton_integration::baton::wait_until;
+use baton_integration::faults::history::{Event, Judge, What};
 use baton_integration::faults::stub::Stub;
-use baton_integration::handoff::{Attempt, Begin, Fleet, Host};
+use baton_integration::handoff::{Attempt, Begin, Fleet, Host, ask};
 use baton_integration::proxy::Proxy;
 use baton_integration::workspace::TestDir;
+use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,8 +21,9 @@ pub(crate) struct Scene {
     pub(crate) fleet: Fleet,
     pub(crate) hosts: Vec<Host>,
     pub(crate) vmms: u64,
-    /// The VMM that runs the guest.
+    /// The VMM that runs the guest, and its number.
     pub(crate) guest: Stub,
+    pub(crate) runs: u64,
     /// Where it is.
     pub(crate) at: usize,
     /// Histories of the VMMs that the guest has left.
@@ -32,6 +35,18 @@ pub(crate) struct Moving {
     pub(crate) attempt: Attempt,
     pub(crate) saved: PathBuf,
     pub(crate) next: Stub,
+    pub(crate) number: u64,
+}
+
+impl Moving {
+    /// All that a VMM does from the stop of its rings to their start at the other side.
+    pub(crate) fn switch(&self, scene: &Scene) {
+        scene.say(scene.runs, &json!({ "cmd": "log" }));
+        scene.say(scene.runs, &json!({ "cmd": "stop" }));
+        scene.say(scene.runs, &json!({ "cmd": "save", "dir": self.saved }));
+        scene.say(self.number, &json!({ "cmd": "load", "dir": self.saved }));
+        scene.say(self.number, &json!({ "cmd": "run" }));
+    }
 }
 
 impl Scene {
@@ -56,13 +71,21 @@ impl Scene {
         guest.order("run").unwrap();
         guest.wait_progress(20, SOON).unwrap();
         let hosts = vec![source];
-        (Self { dir, fleet, hosts, vmms: 1, guest, at: 0, past: Vec::new() }, proxies)
+        (Self { dir, fleet, hosts, vmms: 1, guest, runs: 1, at: 0, past: Vec::new() }, proxies)
     }
 
     pub(crate) fn stand_by(&mut self) {
         let host =
             Host::start(self.dir.path(), "b", OWNERS[1], &self.fleet, Begin::Standby).unwrap();
         self.hosts.push(host);
+    }
+
+    /// The backend that the guest has left ends, or the one that lost it, and the next one of that host stands by.
+    pub(crate) fn stand_by_again(&mut self) {
+        let left = &mut self.hosts[1 - self.at];
+        left.daemon.kill().unwrap();
+        left.set_begin(Begin::Standby).unwrap();
+        left.restart().unwrap();
     }
 
     pub(crate) fn here(&self) -> &Host {
@@ -80,7 +103,14 @@ impl Scene {
         self.vmms += 1;
         let mut next = Stub::start(self.dir.path(), self.vmms, &self.there().sockets()).unwrap();
         next.wait_ready().unwrap();
-        Moving { attempt, saved: self.dir.join(&format!("saved-{}", self.vmms)), next }
+        let saved = self.dir.join(&format!("saved-{}", self.vmms));
+        Moving { attempt, saved, next, number: self.vmms }
+    }
+
+    /// Gives a VMM an order that may have to wait for a server that is away: longer than [`Stub`] waits.
+    pub(crate) fn say(&self, vmm: u64, order: &Value) -> Value {
+        let control = self.dir.join(&format!("vmm-{vmm}.control"));
+        ask(&control, order, SOON).unwrap()
     }
 
     pub(crate) fn stop_guest(&self, moving: &Moving) {
@@ -91,14 +121,31 @@ impl Scene {
 
     /// The guest goes on over there, and only there.
     pub(crate) fn go_on(&mut self, moving: Moving) {
-        let Moving { attempt, saved, next } = moving;
-        next.load(&saved).unwrap();
-        next.order("run").unwrap();
-        next.wait_progress(10, SOON).unwrap();
-        assert_eq!(self.fleet.settle(&attempt).unwrap(), "destination");
-        self.past.extend(self.guest.history().unwrap());
-        self.guest = next;
-        self.at = 1 - self.at;
+        moving.next.load(&moving.saved).unwrap();
+        moving.next.order("run").unwrap();
+        assert!(self.land(moving), "the source has it");
+    }
+
+    /// The guest has been told to run there: it goes on where the anchor says, and nowhere else. Whether it has moved.
+    pub(crate) fn land(&mut self, moving: Moving) -> bool {
+        let Moving { attempt, next, number, .. } = moving;
+        wait_until("the anchor has decided", SOON, || self.fleet.proof(&attempt).is_ok()).unwrap();
+        let winner = self.fleet.proof(&attempt).unwrap()["winner"].clone();
+        let moved = winner == "destination";
+        if moved {
+            next.wait_progress(10, SOON).unwrap();
+            self.past.extend(self.guest.history().unwrap());
+            (self.guest, self.runs) = (next, number);
+            self.at = 1 - self.at;
+        } else {
+            let there = next.history().unwrap();
+            assert_eq!(there.iter().find(|event| event.what == What::Complete), None);
+            drop(next);
+            self.guest.order("run").unwrap();
+            self.guest.wait_progress(10, SOON).unwrap();
+        }
+        assert_eq!(winner, self.fleet.settle(&attempt).unwrap());
+        moved
     }
 
     /// The whole life of the guest was as it should be; the last word is a fresh look at every block.
