@@ -57,6 +57,8 @@ pub struct Fleet {
     term: u64,
 }
 
+const ULID_DIGITS: &str = "0123456789ABCDEFGHJKMNPQRSTVWXYZ";
+
 /// One try of a handoff.
 #[derive(Clone, Debug)]
 pub struct Attempt {
@@ -64,6 +66,16 @@ pub struct Attempt {
     pub id: String,
     /// From 1.
     pub attempt: u32,
+}
+
+impl Attempt {
+    /// The id as the wire has it.
+    pub fn number(&self) -> Result<u128> {
+        self.id.chars().try_fold(0, |id, c| {
+            let digit = ULID_DIGITS.find(c).context("a digit of base 32")?;
+            Ok(id << 5 | digit as u128)
+        })
+    }
 }
 
 /// As `--standby` takes it.
@@ -487,12 +499,11 @@ fn ulid(number: u64) -> String {
 /// A ULID as text.
 #[must_use]
 pub(crate) fn ulid_text(id: u128) -> String {
-    const DIGITS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
     (0..26)
         .rev()
         .map(|place| {
             let digit = usize::try_from(id >> (5 * place) & 31).expect("5 bits");
-            char::from(DIGITS[digit])
+            char::from(ULID_DIGITS.as_bytes()[digit])
         })
         .collect()
 }

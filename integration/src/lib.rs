@@ -4,7 +4,7 @@
 //! guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them (`migration`) and lets that go wrong (`splitbrain`,
 //! `faults`). Plays the other side of a vhost-user socket without a guest
 //! (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`), a storage server's client (`raw_wire`), or a bad network
-//! (`proxy`, `distance`, `wire`, `island`), on ports of their own (`port`). Knows the command lines of Baton's programs;
+//! (`proxy`, `distance`, `wire`, `island`) or disk (`slow_disk`), on ports of their own (`port`). Knows the command lines of Baton's programs;
 //! links none of their code, so that both sides of a test cannot share a mistake.
 
 pub mod baton;
@@ -35,6 +35,7 @@ pub mod qsd;
 pub mod raw_frontend;
 pub mod raw_wire;
 pub mod ring;
+pub mod slow_disk;
 pub mod splitbrain;
 pub mod vhost_user;
 pub mod wire;

@@ -1,6 +1,5 @@
 //! Very many handoffs at once on one server.
 
-use super::id;
 use crate::handoff::{Attempt, Fleet};
 use crate::raw_wire::{Answer, Ask, Control, Mode};
 use anyhow::Result;
@@ -35,7 +34,7 @@ pub fn many(dir: &Path, count: usize) -> Result<Many> {
     let arm_s = at_once(&pairs, |(member, attempt)| {
         fleet.arm_alone(*member, attempt, "host-a/vm", "host-b/vm")
     })?;
-    let ids = attempts.iter().map(|a| id(&a.id)).collect::<Result<Vec<_>>>()?;
+    let ids = attempts.iter().map(Attempt::number).collect::<Result<Vec<_>>>()?;
     for destination in &mut destinations {
         let now = destination.access()?;
         destination.watch(&now)?;

@@ -1,7 +1,7 @@
 //! Single messages, one at a time.
 
 use super::moves::{self, start_ring};
-use super::{Figures, PATIENCE, id, us};
+use super::{Figures, PATIENCE, us};
 use crate::blk::Request;
 use crate::handoff::{Begin, Fleet, Host};
 use crate::raw_wire::{Ask, Control, Mode};
@@ -59,7 +59,7 @@ pub fn messages(fleet: &Fleet, dir: &Path, runs: usize) -> Result<Messages> {
         out.sync.push(timed(|| Ok(file.write_all_at(&[2; 4096], 0).and(file.sync_data())?))?);
         let mut source = connect(run as u64 + 1, Mode::Owner)?;
         let attempt = fleet.arm("host-a/vm", "host-b/vm")?;
-        let id = id(&attempt.id)?;
+        let id = attempt.number()?;
         source.ask(id, Ask::Seal)?;
         out.reclaim.push(timed(|| source.ask(id, Ask::Reclaim).map(drop))?);
         fleet.settle(&attempt)?;

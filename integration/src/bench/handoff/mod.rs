@@ -23,7 +23,7 @@ mod syncs;
 use crate::baton::Storage;
 use crate::distance::Distance;
 use crate::handoff::Fleet;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use std::path::Path;
 use std::time::Duration;
 
@@ -94,15 +94,6 @@ pub fn distant_fleet(
     let ways = fleet.servers.iter().map(way).collect::<Result<Vec<_>>>()?;
     fleet.through = ways.iter().map(Distance::address).collect();
     Ok(fleet)
-}
-
-/// A ULID's number.
-fn id(text: &str) -> Result<u128> {
-    const DIGITS: &str = "0123456789ABCDEFGHJKMNPQRSTVWXYZ";
-    text.chars().try_fold(0, |id, c| {
-        let digit = DIGITS.find(c).context("a digit of base 32")?;
-        Ok(id << 5 | digit as u128)
-    })
 }
 
 #[cfg(test)]
