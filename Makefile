@@ -37,6 +37,8 @@ faults: $(if $(ENGINE),faults-$(ENGINE),faults-baton faults-rbd)
 faults-baton:
 	@scripts/faults.sh --freeze-ms 10000 --jobs 8
 	@BATON_PING_PONG=1000 cargo test --quiet -p baton-integration --test scenarios f18
+	@BATON_VOLUMES=100 BATON_MOVES=32 cargo test --quiet -p baton-integration --test scenarios f9
+	@BATON_STORM=100 cargo test --quiet -p baton-integration --test storms f10
 
 # Each job has a cluster of its own, which wants a core half of the time.
 faults-rbd:

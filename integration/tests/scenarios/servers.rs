@@ -104,18 +104,18 @@ fn f6_a_seal_and_a_fence_wait_for_a_disk_that_does_not_answer() {
     assert_eq!(fleet.owner(0).unwrap(), OWNERS[1]);
 }
 
-/// Volumes of the VM in F9; `BATON_VOLUMES` by wish.
-fn volumes() -> usize {
-    std::env::var("BATON_VOLUMES").map_or(64, |text| text.parse().expect("a number"))
+/// How much of F9 is done: `BATON_VOLUMES` of the VM, which moves `BATON_MOVES` times.
+fn by_wish(variable: &str, usual: usize) -> usize {
+    std::env::var(variable).map_or(usual, |text| text.parse().expect("a number"))
 }
 
-/// Each server dies at another moment between the stop of the rings and the grant of the volumes, two in each move. The
-/// moments are parts of what an undisturbed move takes.
+/// Two servers die in each move, and in four moves one at each of eight moments between the stop of the rings and the
+/// grant of the volumes. The moments are parts of what an undisturbed move takes. In 32 moves each server dies at each.
 #[test]
 fn f9_many_volumes_on_eight_servers_move_as_one_while_servers_die() {
     const SERVERS: usize = 8;
-    const MOVES: usize = SERVERS / 2;
-    let (mut scene, _) = Scene::new("f9", SERVERS, volumes(), false);
+    let (volumes, moves) = (by_wish("BATON_VOLUMES", 64), by_wish("BATON_MOVES", SERVERS / 2));
+    let (mut scene, _) = Scene::new("f9", SERVERS, volumes, false);
     scene.stand_by();
     let undisturbed = {
         let moving = scene.prepare();
@@ -126,29 +126,29 @@ fn f9_many_volumes_on_eight_servers_move_as_one_while_servers_die() {
         took
     };
     let (mut moved, mut in_time) = (0, 0);
-    for first in 0..MOVES {
+    for number in 0..moves {
         scene.stand_by_again();
         let moving = scene.prepare();
-        let servers = std::mem::take(&mut scene.fleet.servers);
-        scene.fleet.servers = std::thread::scope(|scope| {
-            let mut servers = servers;
+        let mut servers = std::mem::take(&mut scene.fleet.servers);
+        std::thread::scope(|scope| {
             let begun = Instant::now();
             let mover = scope.spawn(|| moving.switch(&scene));
-            for dies in [first, first + MOVES] {
-                let at = undisturbed.mul_f64((dies as f64 + 0.5) / SERVERS as f64);
+            for half in 0..2 {
+                let moment = number % 4 + 4 * half;
+                let at = undisturbed.mul_f64((moment as f64 + 0.5) / SERVERS as f64);
                 std::thread::sleep(at.saturating_sub(begun.elapsed()));
                 in_time += usize::from(!mover.is_finished());
-                servers[dies].kill_and_restart().unwrap();
+                servers[(moment + number / 4) % SERVERS].kill_and_restart().unwrap();
             }
             mover.join().unwrap();
-            servers
         });
+        scene.fleet.servers = servers;
         moved += usize::from(scene.land(moving));
-        let owners: Vec<String> = (0..volumes()).map(|m| scene.fleet.owner(m).unwrap()).collect();
-        assert_eq!(owners, vec![OWNERS[scene.at]; volumes()]);
+        let owners: Vec<String> = (0..volumes).map(|m| scene.fleet.owner(m).unwrap()).collect();
+        assert_eq!(owners, vec![OWNERS[scene.at]; volumes]);
     }
     eprintln!(
-        "{undisturbed:?} undisturbed; {in_time} servers died in time, {moved} of {MOVES} moves went through"
+        "{undisturbed:?} undisturbed; {in_time} servers died in time, {moved} of {moves} moves went through"
     );
     assert!(in_time > 0, "nobody died in a move");
     assert!(scene.judge() > 500);
