@@ -1,5 +1,5 @@
 //! Coordinators that die all the time, that are two, and that are asked everything at once by everybody: F10, F11 and
-//! F12 of the list of scenarios in docs/handoff.md, with all of Baton running and a guest whose every answer is judged.
+//! F12 of docs/scenarios.md, with all of Baton running and a guest whose every answer is judged.
 //!
 //! However the orchestration goes, the guest goes on at one side, no answer is wrong, and nothing is left armed.
 

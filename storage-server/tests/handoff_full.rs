@@ -1,4 +1,4 @@
-//! The disk under the server's metadata is full (F20 of docs/handoff.md's scenarios): what cannot be recorded is not
+//! The disk under the server's metadata is full (F20 of docs/scenarios.md): what cannot be recorded is not
 //! done, whoever owns the volume goes on, and all is as before once there is room.
 
 mod common;

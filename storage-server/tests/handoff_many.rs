@@ -1,4 +1,4 @@
-//! A server in the middle of very many handoffs keeps them apart (F22 of docs/handoff.md's scenarios).
+//! A server in the middle of very many handoffs keeps them apart (F22 of docs/scenarios.md).
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! The disk of the agent's state is full (F20 of docs/handoff.md's scenarios): it starts nothing that it could not
+//! The disk of the agent's state is full (F20 of docs/scenarios.md): it starts nothing that it could not
 //! find again, and what runs goes on.
 
 use std::io::Write;
