@@ -34,8 +34,16 @@ struct Weather {
     random: Mutex<fastrand::Rng>,
     /// Replies are Baton's and taken apart; others pass as they come.
     framed: bool,
-    /// Each with its client first and its server second.
-    connections: Mutex<Vec<[TcpStream; 2]>>,
+    connections: Mutex<Vec<Connection>>,
+}
+
+/// A client and its server.
+#[derive(Debug)]
+struct Connection {
+    client: TcpStream,
+    server: TcpStream,
+    /// By how much later arrives what is under way; 0 as long as the client is there.
+    late_us: Arc<AtomicU64>,
 }
 
 impl Weather {
@@ -137,15 +145,16 @@ impl Proxy {
     /// Cuts every connection.
     pub fn cut(&self) {
         let mut connections = self.weather.connections.lock().expect("nobody panics here");
-        for stream in connections.drain(..).flatten() {
-            let _ = stream.shutdown(Shutdown::Both);
+        for Connection { client, server, .. } in connections.drain(..) {
+            let _ = (client.shutdown(Shutdown::Both), server.shutdown(Shutdown::Both));
         }
     }
 
-    /// Ends every connection for its client; what that had sent is on its way all the same.
-    pub fn hang_up(&self) {
-        for [client, _] in self.weather.connections.lock().expect("nobody panics here").iter() {
-            let _ = client.shutdown(Shutdown::Both);
+    /// Ends every connection for its client; what is under way arrives all the same, so much later.
+    pub fn hang_up(&self, late: Duration) {
+        for connection in self.weather.connections.lock().expect("nobody panics here").iter() {
+            connection.late_us.store(micros(late), Ordering::SeqCst);
+            let _ = connection.client.shutdown(Shutdown::Both);
         }
     }
 }
@@ -157,17 +166,21 @@ fn micros(time: Duration) -> u64 {
 fn join(client: TcpStream, server: TcpStream, weather: &Arc<Weather>) -> std::io::Result<()> {
     client.set_nodelay(true)?;
     server.set_nodelay(true)?;
-    let both = [client.try_clone()?, server.try_clone()?];
-    weather.connections.lock().expect("nobody panics here").push(both);
+    let late_us = Arc::<AtomicU64>::default();
+    weather.connections.lock().expect("nobody panics here").push(Connection {
+        client: client.try_clone()?,
+        server: server.try_clone()?,
+        late_us: Arc::clone(&late_us),
+    });
     let (client_in, server_out) = (client.try_clone()?, server.try_clone()?);
     let up = Arc::clone(weather);
-    thread::spawn(move || pass_requests(client_in, server_out, &up));
+    thread::spawn(move || pass_requests(client_in, server_out, &late_us, &up));
     let down = Arc::clone(weather);
     thread::spawn(move || pass_replies(server, client, &down));
     Ok(())
 }
 
-fn pass_requests(mut from: TcpStream, mut to: TcpStream, weather: &Weather) {
+fn pass_requests(mut from: TcpStream, mut to: TcpStream, late_us: &AtomicU64, weather: &Weather) {
     // So that requests kept are delivered although no new one comes.
     let _ = from.set_read_timeout(Some(Duration::from_millis(20)));
     let mut buffer = vec![0; 256 << 10];
@@ -192,6 +205,7 @@ fn pass_requests(mut from: TcpStream, mut to: TcpStream, weather: &Weather) {
                 kept.extend_from_slice(&buffer[..n]);
                 let max = weather.request_delay_us_max.load(Ordering::Relaxed);
                 thread::sleep(Duration::from_micros(weather.random(max + 1)));
+                thread::sleep(Duration::from_micros(late_us.load(Ordering::SeqCst)));
             }
         }
         if !weather.holding.load(Ordering::SeqCst)
