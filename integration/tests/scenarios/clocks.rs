@@ -1,6 +1,12 @@
 //! Clocks jump.
 
+use crate::scene::{DISK_BYTES, OWNERS, SOON, Scene};
+use baton_integration::baton::Environment;
+use baton_integration::guest::skip_if;
+use baton_integration::handoff::{Begin, Fleet, Host};
+use baton_integration::workspace::TestDir;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What reads the wall clock, in the standard library, `time`, `chrono`, `rustls` and the C library.
 const READS: [&str; 9] = [
@@ -62,4 +68,87 @@ fn readers(dir: &Path, found: &mut Vec<PathBuf>) {
             }
         }
     }
+}
+
+const HOUR_S: i64 = 3600;
+
+/// The wall clock of a process, by libfaketime: others stay as they are.
+struct Clock {
+    file: PathBuf,
+    library: PathBuf,
+}
+
+impl Clock {
+    /// So far from the true time is it from now on.
+    fn jump(&self, off_s: i64) {
+        // Nobody reads half of it.
+        let new = self.file.with_extension("new");
+        std::fs::write(&new, format!("{off_s:+}")).unwrap();
+        std::fs::rename(&new, &self.file).unwrap();
+    }
+
+    fn environment(&self) -> Environment {
+        let one = |name: &str| (name.to_owned(), "1".into());
+        let file = ("FAKETIME_TIMESTAMP_FILE".to_owned(), self.file.clone().into());
+        let library = ("LD_PRELOAD".to_owned(), self.library.clone().into());
+        vec![library, file, one("FAKETIME_NO_CACHE"), one("FAKETIME_DONT_FAKE_MONOTONIC")]
+    }
+}
+
+/// libfaketime for programs with threads.
+fn library() -> Option<PathBuf> {
+    let dirs = std::fs::read_dir("/usr/lib").ok()?.flatten();
+    let mut found = dirs.map(|dir| dir.path().join("faketime/libfaketimeMT.so.1"));
+    found.find(|path| path.exists())
+}
+
+/// When the backend's last event was, by its clock, from now by ours.
+fn last_event_s(host: &Host) -> i64 {
+    let status = host.status().unwrap();
+    let events = status["handoff"]["events"].as_array().unwrap();
+    let at_us = events.last().unwrap()["at_unix_us"].as_i64().unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    at_us / 1_000_000 - i64::try_from(now.as_secs()).unwrap()
+}
+
+/// Two hours apart, and all of them jump between the steps of each move.
+#[test]
+fn f13_a_guest_moves_between_hosts_whose_clocks_jump() {
+    let library = library();
+    let why = library.is_none().then(|| "there is no libfaketime".to_owned());
+    if skip_if("f13_a_guest_moves_between_hosts_whose_clocks_jump", why) {
+        return;
+    }
+    let library = library.expect("seen");
+    let dir = TestDir::new("f13").unwrap();
+    let clocks = ["servers", "a", "b"]
+        .map(|name| Clock { file: dir.join(&format!("{name}.clock")), library: library.clone() });
+    let apart = |offs: [i64; 3]| {
+        for (clock, off) in clocks.iter().zip(offs) {
+            clock.jump(off * HOUR_S);
+        }
+    };
+    apart([0, 1, -1]);
+    let env = |n: usize| clocks[n].environment();
+    let fleet = Fleet::start_in(dir.path(), 2, 2, DISK_BYTES, |_| env(0)).unwrap();
+    let start = |n: usize, label, begin| {
+        Host::start_in(dir.path(), label, OWNERS[n], &fleet, begin, 1, env(n + 1)).unwrap()
+    };
+    let (source, standby) = (start(0, "a", Begin::Claim), start(1, "b", Begin::Standby));
+    let mut scene = Scene::begin(dir, fleet, source);
+    scene.hosts.push(standby);
+    for round in 0..4 {
+        let moving = scene.prepare();
+        apart([-1, -1, 1]);
+        scene.stop_guest(&moving);
+        apart([1, 1, -1]);
+        scene.fleet.wait_phase(&["sealed"]).unwrap();
+        scene.go_on(moving);
+        let off_s = last_event_s(scene.here());
+        assert!(off_s.abs() > HOUR_S / 2, "round {round}: its clock is {off_s} s off");
+        apart([0, 1, -1]);
+        scene.guest.wait_progress(20, SOON).unwrap();
+        scene.stand_by_again();
+    }
+    assert!(scene.judge() > 200);
 }

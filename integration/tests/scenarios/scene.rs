@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-const DISK_BYTES: u64 = 16 << 20;
+pub(crate) const DISK_BYTES: u64 = 16 << 20;
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 pub(crate) const OWNERS: [&str; 2] = ["host-a/vm", "host-b/vm"];
 
@@ -66,12 +66,17 @@ impl Scene {
         fleet.through = proxies.iter().map(Proxy::address).collect();
         let source = Host::start(dir.path(), "a", OWNERS[0], &fleet, Begin::Claim).unwrap();
         fleet.through.clear();
+        (Self::begin(dir, fleet, source), proxies)
+    }
+
+    /// With a guest that runs at the source.
+    pub(crate) fn begin(dir: TestDir, fleet: Fleet, source: Host) -> Self {
         let mut guest = Stub::start(dir.path(), 1, &source.sockets()).unwrap();
         guest.wait_ready().unwrap();
         guest.order("run").unwrap();
         guest.wait_progress(20, SOON).unwrap();
         let hosts = vec![source];
-        (Self { dir, fleet, hosts, vmms: 1, guest, runs: 1, at: 0, past: Vec::new() }, proxies)
+        Self { dir, fleet, hosts, vmms: 1, guest, runs: 1, at: 0, past: Vec::new() }
     }
 
     pub(crate) fn stand_by(&mut self) {
