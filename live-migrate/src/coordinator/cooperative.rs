@@ -3,8 +3,8 @@
 
 use axum::http::StatusCode;
 use baton_remote_client::{Engine, Fence, VolumeUri};
-use serde_json::{Value, json};
 
+use super::access::{Access, DecidedBy, UnderWay};
 use super::core::Core;
 use super::fault::Fault;
 use super::plan::{self, Cooperation, Member, Progress, Seen, Winner};
@@ -34,7 +34,7 @@ pub(super) fn has_records(view: &VmView) -> bool {
 ///
 /// # Errors
 /// Nobody knows such a VM.
-pub(super) async fn access(core: &Core, vm: &str) -> Result<Value, Fault> {
+pub(super) async fn access(core: &Core, vm: &str) -> Result<Access, Fault> {
     let last = core.latest(vm).map(|handle| handle.row());
     let decided = last.as_ref().and_then(|row| {
         let host = match row.outcome()? {
@@ -52,20 +52,24 @@ pub(super) async fn access(core: &Core, vm: &str) -> Result<Value, Fault> {
     let host = serving.or(decided);
     let over = last.as_ref().filter(|row| row.winner.is_some());
     let under_way = last.as_ref().filter(|row| !row.is_over());
-    Ok(json!({
-        "vm": vm,
-        "owner_host": host,
-        "owner": host.as_ref().map(|host| plan::owner(host, vm)),
-        "fence": Fence::Cooperative.name(),
-        "epoch": null,
-        "phase": null,
-        "barred": null,
-        "decided_by": over.map(|row| json!({"handoff": row.id.to_string(), "attempt": row.attempt,
-            "winner": row.winner.map(Winner::name)})),
-        "handoff": under_way.map(|row| json!({"id": row.id.to_string(), "attempt": row.attempt})),
-        "anchor": null,
-        "members": [],
-    }))
+    let decided_by = over.map(|row| DecidedBy {
+        handoff: row.id.to_string(),
+        attempt: row.attempt,
+        winner: row.winner,
+    });
+    Ok(Access {
+        vm: vm.to_owned(),
+        owner: host.as_ref().map(|host| plan::owner(host, vm)),
+        owner_host: host,
+        fence: Some(Fence::Cooperative.name()),
+        epoch: None,
+        phase: None,
+        barred: None,
+        decided_by,
+        handoff: under_way.map(|row| UnderWay::of_row(row)),
+        anchor: None,
+        members: Vec::new(),
+    })
 }
 
 /// The host whose backend serves the VM.

@@ -24,7 +24,7 @@ use axum::http::StatusCode;
 use baton_fault_point as fault_point;
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use utoipa::ToSchema;
 
 use super::core::{Core, unix_us};
@@ -56,6 +56,23 @@ pub struct FenceVm {
     pub force: bool,
     /// The only host that may claim the volumes next; any but the dead one if absent.
     pub nominee: Option<String>,
+}
+
+/// A VM that was taken from a host.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Fenced {
+    /// Which.
+    pub vm: String,
+    /// The host that has nothing of it any more.
+    pub dead_host: String,
+    /// As it was said.
+    pub reason: String,
+    /// As it was said.
+    pub force: bool,
+    /// Every volume is fenced: the VM may be started elsewhere.
+    pub done: bool,
+    /// What became of each.
+    pub volumes: Vec<FencedVolume>,
 }
 
 /// What became of one volume.
@@ -90,7 +107,7 @@ struct Order<'a> {
 ///
 /// # Errors
 /// [`Fault`]; the VM may be started elsewhere only after it succeeded.
-pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value, Fault> {
+pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Fenced, Fault> {
     let FenceVm { dead_host, reason, force, nominee } = request;
     if reason.trim().is_empty() {
         return Err(Fault::bad_request("`reason` is empty; say who fences and why, for the audit"));
@@ -162,22 +179,23 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
         left_over = None;
     }
     let all = results.iter().all(|result| result.fenced) && left_over.is_none();
-    let data = json!({"vm": vm, "dead_host": dead_host, "reason": reason, "force": force,
-        "done": all, "volumes": results});
     tracing::warn!(vm, dead_host, reason, force, done = all, "fenced");
+    let fenced =
+        Fenced { vm: vm.to_owned(), dead_host, reason, force, done: all, volumes: results };
     let event = Event {
         seq: 0,
         kind: "baton.vm.fenced".to_owned(),
         subject: format!("vms/{vm}"),
         at_unix_us: unix_us(),
-        data: data.clone(),
+        data: json!(fenced),
     };
     let told = core.journal.write(Change { events: vec![event], ..Change::default() }).await;
     if let Err(error) = told {
         tracing::error!(%error, vm, "the fence was carried out, but is not in the journal");
     }
     if !all {
-        let left: Vec<&str> = results
+        let left: Vec<&str> = fenced
+            .volumes
             .iter()
             .filter(|r| !r.fenced)
             .map(|r| r.detail.as_str())
@@ -194,15 +212,15 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Value
         ));
     }
     if let Some(handle) = core.latest(vm)
-        && results.iter().any(|result| result.taken)
+        && fenced.volumes.iter().any(|result| result.taken)
     {
         // One that is over must not go on saying that the dead host owns the volumes.
         let row = handle.row();
-        if row.state.is_over() || [&row.from, &row.to].contains(&&dead_host) {
+        if row.state.is_over() || [&row.from, &row.to].contains(&&fenced.dead_host) {
             let _ = handle.ask(Input::Fenced).await;
         }
     }
-    Ok(data)
+    Ok(fenced)
 }
 
 async fn is_not_alive(core: &Core, vm: &str, host: &str) -> Result<(), Fault> {

@@ -20,12 +20,13 @@
 //! | `movable` | whether its disks can move together |
 //! | `sides` | its two hosts, asked before anything is armed |
 //! | `tidings` | what the agents did by themselves, taken into the log of events |
-//! | [`vms`] | a VM as a whole: where it is, who owns it, why |
+//! | [`vms`], [`access`] | a VM as a whole: where it is, who owns it, why |
 //! | [`fence`] | takes a VM's volumes from a dead host |
 //! | [`migrate`] | drives a whole migration |
 //! | `api`, [`view`], [`fault`] | HTTP: routes, what is shown, problems |
 //! | [`core`], [`config`], [`server`] | what is shared, what is configured, start |
 
+pub mod access;
 pub mod agents;
 mod api;
 mod carry_out;

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::fault::owner_sentence;
-use super::plan::{ATTEMPTS_MAX, Because, Row, Trigger, Trouble, Winner};
+use super::plan::{ATTEMPTS_MAX, Because, Progress, Row, Seen, Standing, Trigger, Trouble, Winner};
 
 /// Why a handoff whose source came back is, or is not, tried again.
 fn taken_back(row: &Row) -> String {
@@ -66,23 +66,25 @@ pub struct Shown {
     pub over: bool,
     /// The source is to have its volumes back, and has not yet.
     pub cancelling: bool,
-    /// Why it was given up: `type`, `detail`.
-    pub because: Option<Value>,
-    /// What hinders it now: `type`, `detail`.
+    /// Why it was given up.
+    pub because: Option<Trouble>,
+    /// What hinders it now.
     pub trouble: Option<Trouble>,
     /// The destination's backend, in a word.
-    pub destination: Value,
-    /// The volumes: `disk`, `volume`, `engine`, `fence`, and how far each is.
-    pub members: Vec<Value>,
+    pub destination: Standing,
+    /// The volumes, the anchor first.
+    pub members: Vec<MemberView>,
     /// When it reached each state, microseconds since 1970.
-    pub reached_unix_us: Map<String, Value>,
+    pub reached_unix_us: BTreeMap<&'static str, u64>,
     /// When it was asked for.
     pub created_unix_us: u64,
     /// `cooperative`: the agent's proof that the source's backend has stopped for good.
+    #[schema(value_type = Option<Object>)]
     pub proof: Option<Value>,
     /// `cooperative`: why somebody took the proof's place.
     pub forced: Option<String>,
     /// A migration that the coordinator drives.
+    #[schema(value_type = Option<Object>)]
     pub migration: Option<Value>,
     /// Counts changes.
     pub version: u64,
@@ -90,20 +92,52 @@ pub struct Shown {
     pub term: u64,
 }
 
+/// A volume of a handoff, as the API shows it.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct MemberView {
+    /// Name of the disk in the VM.
+    pub disk: String,
+    /// Its name at its storage.
+    pub volume: String,
+    /// Data address of its storage.
+    pub storage: String,
+    /// What its storage is.
+    pub engine: &'static str,
+    /// How that keeps the loser out.
+    pub fence: &'static str,
+    /// Its id at its storage, 16 hexadecimal digits.
+    pub id: String,
+    /// It decides for all.
+    pub anchor: bool,
+    /// How far it is.
+    pub progress: Progress,
+    /// What its record said last.
+    pub phase: Seen,
+    /// The epoch that its record had then.
+    pub epoch: u64,
+}
+
 /// A row without key and proof.
 #[must_use]
 pub fn handoff(row: &Row) -> Shown {
-    let members = row.members.iter().enumerate().map(|(place, member)| {
-        json!({"disk": member.disk, "volume": member.volume, "storage": member.storage,
-            "engine": member.engine.name(), "fence": member.engine.capabilities().fence.name(),
-            "id": format!("{:016x}", member.id), "anchor": place == 0,
-            "progress": member.progress, "phase": member.seen, "epoch": member.epoch})
+    let members = row.members.iter().enumerate().map(|(place, member)| MemberView {
+        disk: member.disk.clone(),
+        volume: member.volume.clone(),
+        storage: member.storage.clone(),
+        engine: member.engine.name(),
+        fence: member.engine.capabilities().fence.name(),
+        id: format!("{:016x}", member.id),
+        anchor: place == 0,
+        progress: member.progress,
+        phase: member.seen,
+        epoch: member.epoch,
     });
-    let reached = row.reached.iter().map(|(state, at)| (state.name().to_owned(), (*at).into()));
     let because = row.back.as_ref().map(|because| match because {
-        Because::Cancelled => json!({"type": "cancelled", "detail": "somebody cancelled it"}),
-        Because::TakenBack => json!({"type": "taken-back", "detail": taken_back(row)}),
-        Because::Failed(trouble) => json!({"type": trouble.kind, "detail": trouble.detail}),
+        Because::Cancelled => {
+            Trouble { kind: "cancelled".to_owned(), detail: "somebody cancelled it".to_owned() }
+        }
+        Because::TakenBack => Trouble { kind: "taken-back".to_owned(), detail: taken_back(row) },
+        Because::Failed(trouble) => trouble.clone(),
     });
     Shown {
         id: row.id.to_string(),
@@ -123,9 +157,9 @@ pub fn handoff(row: &Row) -> Shown {
         cancelling: row.back.is_some() && row.winner.is_none(),
         because,
         trouble: row.trouble.clone(),
-        destination: json!(row.standing),
+        destination: row.standing,
         members: members.collect(),
-        reached_unix_us: reached.collect(),
+        reached_unix_us: row.reached.iter().map(|(state, at)| (state.name(), *at)).collect(),
         created_unix_us: row.created_unix_us,
         proof: row.cooperation.proof.clone(),
         forced: row.cooperation.forced.clone(),

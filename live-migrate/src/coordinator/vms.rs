@@ -5,13 +5,18 @@ use std::sync::Arc;
 
 use axum::http::StatusCode;
 use futures_util::future::join_all;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
+use utoipa::ToSchema;
 
+use super::access::{Access, AnchorView, DecidedBy, MemberAccess, UnderWay};
 use super::cooperative;
 use super::core::Core;
 use super::fault::Fault;
+use super::plan::State;
 use super::prepare::vm_name;
 use super::storages::{RecordView, StorageError, StorageServer, place_of};
+use super::view::Shown;
 use super::vm_view::VmView;
 
 /// A volume of a VM with its access record.
@@ -21,41 +26,130 @@ pub(super) struct Volume<'a> {
     pub(super) record: Result<RecordView, StorageError>,
 }
 
+/// VMs and where they are.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct VmList {
+    /// By name.
+    pub vms: Vec<VmEntry>,
+    /// Hosts whose agents did not say which VMs they have.
+    pub unreachable: Vec<SilentHost>,
+}
+
+/// A VM.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct VmEntry {
+    /// Its name.
+    pub name: String,
+    /// Hosts whose agents know it now.
+    pub hosts: Vec<VmAtHost>,
+    /// How many disks it has that move.
+    pub disks: usize,
+    /// Its last handoff.
+    pub handoff: Option<LastHandoff>,
+}
+
+/// A VM's backend at one host.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct VmAtHost {
+    /// Which.
+    pub host: String,
+    /// What its process does: `running`, `stopped`, ...
+    pub backend: Option<String>,
+    /// What it was started as: `owner` or `standby`.
+    pub role: Option<String>,
+}
+
+/// The last handoff of a VM.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct LastHandoff {
+    /// Which.
+    pub id: String,
+    /// Where it stands.
+    pub state: State,
+    /// From this host.
+    pub from: String,
+    /// To this host.
+    pub to: String,
+}
+
+/// A host whose agent does not answer.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct SilentHost {
+    /// Which.
+    pub host: String,
+    /// Why.
+    pub detail: String,
+}
+
+/// Why things are as they are.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Why {
+    /// Who owns the volumes.
+    pub access: Access,
+    /// The audit trail of each volume, the anchor's first.
+    pub audit: Vec<Trail>,
+    /// The last handoff.
+    pub handoff: Option<Shown>,
+    /// Handoffs that nothing can decide any more, though a volume is in them.
+    pub forgotten: Vec<UnderWay>,
+}
+
+/// The audit trail of a volume.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Trail {
+    /// Its name.
+    pub volume: String,
+    /// Its server.
+    pub storage: String,
+    /// As the server tells it: each with `version`, `epoch`, `phase`, `what`, `who` and
+    /// `at_unix_us`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Object>>)]
+    pub entries: Option<Value>,
+    /// Why the server does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
 /// All VMs that any agent knows now, or knew.
-pub async fn list(core: &Arc<Core>) -> Value {
+pub async fn list(core: &Arc<Core>) -> VmList {
     let asked = core.agents.iter().map(|agent| async move { (agent, agent.vms().await) });
-    let mut vms: std::collections::BTreeMap<String, Vec<Value>> =
+    let mut vms: std::collections::BTreeMap<String, Vec<VmAtHost>> =
         core.known_vms().into_iter().map(|name| (name, Vec::new())).collect();
-    let mut silent = Vec::new();
+    let mut unreachable = Vec::new();
     for (agent, answer) in join_all(asked).await {
+        let host = agent.host.name.clone();
         match answer {
             Ok(views) => {
                 for view in views {
                     if let Err(error) = core.remember(&view).await {
                         tracing::warn!(%error, vm = view.name(), "a VM is not remembered");
                     }
-                    vms.entry(view.name().to_owned()).or_default().push(json!({
-                        "host": agent.host.name,
-                        "backend": view.0["backend"]["run"],
-                        "role": view.0["backend"]["role"],
-                    }));
+                    let backend = |key: &str| view.0["backend"][key].as_str().map(str::to_owned);
+                    vms.entry(view.name().to_owned()).or_default().push(VmAtHost {
+                        host: host.clone(),
+                        backend: backend("run"),
+                        role: backend("role"),
+                    });
                 }
             }
-            Err(error) => {
-                silent.push(json!({"host": agent.host.name, "detail": error.to_string()}));
-            }
+            Err(error) => unreachable.push(SilentHost { host, detail: error.to_string() }),
         }
     }
-    let shown = vms.into_iter().map(|(name, hosts)| {
-        let latest = core.latest(&name).map(|handle| {
+    let vms = vms.into_iter().map(|(name, hosts)| {
+        let handoff = core.latest(&name).map(|handle| {
             let row = handle.row();
-            json!({"id": row.id.to_string(), "state": row.state.name(), "from": row.from, "to": row.to})
+            LastHandoff {
+                id: row.id.to_string(),
+                state: row.state,
+                from: row.from.clone(),
+                to: row.to.clone(),
+            }
         });
         let disks = core.remembered(&name).map_or(0, |view| view.disks().len());
-        json!({"name": name, "hosts": hosts, "disks": disks, "handoff": latest})
+        VmEntry { name, hosts, disks, handoff }
     });
-    let vms: Vec<Value> = shown.collect();
-    json!({"vms": vms, "unreachable": silent})
+    VmList { vms: vms.collect(), unreachable }
 }
 
 /// The VM as it was remembered, or as an agent tells it now.
@@ -106,7 +200,7 @@ pub(super) async fn volumes<'a>(
 ///
 /// # Errors
 /// [`Fault`].
-pub async fn access(core: &Arc<Core>, vm: &str) -> Result<Value, Fault> {
+pub async fn access(core: &Arc<Core>, vm: &str) -> Result<Access, Fault> {
     let view = find(core, vm).await?;
     if cooperative::elsewhere(&view).is_some() && !cooperative::has_records(&view) {
         return cooperative::access(core, vm).await;
@@ -128,60 +222,45 @@ pub async fn access(core: &Arc<Core>, vm: &str) -> Result<Value, Fault> {
             return Err(Fault::storage(error.clone(), &owner));
         }
     };
-    let host_of = |record: &RecordView| {
-        let owner = record.owner.as_ref()?;
-        Some(owner.name.strip_suffix(&format!("/{vm}")).unwrap_or(&owner.name).to_owned())
-    };
-    let decided = record.decided.as_ref();
-    let members: Vec<Value> = volumes
-        .iter()
-        .map(|volume| match &volume.record {
-            Ok(record) => json!({"volume": volume.name, "storage": volume.server.name,
-                "phase": record.phase, "epoch": record.epoch,
-                "owner": record.owner.as_ref().map(|owner| &owner.name), "barred": record.barred,
-                "handoff": under_way(record)}),
-            Err(error) => json!({"volume": volume.name, "storage": volume.server.name,
-                "error": error.to_string()}),
-        })
-        .collect();
-    Ok(json!({
-        "vm": vm,
-        "owner_host": host_of(record),
-        "owner": record.owner.as_ref().map(|owner| &owner.name),
-        "epoch": record.epoch,
-        "phase": record.phase,
-        "barred": record.barred,
-        "decided_by": decided.map(|decided| json!({"handoff": decided.id, "attempt": decided.attempt, "winner": decided.winner.name()})),
-        "handoff": under_way(record),
-        "anchor": {"volume": anchor.name, "storage": anchor.server.name},
-        "members": members,
-    }))
-}
-
-fn under_way(record: &RecordView) -> Option<Value> {
-    let handoff = record.handoff.as_ref()?;
-    Some(json!({"id": handoff.id, "attempt": handoff.attempt}))
+    let owner = record.owner.as_ref().map(|owner| owner.name.clone());
+    let host = owner.as_ref().map(|owner| owner.strip_suffix(&format!("/{vm}")).unwrap_or(owner));
+    Ok(Access {
+        vm: vm.to_owned(),
+        owner_host: host.map(str::to_owned),
+        fence: None,
+        epoch: Some(record.epoch),
+        phase: Some(record.phase.clone()),
+        barred: record.barred.clone(),
+        decided_by: DecidedBy::of_record(record),
+        handoff: UnderWay::of_record(record),
+        anchor: Some(AnchorView {
+            volume: anchor.name.clone(),
+            storage: anchor.server.name.clone(),
+        }),
+        members: volumes.iter().map(MemberAccess::of).collect(),
+        owner,
+    })
 }
 
 /// The anchor's audit trail and record, and the last handoff.
 ///
 /// # Errors
 /// [`Fault`].
-pub async fn why(core: &Arc<Core>, vm: &str) -> Result<Value, Fault> {
+pub async fn why(core: &Arc<Core>, vm: &str) -> Result<Why, Fault> {
     let access = access(core, vm).await?;
     let view = find(core, vm).await?;
     let volumes = volumes(core, &view).await?;
-    let audits = volumes.iter().map(|volume| async move {
-        match volume.server.audit(&volume.name).await {
-            Ok(audit) => json!({"volume": volume.name, "storage": volume.server.name, "entries": audit["entries"]}),
-            Err(error) => json!({"volume": volume.name, "storage": volume.server.name, "error": error.to_string()}),
-        }
+    let audit = volumes.iter().map(|volume| async move {
+        let (entries, error) = match volume.server.audit(&volume.name).await {
+            Ok(audit) => (Some(audit["entries"].clone()), None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        let (name, storage) = (volume.name.clone(), volume.server.name.clone());
+        Trail { volume: name, storage, entries, error }
     });
-    let audit = join_all(audits).await;
+    let audit = join_all(audit).await;
     let handoff = core.latest(vm).map(|handle| super::view::handoff(&handle.row()));
-    // Handoffs that nothing can decide any more, though a volume is in them.
     let forgotten = super::orphan::forgotten(&volumes).await;
-    let forgotten: Vec<Value> =
-        forgotten.into_iter().map(|(id, attempt)| json!({"id": id, "attempt": attempt})).collect();
-    Ok(json!({"access": access, "audit": audit, "handoff": handoff, "forgotten": forgotten}))
+    let forgotten = forgotten.into_iter().map(|(id, attempt)| UnderWay { id, attempt });
+    Ok(Why { access, audit, handoff, forgotten: forgotten.collect() })
 }

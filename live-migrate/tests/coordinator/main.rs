@@ -3,6 +3,7 @@
 
 mod away;
 mod crashes;
+mod document;
 mod fences;
 mod handoffs;
 mod migrations;

@@ -240,7 +240,7 @@ async fn health() -> &'static str {
 }
 
 /// This document.
-#[utoipa::path(get, path = "/openapi.json", responses((status = 200, content_type = "application/json", body = String)))]
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, body = Object)))]
 async fn document() -> Json<utoipa::openapi::OpenApi> {
     Json(Document::openapi())
 }

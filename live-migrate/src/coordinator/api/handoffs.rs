@@ -9,8 +9,8 @@ use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{ConnectInfo, Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::{Api, body, may_hand_off, may_look, may_order, query};
@@ -388,14 +388,21 @@ fn undecided(row: &Row) -> Fault {
     fault.about(row)
 }
 
+/// Handoffs.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct HandoffList {
+    /// Oldest first.
+    handoffs: Vec<Shown>,
+}
+
 /// Lists handoffs, oldest first.
 #[utoipa::path(get, path = "/v1/handoffs", params(("state" = Option<String>, Query), ("vm" = Option<String>, Query)),
-    responses((status = 200, description = "`handoffs`: a list of them.", body = String), (status = 400, body = Fault)))]
+    responses((status = 200, body = HandoffList), (status = 400, body = Fault)))]
 pub(super) async fn list(
     State(core): State<Api>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     filter: Result<Query<Filter>, QueryRejection>,
-) -> Result<Json<Value>, Fault> {
+) -> Result<Json<HandoffList>, Fault> {
     may_look(&peer)?;
     let Filter { state, vm } = query(filter)?;
     let state = match state {
@@ -409,8 +416,7 @@ pub(super) async fn list(
     let wanted = rows.iter().filter(|row| {
         state.is_none_or(|state| row.state == state) && vm.as_ref().is_none_or(|vm| row.vm == *vm)
     });
-    let handoffs: Vec<Shown> = wanted.map(|row| view::handoff(row)).collect();
-    Ok(Json(json!({"handoffs": handoffs})))
+    Ok(Json(HandoffList { handoffs: wanted.map(|row| view::handoff(row)).collect() }))
 }
 
 /// A migration that was asked for.

@@ -193,7 +193,7 @@ async fn health() -> &'static str {
 }
 
 /// This document.
-#[utoipa::path(get, path = "/openapi.json", responses((status = 200, content_type = "application/json", body = String)))]
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, body = Object)))]
 async fn document() -> Json<utoipa::openapi::OpenApi> {
     Json(Document::openapi())
 }
@@ -222,5 +222,31 @@ mod tests {
             .map(|(method, path)| ((*method).to_owned(), (*path).to_owned()))
             .collect();
         assert_eq!(documented, routed);
+    }
+
+    /// A client that is generated from the document reads and sends objects.
+    #[test]
+    fn only_what_is_text_is_documented_as_a_string() {
+        const TEXT: [&str; 3] = ["/healthz", "/metrics", "/v1/events"];
+        let document = serde_json::to_value(Document::openapi()).expect("JSON");
+        let mut seen = 0;
+        for (path, methods) in document["paths"].as_object().expect("paths") {
+            for (method, operation) in methods.as_object().expect("methods") {
+                let answers = operation["responses"].as_object().expect("responses").values();
+                for part in answers.chain([&operation["requestBody"]]) {
+                    for (content, body) in part["content"].as_object().into_iter().flatten() {
+                        let is_json = content == "application/json";
+                        let is_string = body["schema"]["type"] == "string";
+                        assert!(
+                            is_json || TEXT.contains(&path.as_str()),
+                            "{method} {path}: {part}"
+                        );
+                        assert_ne!(is_json, is_string, "{method} {path}: {part}");
+                        seen += usize::from(is_json);
+                    }
+                }
+            }
+        }
+        assert!(seen > 20, "only {seen} were found");
     }
 }
