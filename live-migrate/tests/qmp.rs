@@ -1,6 +1,8 @@
 //! The QMP driver against real QEMU processes without a guest.
 //!
-//! Skipped, and said so, where there is no QEMU.
+//! Skipped, and said so, where there is no QEMU and none is required.
+
+mod qemu;
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -12,6 +14,8 @@ use baton_live_migrate::vmm::{
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+
+use qemu::skip_without_qemu;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -54,14 +58,6 @@ async fn qemu(dir: &TempDir, name: &str, more: &[&str]) -> (Process, Qemu) {
     (process, vmm)
 }
 
-fn no_qemu(test: &str) -> bool {
-    let found = Command::new("qemu-system-x86_64").arg("--version").output().is_ok();
-    if !found {
-        eprintln!("**** SKIPPED: {test}: there is no qemu-system-x86_64 ****");
-    }
-    !found
-}
-
 fn uri(path: &Path) -> String {
     format!("unix:{}", path.join("migration").display())
 }
@@ -81,7 +77,7 @@ fn incoming(uri: &str) -> Incoming {
 
 #[tokio::test]
 async fn a_running_machine_moves_after_continue() {
-    if no_qemu("a_running_machine_moves_after_continue") {
+    if skip_without_qemu("a_running_machine_moves_after_continue") {
         return;
     }
     let dir = tempfile::tempdir().expect("temp dir");
@@ -117,7 +113,7 @@ async fn a_running_machine_moves_after_continue() {
 
 #[tokio::test]
 async fn a_cancel_is_heard_while_somebody_waits() {
-    if no_qemu("a_cancel_is_heard_while_somebody_waits") {
+    if skip_without_qemu("a_cancel_is_heard_while_somebody_waits") {
         return;
     }
     let dir = tempfile::tempdir().expect("temp dir");
@@ -154,7 +150,7 @@ async fn a_cancel_is_heard_while_somebody_waits() {
 
 #[tokio::test]
 async fn a_failed_migration_says_why() {
-    if no_qemu("a_failed_migration_says_why") {
+    if skip_without_qemu("a_failed_migration_says_why") {
         return;
     }
     let dir = tempfile::tempdir().expect("temp dir");
@@ -251,7 +247,7 @@ async fn a_silent_session_is_given_up_for_all() {
 
 #[tokio::test]
 async fn a_frozen_qemu_is_silent_and_not_a_hang() {
-    if no_qemu("a_frozen_qemu_is_silent_and_not_a_hang") {
+    if skip_without_qemu("a_frozen_qemu_is_silent_and_not_a_hang") {
         return;
     }
     let dir = tempfile::tempdir().expect("temp dir");

@@ -5,6 +5,8 @@ mod backends;
 mod cooperative;
 mod full;
 mod monitors;
+#[path = "../qemu/mod.rs"]
+mod qemu;
 #[path = "../../../storage-server/tests/common/small_disk.rs"]
 mod small_disk;
 mod support;

@@ -1,26 +1,17 @@
 //! Monitors are driven, and never past a drain that nobody vouches for.
 
-use std::process::Command;
-
 use nix::sys::signal::Signal;
 use serde_json::json;
 
+use crate::qemu::skip_without_qemu;
 use crate::support::{Agent, WEB, freeze, pid_of, refused, signal, wait};
 
 /// A machine without a guest, stopped, that waits for a migration.
 const QEMU: &str = r#"["qemu-system-x86_64", "-name", "{vm}", "-accel", "tcg", "-machine", "q35", "-m", "64M", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "unix:{qmp},server=on,wait=off", "-incoming", "defer"]"#;
 
-fn no_qemu(test: &str) -> bool {
-    let found = Command::new("qemu-system-x86_64").arg("--version").output().is_ok();
-    if !found {
-        eprintln!("**** SKIPPED: {test}: there is no qemu-system-x86_64 ****");
-    }
-    !found
-}
-
 #[tokio::test]
 async fn continue_is_refused_until_every_disk_is_drained() {
-    if no_qemu("continue_is_refused_until_every_disk_is_drained") {
+    if skip_without_qemu("continue_is_refused_until_every_disk_is_drained") {
         return;
     }
     let pair = format!("[vmm]\nincoming_command = {QEMU}\n{WEB}");
@@ -81,7 +72,9 @@ async fn continue_is_refused_until_every_disk_is_drained() {
 /// its network until somebody stops it. One that only waits is left alone.
 #[tokio::test]
 async fn row_37_a_machine_that_lost_its_volumes_is_stopped_and_one_that_waits_is_not() {
-    if no_qemu("row_37_a_machine_that_lost_its_volumes_is_stopped_and_one_that_waits_is_not") {
+    if skip_without_qemu(
+        "row_37_a_machine_that_lost_its_volumes_is_stopped_and_one_that_waits_is_not",
+    ) {
         return;
     }
     let command = format!("[vmm]\nincoming_command = {QEMU}\n{WEB}");
@@ -130,7 +123,7 @@ async fn row_37_a_machine_that_lost_its_volumes_is_stopped_and_one_that_waits_is
 /// Row 37 of the failure table: nobody is told that a VM runs which has lost its volumes.
 #[tokio::test]
 async fn row_37_a_machine_that_lost_its_volumes_is_not_said_to_run() {
-    if no_qemu("row_37_a_machine_that_lost_its_volumes_is_not_said_to_run") {
+    if skip_without_qemu("row_37_a_machine_that_lost_its_volumes_is_not_said_to_run") {
         return;
     }
     let command = format!("[vmm]\nincoming_command = {QEMU}\n{WEB}");
