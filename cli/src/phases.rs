@@ -1,7 +1,7 @@
 //! The phases of a migration, from what coordinator and backends noted.
 //!
-//! Times of different hosts are compared only where nothing else is there: each
-//! backend's own durations come from its own clock.
+//! Times of different hosts are compared only where nothing else is there, and that is
+//! said beside them: each backend's own durations come from its own clock.
 
 use serde_json::Value;
 
@@ -99,8 +99,12 @@ pub(crate) fn timings(row: &Value) -> Vec<(&'static str, &'static str, u64)> {
     found.collect()
 }
 
+/// [`stood_still_us`] for people.
+pub(crate) const STOOD_STILL: &str =
+    "rings stopped there to volumes served here, by the clocks of both hosts";
+
 /// How long no host served the guest's disks, in µs: from the stop of the rings at the source to the grant of the
-/// volumes at the destination, by the two hosts' clocks.
+/// volumes at the destination, by the two hosts' clocks: as good as these are synchronised.
 pub(crate) fn stood_still_us(row: &Value) -> Option<u64> {
     let last = |side: &str, moment: &str| {
         let events = row["migration"]["report"][side]["events"].as_array()?;
@@ -142,11 +146,7 @@ pub(crate) fn text(row: &Value) -> String {
             out.push_str(&format!("  {side:<12} {:>12}  {what}\n", duration(us)));
         }
         if let Some(us) = stood_still_us(row) {
-            out.push_str(&format!(
-                "  {:<12} {:>12}  rings stopped there to volumes served here\n",
-                "both",
-                duration(us)
-            ));
+            out.push_str(&format!("  {:<12} {:>12}  {STOOD_STILL}\n", "both", duration(us)));
         }
     }
     out
@@ -171,7 +171,8 @@ mod tests {
     #[test]
     fn the_disks_stand_still_from_the_last_stop_to_the_grant() {
         assert_eq!(stood_still_us(&row()), Some(2_000));
-        assert!(text(&row()).contains("2.00 ms"));
+        let text = text(&row());
+        assert!(text.contains("2.00 ms") && text.contains("by the clocks of both hosts"), "{text}");
         let mut skewed = row();
         skewed["migration"]["report"]["destination"]["events"] =
             json!([{"at_unix_us": 4_000, "event": "activated"}]);

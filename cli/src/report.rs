@@ -47,13 +47,29 @@ pub(crate) fn page(row: &Value) -> String {
     timeline(&mut out, &phases);
     backends(&mut out, row);
     latency(&mut out, row, &phases);
+    footer(&mut out, row);
+    out
+}
+
+/// Whose clocks the page goes by, and what a number leaves out.
+fn footer(out: &mut String, row: &Value) {
+    let id = escape(&crate::view::text(&row["id"]));
     let _ = write!(
         out,
-        "<footer>Handoff {}. Phases are by the coordinator's clock, what a backend measured by its own; \
-         clocks of hosts are not compared except to lay the two halves of the guest's I/O side by side.</footer>\n</main></html>\n",
-        word("id")
+        "<footer>Handoff {id}. Phases are by the coordinator's clock, what a backend measured by its own. \
+         The clocks of the hosts are compared where the two halves of the guest's I/O lie side by side"
     );
-    out
+    if phases::stood_still_us(row).is_some() {
+        let _ = write!(out, ", and in “{}”", phases::STOOD_STILL);
+    }
+    out.push_str(": that is as good as they are synchronised.");
+    if slowest_us(row).is_some() {
+        out.push_str(
+            " A request that waits while the guest moves is timed at the destination from the start of its \
+             rings: the slowest request leaves out the standstill itself.",
+        );
+    }
+    out.push_str("</footer>\n</main></html>\n");
 }
 
 /// The numbers that matter.
@@ -68,10 +84,10 @@ fn headline(out: &mut String, row: &Value, phases: &[Phase]) {
         }
     }
     if let Some(still) = phases::stood_still_us(row) {
-        tiles.push((duration(still), "rings stopped there to volumes served here"));
+        tiles.push((duration(still), phases::STOOD_STILL));
     }
     if let Some(slowest) = slowest_us(row) {
-        tiles.push((duration(slowest), "slowest request of the guest"));
+        tiles.push((duration(slowest), "slowest request of the guest, without the standstill"));
     }
     if tiles.is_empty() {
         return;
@@ -369,6 +385,24 @@ mod tests {
         if let Some(file) = std::env::var_os("REPORT_EXAMPLE") {
             std::fs::write(file, page).expect("written");
         }
+    }
+
+    /// Each number that compares two hosts' clocks says so, and what is not there is not explained.
+    #[test]
+    fn the_page_says_whose_clocks_and_what_is_left_out() {
+        let mut row = example();
+        let without = page(&row);
+        assert!(!without.contains(phases::STOOD_STILL), "{without}");
+        let at = row["migration"]["report"]["source"]["events"][0]["at_unix_us"].as_u64();
+        let activated = json!({"at_unix_us": at.expect("a time") + 2_000, "event": "activated"});
+        row["migration"]["report"]["destination"]["events"] = json!([activated]);
+        let page = page(&row);
+        let footer = page.split_once("<footer>").expect("a footer").1;
+        assert_eq!(page.matches(phases::STOOD_STILL).count(), 2, "a tile, and the footer: {page}");
+        assert!(footer.contains("as good as they are synchronised"), "{footer}");
+        assert!(!page.contains("are not compared"), "{footer}");
+        assert!(page.contains("slowest request of the guest, without the standstill"));
+        assert!(footer.contains("leaves out the standstill"), "{footer}");
     }
 
     #[test]
