@@ -71,6 +71,7 @@ pub(crate) fn handoff(row: &Value) -> String {
             facts.push([name.to_owned(), fact]);
         }
     }
+    facts.extend(timings(&row["timings"]).map(|took| ["timings".to_owned(), took]));
     if row["fence"] == "cooperative" {
         let proof = &row["proof"];
         let proof = match proof {
@@ -105,6 +106,24 @@ pub(crate) fn handoff(row: &Value) -> String {
     let members =
         table(std::iter::once(header).chain(members), [Left, Left, Right, Left, Left, Left]);
     format!("{}\n{members}", table(facts, [Left, Left]))
+}
+
+/// How long the parts of the switch took, as far as they were measured.
+fn timings(timings: &Value) -> Option<String> {
+    let part = |(key, what): (&str, &str)| {
+        let us = timings[key].as_u64()?;
+        Some(format!("{what} {}", crate::phases::duration(us)))
+    };
+    let parts: Vec<String> = [
+        ("drain_us", "drain"),
+        ("seal_us", "seal"),
+        ("activate_us", "activate"),
+        ("vmm_gap_us", "rings stopped there to started here, by the clocks of both hosts,"),
+    ]
+    .into_iter()
+    .filter_map(part)
+    .collect();
+    (!parts.is_empty()).then(|| parts.join("; "))
 }
 
 /// How the loser is kept from the volumes.
@@ -344,6 +363,15 @@ mod tests {
         assert!(told("armed").contains("nobody can win it. host-a/web goes on"));
         assert!(told("reclaimed").contains("it is won. host-a/web goes on"));
         assert!(told("sealed").contains("nothing can decide it"), "{}", told("sealed"));
+    }
+
+    #[test]
+    fn a_handoff_shows_what_was_measured_of_it() {
+        let shown = handoff(
+            &json!({"timings": {"drain_us": 210, "seal_us": 1_300, "activate_us": null, "vmm_gap_us": 700}}),
+        );
+        assert!(shown.contains("drain 210 µs; seal 1.30 ms; rings stopped there"), "{shown}");
+        assert!(!handoff(&json!({"timings": {"drain_us": null}})).contains("timings"));
     }
 
     #[test]

@@ -176,6 +176,28 @@ fn step_by_step() {
     contains(&cluster.prints(2, &["handoff", "cancel", "web", "nonsense"]), &["not a handoff id"]);
 }
 
+/// What both backends measured is shown when the source's is gone, whoever drove the machines.
+#[test]
+fn a_handoff_that_is_finished_shows_its_timings() {
+    let cluster = Cluster::start();
+    cluster.prints(0, &["handoff", "prepare", "web", "--to", "host-b", "--wait"]);
+    let shown = cluster.prints(0, &["handoff", "status", "web"]);
+    assert!(!shown.contains("timings"), "{shown}");
+    let definition = cluster.a.machine("web").definition;
+    cluster.a.seal(&definition);
+    assert!(cluster.b.activate("web", &definition), "the machines switch");
+    contains(&cluster.prints(10, &["handoff", "finish", "web"]), &["SETTLED"]);
+    contains(
+        &cluster.prints(0, &["handoff", "status", "web"]),
+        &[
+            "timings  drain 210 µs; seal 300 µs; activate 260 µs; rings stopped there to started here",
+        ],
+    );
+    let row = cluster.prints(0, &["handoff", "status", "web", "--json"]);
+    let row: Value = serde_json::from_str(&row).expect("JSON");
+    assert_eq!(row["timings"]["vmm_gap_us"], 700);
+}
+
 /// The one bit: nobody can say is neither yes nor no.
 #[test]
 fn an_owner_that_nobody_can_name_is_status_20() {

@@ -271,6 +271,7 @@ async fn plan(
         last: false,
         loser_gone: false,
         trouble: None,
+        timings: plan::Timings::default(),
         cooperation,
         driven,
         version: 0,

@@ -7,7 +7,9 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::fault::owner_sentence;
-use super::plan::{ATTEMPTS_MAX, Because, Progress, Row, Seen, Standing, Trigger, Trouble, Winner};
+use super::plan::{
+    ATTEMPTS_MAX, Because, Progress, Row, Seen, Standing, Timings, Trigger, Trouble, Winner,
+};
 
 /// Why a handoff whose source came back is, or is not, tried again.
 fn taken_back(row: &Row) -> String {
@@ -78,6 +80,8 @@ pub struct Shown {
     pub reached_unix_us: BTreeMap<&'static str, u64>,
     /// When it was asked for.
     pub created_unix_us: u64,
+    /// How long the parts of the switch took; noted when the source's backend is ended.
+    pub timings: Timings,
     /// `cooperative`: the agent's proof that the source's backend has stopped for good.
     #[schema(value_type = Option<Object>)]
     pub proof: Option<Value>,
@@ -161,6 +165,7 @@ pub fn handoff(row: &Row) -> Shown {
         members: members.collect(),
         reached_unix_us: row.reached.iter().map(|(state, at)| (state.name(), *at)).collect(),
         created_unix_us: row.created_unix_us,
+        timings: row.timings.clone(),
         proof: row.cooperation.proof.clone(),
         forced: row.cooperation.forced.clone(),
         migration: row.driven.clone(),

@@ -42,6 +42,8 @@ async fn a_handoff_from_prepare_to_finish() {
     assert_eq!((&row["state"], &row["outcome"]), (&json!("SETTLED"), &json!("destination")));
     assert_eq!(cluster.owner(), "host-b/web");
     assert_eq!(cluster.a.machine("web").backend, None, "the source's backend was stopped");
+    let timings = json!({"drain_us": 210, "seal_us": 300, "activate_us": 260, "vmm_gap_us": 700});
+    assert_eq!(row["timings"], timings, "measured before it was stopped");
     assert_eq!(cluster.b.machine("web").backend, Some("standby"));
     let access = coordinator.get("/v1/vms/web/access").await;
     assert_eq!((&access["owner_host"], &access["phase"]), (&json!("host-b"), &json!("owned")));
@@ -51,6 +53,10 @@ async fn a_handoff_from_prepare_to_finish() {
     assert_eq!(problem, "baton:lost-race");
     assert!(detail.contains("do not resume the source"), "{detail}");
     assert_eq!(coordinator.post(&id, "finish").await.expect("again")["outcome"], "destination");
+    // What was measured outlives backend and coordinator.
+    drop(coordinator);
+    let next = cluster.coordinator("c", "").await;
+    assert_eq!(next.over(&id).await["timings"], timings);
 }
 
 #[tokio::test]
@@ -65,6 +71,7 @@ async fn row_28_a_cancelled_handoff_leaves_everything_as_it_was() {
     assert_eq!(cluster.b.machine("web").backend, None);
     assert_eq!(cluster.a.machine("web").backend, Some("owner"));
     assert_eq!(cluster.storages[0].record("root").epoch.0, 1, "the guest never noticed");
+    assert_eq!(row["timings"]["seal_us"], Value::Null, "of another handoff, if of any");
     // Again is the same; and so is another one.
     assert_eq!(coordinator.post(&id, "cancel").await.expect("again")["outcome"], "source");
     let other = super::support::id();

@@ -7,7 +7,7 @@ use baton_fault_point as fault_point;
 use super::{PAUSE, Patience, Work};
 use crate::coordinator::agents::{Agent, AgentError};
 use crate::coordinator::clients;
-use crate::coordinator::plan::{Input, Row, Standing, Trouble};
+use crate::coordinator::plan::{Input, Row, Standing, Timings, Trouble};
 use crate::coordinator::vm_view::VmView;
 
 /// Between two looks at a standby backend, while it starts and afterwards.
@@ -246,11 +246,28 @@ impl Work {
         })
     }
 
+    /// Takes down what both backends have measured, while both are there.
+    async fn measure(&self) {
+        let Row { vm, from, to, .. } = &*self.row;
+        let said = async |host: &str| {
+            let view = self.core.agents.of(host)?.vm(vm).await.ok()?;
+            Some(view.handoff().clone())
+        };
+        // For people: who does not answer is not waited for.
+        let (source, destination) = tokio::join!(said(from), said(to));
+        let timings = Timings::of(&source.unwrap_or_default(), &destination.unwrap_or_default());
+        self.reports.tell(Input::Measured(timings)).await;
+    }
+
     /// Stops the loser's backend, and no other.
     pub(super) async fn stop(&self, host: &str) {
         let Some(agent) = self.core.agents.of(host) else {
             return self.reports.tell(Input::LoserGone).await;
         };
+        // A destination that lost has switched nothing.
+        if host == self.row.from {
+            self.measure().await;
+        }
         let stopped = async {
             match agent.vm(&self.row.vm).await {
                 Ok(vm) if vm.standing_word() == Some("serving") => Err(AgentError::Refused {

@@ -42,6 +42,7 @@ mod state;
 mod step;
 #[cfg(test)]
 mod tests;
+mod timings;
 mod words;
 #[cfg(test)]
 mod world;
@@ -54,4 +55,5 @@ pub use state::State;
 pub use step::{Input, Output, Refusal, Step};
 #[cfg(test)]
 pub(crate) use tests::fresh;
+pub use timings::Timings;
 pub use words::{Because, Grant, Progress, Seen, Standing, Trigger, Trouble, Winner};

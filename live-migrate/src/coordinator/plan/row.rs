@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::codec::{hex, text};
 use super::{
-    Because, Cooperation, Grant, Progress, Seen, Standing, State, Trigger, Trouble, Winner,
+    Because, Cooperation, Grant, Progress, Seen, Standing, State, Timings, Trigger, Trouble, Winner,
 };
 
 /// A volume of the VM.
@@ -105,6 +105,9 @@ pub struct Row {
     pub loser_gone: bool,
     /// What hinders it now.
     pub trouble: Option<Trouble>,
+    /// How long the parts of the switch took; known when the source's backend is ended.
+    #[serde(default)]
+    pub timings: Timings,
     /// Where no storage fences.
     #[serde(default)]
     pub cooperation: Cooperation,

@@ -1,7 +1,7 @@
 //! What each input does to a row.
 
 use super::{
-    Action, Because, Grant, Progress, Row, Seen, Standing, State, Trigger, Trouble, Winner,
+    Action, Because, Grant, Progress, Row, Seen, Standing, State, Timings, Trigger, Trouble, Winner,
 };
 
 /// What the coordinator learns, or is asked.
@@ -50,6 +50,8 @@ pub enum Input {
     Permitted,
     /// The source's agent has a backend again.
     Restored,
+    /// What both backends have measured of the switch.
+    Measured(Timings),
     /// The loser's backend is gone.
     LoserGone,
     /// The loser's agent does not answer.
@@ -241,6 +243,11 @@ impl Row {
             Input::Force(reason) => self.force(reason)?,
             Input::SealOrdered => self.seal_ordered = true,
             Input::ActivateOrdered => self.activate_ordered = true,
+            Input::Measured(timings) => {
+                if self.winner == Some(Winner::Destination) {
+                    self.timings = timings.or(std::mem::take(&mut self.timings));
+                }
+            }
             Input::LoserGone | Input::LoserLeft(_) if self.winner.is_none() => {}
             Input::LoserGone => self.loser_gone = true,
             Input::LoserLeft(trouble) => {

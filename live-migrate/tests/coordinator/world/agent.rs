@@ -124,7 +124,8 @@ impl Agent {
             let uri = disk["volume"].as_str().expect("a volume");
             let (data, name) = uri.strip_prefix("baton://")?.split_once('/')?;
             let storage = self.storages.iter().find(|s| s.address.to_string() == data)?;
-            Some((Arc::clone(storage), name.to_owned()))
+            let there = storage.names().iter().any(|known| known == name);
+            there.then(|| (Arc::clone(storage), name.to_owned()))
         };
         disks.iter().filter_map(place).collect()
     }
@@ -151,7 +152,9 @@ impl Agent {
         };
         json!({"standing": standing, "id": id.map(|t| t.id.to_string()), "attempt": id.map(|t| t.attempt),
             "timings": {"stop_us": 120, "seal_us": 300, "drain_us": 210, "activate_us": 260},
-            "events": [{"at_unix_us": 1_700_000_000_000_000_u64, "event": "rings-stopped"}]})
+            "events": [{"at_unix_us": 1_700_000_000_000_000_u64, "event": "rings-stopped"},
+                {"at_unix_us": 1_700_000_000_000_700_u64, "event": "rings-started"},
+                {"at_unix_us": 1_700_000_000_000_900_u64, "event": "activated"}]})
     }
 
     /// The machine's rings stop: the backend seals what is armed.
