@@ -76,7 +76,7 @@ pub(super) async fn access(core: &Core, vm: &str) -> Result<Access, Fault> {
 ///
 /// # Errors
 /// No agent says so, or not the one of the host that was named.
-pub(super) fn source(vm: &str, found: &Found) -> Result<String, Fault> {
+pub(super) fn source(vm: &str, found: &Found, owner: &str) -> Result<String, Fault> {
     if let Some(host) = &found.serving {
         return Ok(host.clone());
     }
@@ -90,9 +90,10 @@ pub(super) fn source(vm: &str, found: &Found) -> Result<String, Fault> {
         "baton:not-owner",
         "The source does not own the volumes",
         format!(
-            "{who} `{vm}`, whose volumes are on NBD servers: these do not know who may write, so a VM moves only from a backend that can be asked; nothing was begun: start its backend where the VM runs, or see to that host's agent"
+            "{who} `{vm}`, whose volumes are on NBD servers: these do not know who may write, so a VM moves only from a backend that can be asked: start its backend where the VM runs, or see to that host's agent"
         ),
-    ))
+    )
+    .before_all(owner))
 }
 
 /// What a new try begins with: its place among all of the VM, behind what the journal
@@ -116,9 +117,10 @@ pub(super) fn begin(
             "baton:not-owner",
             "The source does not own the volumes",
             format!(
-                "the backend of `{vm}` on {from} does not say how it is, so nothing was begun: see to it (a backend of an older version cannot), and ask again"
+                "the backend of `{vm}` on {from} does not say how it is: see to it (a backend of an older version cannot), and ask again"
             ),
-        ));
+        )
+        .before_all(&format!("the source {from} owns the volumes of `{vm}`")));
     };
     let turn = journal.max(heard) + 1;
     Ok(Cooperation { turn, source_pid, source_starts, ..Cooperation::default() })

@@ -1,5 +1,7 @@
-//! Why a request failed: RFC 9457 documents with stable types. Each says who
-//! owns the VM's volumes now, as far as that is known, and what to do.
+//! Why a request failed: RFC 9457 documents with stable types. Each that is about a VM
+//! says who owns its volumes now, as far as that is known and the caller may know it,
+//! and what to do. A request that is wrong in itself (`baton:bad-request`), or about a VM
+//! that nobody knows, is about none.
 
 use axum::Json;
 use axum::http::{StatusCode, header};
@@ -101,6 +103,14 @@ impl Fault {
         Self::new(StatusCode::NOT_FOUND, kind, title, detail)
     }
 
+    /// Refused before anything was begun; `owner` says who owns the volumes.
+    #[must_use]
+    pub fn before_all(mut self, owner: &str) -> Self {
+        let detail = &mut self.problem.detail;
+        *detail = format!("{detail}; {owner}, and nothing was armed or changed");
+        self
+    }
+
     /// About a handoff: names it and who owns the volumes.
     #[must_use]
     pub fn about(mut self, row: &Row) -> Self {
@@ -150,7 +160,8 @@ impl Fault {
                 "The handoff is over",
                 format!("{refusal}; {owner}; begin another with a new id"),
             ),
-            AskError::Journal(error) => error.clone().into(),
+            // That one is not written, so what was asked for is not begun.
+            AskError::Journal(error) => Self::from(error.clone()).before_all(&owner),
             AskError::Gone => stopping(),
         };
         fault.about(row)

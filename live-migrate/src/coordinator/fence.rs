@@ -112,9 +112,9 @@ pub async fn fence(core: &Arc<Core>, vm: &str, request: FenceVm) -> Result<Fence
     if reason.trim().is_empty() {
         return Err(Fault::bad_request("`reason` is empty; say who fences and why, for the audit"));
     }
-    super::prepare::agent(core, &dead_host)?;
+    super::prepare::agent(core, vm, &dead_host).await?;
     if let Some(nominee) = &nominee {
-        super::prepare::agent(core, nominee)?;
+        super::prepare::agent(core, vm, nominee).await?;
     }
     let _turn = core.turn(vm).await;
     let view = find(core, vm).await?;

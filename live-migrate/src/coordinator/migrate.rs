@@ -82,9 +82,9 @@ impl MigrateVm {
     /// What its row notes at first.
     ///
     /// # Errors
-    /// No address for the destination's monitor.
-    pub fn note(&self, core: &Core, vm: &str) -> Result<Value, super::fault::Fault> {
-        let agent = super::prepare::agent(core, &self.to)?;
+    /// No such host, or no address for its monitor.
+    pub async fn note(&self, core: &Core, vm: &str) -> Result<Value, super::fault::Fault> {
+        let agent = super::prepare::agent(core, vm, &self.to).await?;
         let uri = self.uri.clone().or_else(|| agent.host.migration_uri.clone()).ok_or_else(|| {
             super::fault::Fault::bad_request(format!(
                 "where does the monitor on {} listen? Say `uri`, or set `migration_uri` of that host",

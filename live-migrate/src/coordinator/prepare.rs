@@ -191,19 +191,23 @@ async fn plan(
             "at most {LABELS_MAX} labels of {LABEL_BYTES_MAX} bytes"
         )));
     }
-    agent(core, &request.to)?;
+    agent(core, vm, &request.to).await?;
     let found = sides::find(core, vm, request.from.as_deref()).await?;
-    let disks = chosen(&found.view, request.volumes.as_deref())?;
-    let engines = movable::engines(&disks)
-        .map_err(|immovable| cannot_move(&immovable, vm, &found.owner_so_far(core, vm)))?;
+    let owner = found.owner_so_far(core, vm);
+    let disks = chosen(&found.view, request.volumes.as_deref(), &owner)?;
+    let engines =
+        movable::engines(&disks).map_err(|immovable| cannot_move(&immovable, vm, &owner))?;
     let cooperative = engines.iter().any(|one| one.capabilities().fence == Fence::Cooperative);
     let (members, from) = if cooperative {
-        (cooperative::members(&disks, &engines), cooperative::source(vm, &found)?)
+        (cooperative::members(&disks, &engines), cooperative::source(vm, &found, &owner)?)
     } else {
         stored(core, vm, (disks, engines), &found, request.from.as_deref()).await?
     };
     let view = found.view;
-    agent(core, &from)?;
+    let owner = format!("the source {from} owns the volumes of `{vm}`");
+    if core.agents.of(&from).is_none() {
+        return Err(unknown_host(&from, &owner));
+    }
     if from == request.to {
         return Err(Fault::new(
             StatusCode::CONFLICT,
@@ -235,7 +239,8 @@ async fn plan(
     let key = plan::random_key().map_err(|error| {
         Fault::new(StatusCode::INTERNAL_SERVER_ERROR, "baton:failed", "No random bytes", error)
     })?;
-    core.remember(&view).await?;
+    let remembered = core.remember(&view).await;
+    remembered.map_err(|error| Fault::from(error).before_all(&owner))?;
     Ok(Row {
         id,
         attempt: 1,
@@ -308,14 +313,18 @@ async fn stored(
         match volume.owner {
             Some(name) if owner.as_ref().is_none_or(|owner| *owner == name) => owner = Some(name),
             Some(name) => {
-                return Err(not_owner(
-                    &member,
-                    &format!("belongs to `{name}`, the volume before it to another"),
-                    wanted,
-                ));
+                let before = owner.unwrap_or_default();
+                let what = format!("belongs to `{name}`, the volume before it to `{before}`");
+                let whose = format!("no host owns all volumes of `{vm}`");
+                return Err(not_owner(&member, &what, wanted).before_all(&whose));
             }
             None => {
-                return Err(not_owner(&member, "belongs to nobody: the VM does not run", wanted));
+                let whose = match owner {
+                    Some(before) => format!("`{before}` owns the volume before it"),
+                    None => format!("nobody owns the volumes of `{vm}`"),
+                };
+                let what = "belongs to nobody: the VM does not run";
+                return Err(not_owner(&member, what, wanted).before_all(&whose));
             }
         }
         members.push(member);
@@ -328,14 +337,15 @@ async fn stored(
         return Ok((members, from));
     }
     let known = core.agents.of(&from).is_some();
-    let what = format!("belongs to `{owned_by}`, not to `{from}/{vm}`");
+    let whose = format!("`{owned_by}` owns the volumes of `{vm}`");
+    let what = format!("does not belong to `{from}/{vm}`");
     Err(match members.first() {
-        Some(member) if known => not_owner(member, &what, Some(&from)),
-        _ => unknown_host(&from),
+        Some(member) if known => not_owner(member, &what, Some(&from)).before_all(&whose),
+        _ => unknown_host(&from, &whose),
     })
 }
 
-fn chosen(view: &VmView, wanted: Option<&[String]>) -> Result<Vec<DiskView>, Fault> {
+fn chosen(view: &VmView, wanted: Option<&[String]>, owner: &str) -> Result<Vec<DiskView>, Fault> {
     let all = view.disks();
     let Some(wanted) = wanted else {
         return if all.is_empty() {
@@ -362,7 +372,8 @@ fn chosen(view: &VmView, wanted: Option<&[String]>) -> Result<Vec<DiskView>, Fau
                 "`{}` has no writable disk `{foreign}`; leave `volumes` out to move all",
                 view.name()
             ),
-        ));
+        )
+        .before_all(owner));
     }
     let left = all.iter().find(|disk| !wanted.iter().any(|wanted| names(disk, wanted)));
     match left {
@@ -439,14 +450,13 @@ async fn member(
         })
     })?;
     let found = server.show(&volume).await.map_err(|error| {
+        let owner = sides::owner_so_far(core, vm, serving);
         if error.refusal() == "baton:no-such-volume" {
-            Fault::unknown(
-                "baton:unknown-volume",
-                "There is no such volume",
-                format!("disk `{}`: {error}", disk.name),
-            )
+            let detail = format!("disk `{}`: {error}", disk.name);
+            Fault::unknown("baton:unknown-volume", "There is no such volume", detail)
+                .before_all(&owner)
         } else {
-            Fault::storage(error, &sides::owner_so_far(core, vm, serving))
+            Fault::storage(error, &owner)
         }
     })?;
     let member = Member {
@@ -463,21 +473,25 @@ async fn member(
     Ok((member, found))
 }
 
-/// The agent of a host.
+/// The agent of a host that a request about this VM names.
 ///
 /// # Errors
-/// No such host.
-pub fn agent<'a>(core: &'a Core, host: &str) -> Result<&'a Agent, Fault> {
-    core.agents.of(host).ok_or_else(|| unknown_host(host))
+/// No such host; it says who owns the VM.
+pub async fn agent<'a>(core: &'a Core, vm: &str, host: &str) -> Result<&'a Agent, Fault> {
+    match core.agents.of(host) {
+        Some(agent) => Ok(agent),
+        None => Err(unknown_host(host, &sides::owner_now(core, vm).await)),
+    }
 }
 
-fn unknown_host(host: &str) -> Fault {
+pub(super) fn unknown_host(host: &str, owner: &str) -> Fault {
     let shown: String = host.chars().take(80).collect();
     Fault::unknown(
         "baton:unknown-host",
         "There is no such host",
         format!("no host `{shown}` is configured; add a [[host]] section or correct the name"),
     )
+    .before_all(owner)
 }
 
 /// No such VM.

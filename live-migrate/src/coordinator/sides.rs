@@ -6,11 +6,11 @@ use futures_util::StreamExt;
 use futures_util::future::OptionFuture;
 use futures_util::stream::FuturesUnordered;
 
-use super::agents::AgentError;
+use super::agents::{Agent, AgentError};
 use super::core::Core;
 use super::fault::{Fault, owner_sentence};
 use super::plan::Trouble;
-use super::prepare::{agent, unknown_vm};
+use super::prepare::{agent, unknown_host, unknown_vm};
 use super::vm_view::VmView;
 
 /// A VM, before its volumes have said where it runs.
@@ -43,10 +43,19 @@ impl Found {
 /// # Errors
 /// Nobody knows such a VM, or nobody who might answers.
 pub(super) async fn find(core: &Core, vm: &str, from: Option<&str>) -> Result<Found, Fault> {
-    let asked: Vec<_> = match from {
-        Some(from) => vec![agent(core, from)?],
+    let asked = match from {
+        Some(from) => vec![agent(core, vm, from).await?],
         None => core.agents.iter().collect(),
     };
+    ask(core, vm, from, asked).await
+}
+
+async fn ask(
+    core: &Core,
+    vm: &str,
+    from: Option<&str>,
+    asked: Vec<&Agent>,
+) -> Result<Found, Fault> {
     let named = from.map(str::to_owned);
     let within = core.config.agent_patience;
     let mut answers: FuturesUnordered<_> = asked
@@ -105,7 +114,11 @@ pub(super) async fn answer(
     source_has_orders: bool,
 ) -> Result<[Option<VmView>; 2], Fault> {
     let patience = core.config.agent_patience;
-    let (source, destination) = (agent(core, from)?, agent(core, to)?);
+    let of = |host: &str| {
+        let owner = format!("the source {from} owns the volumes of `{vm}`");
+        core.agents.of(host).ok_or_else(|| unknown_host(host, &owner))
+    };
+    let (source, destination) = (of(from)?, of(to)?);
     let source = source_has_orders.then(|| source.vm_patiently(vm, patience));
     let (here, there) =
         tokio::join!(OptionFuture::from(source), destination.vm_patiently(vm, patience));
@@ -174,7 +187,16 @@ fn does_not_run(vm: &str, there: &VmView, from: &str, to: &str) -> Result<(), Fa
     ))
 }
 
-/// Who owns a VM's volumes, for a sentence, while a server that would say it is away.
+/// Who owns a VM's volumes, for a sentence, asked of all agents.
+pub(super) async fn owner_now(core: &Core, vm: &str) -> String {
+    match ask(core, vm, None, core.agents.iter().collect()).await {
+        Ok(found) => found.owner_so_far(core, vm),
+        Err(_) => owner_so_far(core, vm, None),
+    }
+}
+
+/// Who owns a VM's volumes, for a sentence, while a server that would say it is away, or
+/// is not asked.
 pub(super) fn owner_so_far(core: &Core, vm: &str, serving: Option<&str>) -> String {
     if let Some(host) = serving {
         return format!(
@@ -186,6 +208,8 @@ pub(super) fn owner_so_far(core: &Core, vm: &str, serving: Option<&str>) -> Stri
             let row = handle.row();
             format!("as last known, from handoff {}, {}", row.id, owner_sentence(&row))
         }
-        None => format!("who owns the volumes of `{vm}` is not known until it answers"),
+        None => format!(
+            "who owns the volumes of `{vm}` is not known here: `baton handoff why {vm}` asks their storage"
+        ),
     }
 }

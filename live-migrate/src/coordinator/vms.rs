@@ -158,9 +158,10 @@ pub(super) async fn find(core: &Arc<Core>, vm: &str) -> Result<VmView, Fault> {
     if let Some(view) = core.remembered(vm) {
         return Ok(view);
     }
-    let view = super::sides::find(core, vm, None).await?.view;
-    core.remember(&view).await?;
-    Ok(view)
+    let found = super::sides::find(core, vm, None).await?;
+    let remembered = core.remember(&found.view).await;
+    remembered.map_err(|error| Fault::from(error).before_all(&found.owner_so_far(core, vm)))?;
+    Ok(found.view)
 }
 
 pub(super) async fn volumes<'a>(

@@ -120,7 +120,7 @@ async fn a_storage_server_that_is_away_is_named_with_who_owns_the_vm() {
     let answer = coordinator.call(Method::GET, "/v1/vms/web/access", Value::Null).await;
     let (problem, detail) = kind(answer);
     assert_eq!(problem, "baton:storage-unreachable");
-    assert!(detail.contains("is not known until it answers"), "{detail}");
+    assert!(detail.contains("is not known here: `baton handoff why web`"), "{detail}");
 }
 
 /// In the middle it says what may be armed, and afterwards how it ended.

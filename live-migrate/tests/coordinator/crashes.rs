@@ -145,14 +145,18 @@ async fn a_full_journal_starts_nothing_and_recovers() {
     limit("0:unlimited");
     let (problem, detail) = kind(coordinator.prepare(&id()).await);
     assert_eq!(problem, "baton:journal-full");
-    assert!(detail.contains("nothing was started"), "{detail}");
+    for part in ["nothing was started", "the source host-a owns the volumes of `web`"] {
+        assert!(detail.contains(part), "{part}: {detail}");
+    }
     assert!(cluster.storages[0].record("root").handoff.is_none());
     limit("unlimited:unlimited");
     let id = id();
     assert_eq!(coordinator.prepare(&id).await.expect("READY")["state"], "READY");
     // Full again in the middle of it: a cancel is refused, and nothing is lost.
     limit("0:unlimited");
-    assert_eq!(kind(coordinator.post(&id, "cancel").await).0, "baton:journal-full");
+    let (problem, detail) = kind(coordinator.post(&id, "cancel").await);
+    assert_eq!(problem, "baton:journal-full");
+    assert!(detail.contains("the source host-a owns the volumes of `web`"), "{detail}");
     limit("unlimited:unlimited");
     assert_eq!(coordinator.post(&id, "cancel").await.expect("cancelled")["outcome"], "source");
     assert_eq!(cluster.owner(), "host-a/web");

@@ -83,6 +83,10 @@ async fn operators_may_all_and_hosts_only_what_concerns_them() {
         let (problem, detail) = kind(call(client, method.clone(), path, body).await);
         assert_eq!(problem, "baton:forbidden", "{path}");
         assert!(detail.contains("operator"), "{detail}");
+        // They may look, so they are told of the VM what the journal knows.
+        for part in ["the volumes of `web` is not known here", "nothing was armed"] {
+            assert!(detail.contains(part), "{part}: {detail}");
+        }
         assert_eq!(detail.contains("say from and to"), method == Method::PUT, "{detail}");
     }
     // What is let in gets as far as the agents, which do not exist.

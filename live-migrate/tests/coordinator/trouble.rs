@@ -14,6 +14,8 @@ use super::support::{Cluster, id, kind, wait};
 async fn each_mistake_has_its_type_and_starts_nothing() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator("c", "").await;
+    let versions = || cluster.storages.iter().map(|s| s.record(&s.names()[0]).version);
+    let before: Vec<u64> = versions().collect();
     let web = |id: &str| format!("/v1/vms/web/handoffs/{id}");
     let ab = json!({"from": "host-a", "to": "host-b"});
     let put = Method::PUT;
@@ -51,11 +53,33 @@ async fn each_mistake_has_its_type_and_starts_nothing() {
             json!({"dead_host": "host-a", "reason": "r"}),
             "baton:host-alive",
         ),
+        (
+            &Method::POST,
+            "/v1/vms/web:fence".to_owned(),
+            json!({"dead_host": "host-x", "reason": "r"}),
+            "baton:unknown-host",
+        ),
+        (
+            &Method::POST,
+            "/v1/vms/web:fence".to_owned(),
+            json!({"dead_host": "host-b", "reason": "r", "nominee": "host-x"}),
+            "baton:unknown-host",
+        ),
+        (
+            &Method::POST,
+            "/v1/vms/web/migrations".to_owned(),
+            json!({"id": id(), "to": "host-x"}),
+            "baton:unknown-host",
+        ),
         (&Method::GET, "/nowhere".to_owned(), Value::Null, "baton:no-such-route"),
         (&Method::DELETE, "/v1/vms".to_owned(), Value::Null, "baton:method"),
     ] {
         let (problem, detail) = kind(coordinator.call(method.clone(), &path, body).await);
         assert_eq!(problem, expected, "{path}: {detail}");
+        let known = ["baton:unknown-host", "baton:unknown-volume", "baton:host-alive"];
+        if known.contains(&expected) {
+            assert!(detail.contains("host-a") && detail.contains(" owns "), "{path}: {detail}");
+        }
     }
     // Already there, and running.
     cluster.b.with("web", |machine| {
@@ -66,6 +90,7 @@ async fn each_mistake_has_its_type_and_starts_nothing() {
     assert_eq!(problem, "baton:destination-runs-vm");
     assert!(detail.contains("host-a owns"), "{detail}");
     assert_eq!(cluster.b.machine("web").backend, Some("owner"), "it was left alone");
+    assert_eq!(versions().collect::<Vec<_>>(), before, "nothing was armed");
     assert_eq!(coordinator.get("/v1/handoffs").await["handoffs"], json!([]));
     assert_eq!(cluster.owner(), "host-a/web");
 }
@@ -95,14 +120,48 @@ async fn who_cannot_be_reached_is_named() {
 /// A volume of somebody else's, or of nobody.
 #[tokio::test]
 async fn a_source_that_does_not_own_everything_hands_nothing_off() {
-    for other in [Some("host-c/web"), None] {
+    for (other, whose) in [
+        (Some("host-c/web"), "no host owns all volumes of `web`"),
+        (None, "`host-a/web` owns the volume before it"),
+    ] {
         let cluster = Cluster::with(&[&[("root", Some("host-a/web")), ("data", other)]]).await;
         let coordinator = cluster.coordinator("c", "").await;
+        let version = cluster.storages[0].record("root").version;
         let (problem, detail) = kind(coordinator.prepare(&id()).await);
         assert_eq!(problem, "baton:not-owner");
-        assert!(detail.contains("`data`"), "{detail}");
-        assert_eq!(cluster.storages[0].record("root").phase, Phase::Owned);
+        for part in ["`data`", whose, "nothing was armed"] {
+            assert!(detail.contains(part), "{part}: {detail}");
+        }
+        assert_eq!(cluster.storages[0].record("root").version, version);
     }
+}
+
+/// Refused before anything is armed, with the owner that the volumes name, whoever is
+/// asked to give them away.
+#[tokio::test]
+async fn who_asks_the_wrong_host_or_for_a_lost_volume_is_told_who_owns_the_vm() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let version = cluster.storages[0].record("root").version;
+    let definition = cluster.a.machine("web").definition;
+    cluster.b.with("web", |machine| {
+        machine.definition = definition;
+        machine.run = "gone";
+    });
+    let path = format!("/v1/vms/web/handoffs/{}", id());
+    let body = json!({"from": "host-b", "to": "host-a"});
+    let (problem, detail) = kind(coordinator.call(Method::PUT, &path, body).await);
+    assert_eq!(problem, "baton:not-owner");
+    assert!(detail.contains("`host-a/web` owns the volumes of `web`"), "{detail}");
+    let lost = format!("baton://{}/lost", cluster.storages[0].address);
+    cluster.a.with("web", |machine| machine.definition["disk"][1]["volume"] = lost.into());
+    let (problem, detail) = kind(coordinator.prepare(&id()).await);
+    assert_eq!(problem, "baton:unknown-volume");
+    for part in ["`data`", "host-a says that it owns the volumes of `web`", "nothing was armed"] {
+        assert!(detail.contains(part), "{part}: {detail}");
+    }
+    assert_eq!(coordinator.get("/v1/handoffs").await["handoffs"], json!([]));
+    assert_eq!(cluster.storages[0].record("root").version, version);
 }
 
 /// Row 29 of the failure table.

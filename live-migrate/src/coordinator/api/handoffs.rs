@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{Api, body, may_hand_off, may_look, may_order, query};
+use super::{Api, body, may_hand_off, may_look, may_order, query, refused};
 use crate::coordinator::fault::{Fault, owner_sentence};
 use crate::coordinator::keeper::Handle;
 use crate::coordinator::migrate;
@@ -136,7 +136,8 @@ pub(super) async fn prepare(
     request: Result<Json<PrepareHandoff>, JsonRejection>,
 ) -> Result<Response, Fault> {
     let (request, until) = (body(request)?, query(waiting)?.until()?);
-    may_hand_off(&peer, &[&request.to, request.from.as_deref().unwrap_or_default()])?;
+    let hosts = [request.to.as_str(), request.from.as_deref().unwrap_or_default()];
+    may_hand_off(&peer, &hosts).map_err(|fault| refused(&core, &peer, &vm, fault))?;
     let id = prepare::id(&id)?;
     let (handle, new) = prepare::prepare(&core, &vm, id, request, None).await?;
     if new {
@@ -229,7 +230,7 @@ async fn order(
     let until = waiting.until()?.map_or(until, |(until, _)| until);
     let handle = find(core, vm, id)?;
     let row = handle.row();
-    may_hand_off(peer, &[&row.from, &row.to])?;
+    may_hand_off(peer, &[&row.from, &row.to]).map_err(|fault| refused(core, peer, vm, fault))?;
     handle.ask(input).await.map_err(|error| Fault::refused(&error, &handle.row()))?;
     Ok(wait(&handle, until, timeout).await)
 }
@@ -309,7 +310,7 @@ pub(super) async fn finish(
         serde_json::from_slice(&body).map_err(Fault::bad_request)?
     };
     if asked.force {
-        may_order(&peer)?;
+        may_order(&peer).map_err(|fault| refused(&core, &peer, &vm, fault))?;
     }
     let (forced, input) = (asked.force, asked.input()?);
     if let Input::Force(reason) = &input {
@@ -426,7 +427,7 @@ pub(super) async fn begin_migration(
     request: migrate::MigrateVm,
 ) -> Result<Response, Fault> {
     let id = prepare::id(&request.id)?;
-    let note = request.note(core, vm)?;
+    let note = request.note(core, vm).await?;
     let (handle, new) = prepare::prepare(core, vm, id, request.handoff(), Some(note)).await?;
     if new {
         migrate::drive(core, handle.clone(), false);

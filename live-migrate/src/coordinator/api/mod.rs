@@ -27,6 +27,7 @@ use super::config::Keep;
 use super::core::Core;
 use super::fault::Fault;
 use super::front::{LeaderView, Leadership};
+use super::sides::owner_so_far;
 use crate::door::Peer;
 use crate::identity::Role;
 use crate::problem::Problem;
@@ -156,6 +157,15 @@ fn may_hand_off(peer: &Peer, hosts: &[&str]) -> Result<(), Fault> {
             Err(Problem::forbidden(detail).into())
         }
         _ => may_order(peer),
+    }
+}
+
+/// A request about a VM that the caller may not make. Who owns the VM is told only to those
+/// who may look, and from the journal: nobody is asked in the name of who is refused.
+fn refused(core: &Core, peer: &Peer, vm: &str, fault: Fault) -> Fault {
+    match may_look(peer) {
+        Ok(()) => fault.before_all(&owner_so_far(core, vm, None)),
+        Err(_) => fault,
     }
 }
 

@@ -5,7 +5,7 @@ use axum::extract::rejection::JsonRejection;
 use axum::extract::{ConnectInfo, Path, State};
 use axum::response::Response;
 
-use super::{Api, body, may_look, may_order};
+use super::{Api, body, may_look, may_order, refused};
 use crate::coordinator::access::Access;
 use crate::coordinator::fault::Fault;
 use crate::coordinator::fence::{self as fences, FenceVm, Fenced};
@@ -78,7 +78,7 @@ pub(super) async fn fence(
     Path(vm): Path<String>,
     request: Result<Json<FenceVm>, JsonRejection>,
 ) -> Result<Json<Fenced>, Fault> {
-    may_order(&peer)?;
+    may_order(&peer).map_err(|fault| refused(&core, &peer, &vm, fault))?;
     Ok(Json(fences::fence(&core, &vm, body(request)?).await?))
 }
 
@@ -94,6 +94,6 @@ pub(super) async fn migrate(
     Path(vm): Path<String>,
     request: Result<Json<MigrateVm>, JsonRejection>,
 ) -> Result<Response, Fault> {
-    may_order(&peer)?;
+    may_order(&peer).map_err(|fault| refused(&core, &peer, &vm, fault))?;
     super::handoffs::begin_migration(&core, &vm, body(request)?).await
 }
