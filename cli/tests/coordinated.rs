@@ -176,6 +176,33 @@ fn step_by_step() {
     contains(&cluster.prints(2, &["handoff", "cancel", "web", "nonsense"]), &["not a handoff id"]);
 }
 
+#[test]
+fn an_explicit_handoff_is_prepared_and_shows_its_mode() {
+    let cluster = Cluster::start();
+    let id = "01ARZ3NDEKTSV4RRFFQ69G5FAV";
+    let prepare = ["handoff", "prepare", "web", "--to", "host-b", "--id", id];
+    let row = cluster.prints(0, &[&prepare[..], &["--explicit", "--wait", "--json"]].concat());
+    let row: Value = serde_json::from_str(&row).expect("JSON");
+    assert_eq!((&row["mode"], &row["state"]), (&json!("explicit"), &json!("READY")));
+    // The same id as another kind of handoff is another request.
+    contains(&cluster.prints(1, &prepare), &["(baton:id-in-use)", "host-a owns"]);
+    contains(&cluster.prints(0, &["handoff", "cancel", "web"]), &["SETTLED"]);
+}
+
+#[test]
+fn a_handoff_that_fails_to_get_ready_is_status_1() {
+    let cluster = Cluster::start();
+    cluster.b.full.store(true, Ordering::SeqCst);
+    let id = "01ARZ3NDEKTSV4RRFFQ69G5FAV";
+    let prepare = ["handoff", "prepare", "web", "--to", "host-b", "--id", id, "--wait"];
+    let full = "(baton:state-full)";
+    contains(&cluster.prints(1, &prepare), &["because", full, "the source host-a owns"]);
+    // It is waited for no longer than it takes to know; the rest is cleaned up behind it.
+    contains(&cluster.prints(0, &["handoff", "cancel", "web"]), &["FAILED", full]);
+    contains(&cluster.prints(1, &prepare), &["FAILED", full, "the source host-a owns"]);
+    assert_eq!(cluster.storage.record("root").handoff, None, "nothing is left armed");
+}
+
 /// What both backends measured is shown when the source's is gone, whoever drove the machines.
 #[test]
 fn a_handoff_that_is_finished_shows_its_timings() {
@@ -196,6 +223,32 @@ fn a_handoff_that_is_finished_shows_its_timings() {
     let row = cluster.prints(0, &["handoff", "status", "web", "--json"]);
     let row: Value = serde_json::from_str(&row).expect("JSON");
     assert_eq!(row["timings"]["vmm_gap_us"], 700);
+}
+
+/// The anchor cannot say who won, and a person fences: the migration has no winner.
+#[test]
+fn a_migration_whose_end_nobody_can_tell_is_status_20() {
+    let cluster = Cluster::start();
+    cluster.b.with("web", |machine| {
+        machine.definition = cluster.a.machine("web").definition;
+        (machine.run, machine.stuck) = ("gone", true);
+    });
+    // Rolled back only once its server does not know any more.
+    cluster.storage.hang_on("reclaim");
+    let migrate = ["vm", "migrate", "web", "--to", "host-b"];
+    std::thread::scope(|scope| {
+        let migration = scope.spawn(|| cluster.prints(20, &migrate));
+        while cluster.storage.record("root").phase.name() != "sealed" && !migration.is_finished() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        cluster.storage.restart();
+        cluster.storage.thaw();
+        let fence = ["handoff", "fence", "web", "--dead-host", "host-a", "--reason", "a test"];
+        let fence = [&fence[..], &["--force", "--nominee", "host-b"]].concat();
+        contains(&cluster.prints(0, &fence), &["nothing on host-a can reach"]);
+        let text = migration.join().expect("status 20");
+        contains(&text, &["did not move", "were fenced", "start it nowhere else"]);
+    });
 }
 
 /// The one bit: nobody can say is neither yes nor no.

@@ -1,13 +1,10 @@
 //! What a caller sees when all goes well, or when it changes its mind.
 
-use std::time::Duration;
-
 use baton_live_migrate::client::{CallError, Method};
 use baton_protocol::access::Phase;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
-use super::support::{Cluster, id, kind, wait};
+use super::support::{Cluster, id, kind, raw, wait};
 
 #[tokio::test]
 async fn a_handoff_from_prepare_to_finish() {
@@ -138,6 +135,52 @@ async fn explicit_mode_switches_when_it_is_told() {
 }
 
 #[tokio::test]
+async fn handoffs_are_listed_by_state_and_vm() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let (first, second) = (id(), id());
+    coordinator.prepare(&first).await.expect("READY");
+    coordinator.post(&first, "cancel").await.expect("cancelled");
+    coordinator.over(&first).await;
+    coordinator.prepare(&second).await.expect("READY");
+    for (query, expected) in [
+        ("", vec![&first, &second]),
+        ("?state=READY", vec![&second]),
+        ("?state=settled", vec![&first]),
+        ("?state=SEALED", vec![]),
+        ("?vm=web&state=READY", vec![&second]),
+        ("?vm=other", vec![]),
+    ] {
+        let answer = coordinator.get(&format!("/v1/handoffs{query}")).await;
+        let rows = answer["handoffs"].as_array().expect("a list");
+        let ids: Vec<&str> = rows.iter().filter_map(|row| row["id"].as_str()).collect();
+        assert_eq!(ids, expected, "{query}");
+    }
+}
+
+/// Every order is idempotent by the handoff's state, with the header and without it.
+#[tokio::test]
+async fn an_idempotency_key_is_taken_and_changes_nothing() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator("c", "").await;
+    let id = id();
+    coordinator.prepare(&id).await.expect("READY");
+    let path = format!("/v1/vms/web/handoffs/{id}");
+    let ask = |key: &str| {
+        format!("POST {path}:cancel HTTP/1.1\r\nIdempotency-Key: {key}\r\nContent-Length: 0")
+    };
+    let mut seen = Vec::new();
+    for key in ["one", "one", "two"] {
+        let (head, body) = raw(&cluster, &ask(key)).await;
+        assert!(head.starts_with("HTTP/1.1 200"), "{head}\n{body}");
+        let row: Value = serde_json::from_str(&body).expect("JSON");
+        assert_eq!((&row["state"], &row["outcome"]), (&json!("SETTLED"), &json!("source")));
+        seen.push(row["version"].clone());
+    }
+    assert!(seen.iter().all(|version| *version == seen[0]), "{seen:?}");
+}
+
+#[tokio::test]
 async fn ten_clients_that_repeat_themselves_get_one_answer() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator("c", "").await;
@@ -180,113 +223,6 @@ async fn a_poll_with_an_etag_answers_when_something_changed() {
     let (changed, cancelled) = tokio::join!(raw(&cluster, &ask), coordinator.post(&id, "cancel"));
     assert!(changed.0.starts_with("HTTP/1.1 200"), "{}", changed.0);
     cancelled.expect("cancelled");
-}
-
-#[tokio::test]
-async fn events_are_numbered_and_can_be_resumed() {
-    let cluster = Cluster::new().await;
-    let coordinator = cluster.coordinator("c", "").await;
-    let id = id();
-    coordinator.prepare(&id).await.expect("READY");
-    coordinator.post(&id, "cancel").await.expect("cancelled");
-    let all = events(&cluster, "since=0", "SETTLED").await;
-    let states: Vec<_> =
-        all.iter().map(|e| e["data"]["state"].as_str().unwrap_or_default()).collect();
-    assert_eq!(states, ["PREPARING", "READY", "RECLAIMED", "SETTLED"]);
-    let first = &all[0];
-    assert_eq!(
-        (&first["specversion"], &first["type"]),
-        (&json!("1.0"), &json!("baton.handoff.state"))
-    );
-    assert_eq!(first["subject"], format!("vms/web/handoffs/{id}"));
-    let seen = all[1]["id"].as_str().expect("a cursor");
-    let rest = events(&cluster, &format!("since={seen}"), "SETTLED").await;
-    assert_eq!(rest, all[2..]);
-    // A cursor of a journal that was lost: told at once, not silent until the numbers meet.
-    let id = super::support::id();
-    let asked = async {
-        coordinator.prepare(&id).await.expect("READY");
-        coordinator.post(&id, "cancel").await.expect("cancelled");
-    };
-    let both = async { tokio::join!(events(&cluster, "since=1000", "SETTLED"), asked) };
-    let (told, ()) = tokio::time::timeout(Duration::from_secs(60), both).await.expect("in time");
-    assert_eq!(told[0]["type"], "baton.events.lost");
-    assert_eq!(told[1]["data"]["state"], "PREPARING");
-}
-
-/// Row 37 of the failure table: what an agent did by itself is told here, once.
-#[tokio::test]
-async fn row_37_what_an_agent_did_is_among_the_events_once() {
-    let cluster = Cluster::new().await;
-    let did = |at: u64| {
-        json!({"seq": at, "at_unix_us": at, "kind": "baton.vm.stopped", "vm": "web",
-            "detail": "it was stopped", "data": {"parked": "lost"}})
-    };
-    cluster.b.did.lock().expect("lock").push(did(1));
-    let first = cluster.coordinator("c", "").await;
-    wait("it is told", async || raw_events(&cluster).await.contains("\"baton.vm.stopped\"")).await;
-    drop(first);
-    // The next one is told all again, and knows what it has.
-    let coordinator = cluster.coordinator("c", "").await;
-    cluster.b.did.lock().expect("lock").push(did(2));
-    let mut text = String::new();
-    wait("both are told", async || {
-        text = raw_events(&cluster).await;
-        text.matches("\"baton.vm.stopped\"").count() >= 2
-    })
-    .await;
-    assert_eq!(text.matches("\"baton.vm.stopped\"").count(), 2, "{text}");
-    assert!(text.contains("\"host\":\"host-b\"") && text.contains("\"parked\":\"lost\""), "{text}");
-    drop(coordinator);
-}
-
-/// All that are kept, as they are sent at once.
-async fn raw_events(cluster: &Cluster) -> String {
-    let socket = cluster.dir.path().join("c.sock");
-    let mut stream = tokio::net::UnixStream::connect(socket).await.expect("connected");
-    stream.write_all(b"GET /v1/events?since=0 HTTP/1.1\r\nHost: c\r\n\r\n").await.expect("asked");
-    let mut text = Vec::new();
-    let mut chunk = [0; 4096];
-    let pause = Duration::from_millis(200);
-    while let Ok(Ok(read @ 1..)) =
-        tokio::time::timeout(pause, tokio::io::AsyncReadExt::read(&mut stream, &mut chunk)).await
-    {
-        text.extend_from_slice(&chunk[..read]);
-    }
-    String::from_utf8_lossy(&text).into_owned()
-}
-
-/// Reads events until one of a state.
-async fn events(cluster: &Cluster, query: &str, until: &str) -> Vec<Value> {
-    let socket = cluster.dir.path().join("c.sock");
-    let mut stream = tokio::net::UnixStream::connect(socket).await.expect("connected");
-    let ask = format!("GET /v1/events?{query} HTTP/1.1\r\nHost: c\r\n\r\n");
-    stream.write_all(ask.as_bytes()).await.expect("asked");
-    let mut lines = BufReader::new(stream).lines();
-    let mut events = Vec::new();
-    loop {
-        let line = tokio::time::timeout(Duration::from_secs(60), lines.next_line());
-        let line = line.await.expect("in time").expect("read").expect("more");
-        let Some(data) = line.strip_prefix("data: ") else { continue };
-        let event: Value = serde_json::from_str(data).expect("JSON");
-        let last = event["data"]["state"] == until;
-        events.push(event);
-        if last {
-            return events;
-        }
-    }
-}
-
-/// Head and body of one exchange.
-async fn raw(cluster: &Cluster, ask: &str) -> (String, String) {
-    let socket = cluster.dir.path().join("c.sock");
-    let mut stream = tokio::net::UnixStream::connect(socket).await.expect("connected");
-    let ask = format!("{ask}\r\nHost: c\r\nConnection: close\r\n\r\n");
-    stream.write_all(ask.as_bytes()).await.expect("asked");
-    let mut text = String::new();
-    tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut text).await.expect("answered");
-    let (head, body) = text.split_once("\r\n\r\n").expect("a head");
-    (head.to_owned(), body.to_owned())
 }
 
 /// Row 17 of the failure table: the source's machine is resumed.

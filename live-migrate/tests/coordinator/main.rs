@@ -4,8 +4,10 @@
 mod away;
 mod crashes;
 mod document;
+mod events;
 mod fences;
 mod handoffs;
+mod metrics;
 mod migrations;
 mod real_storage;
 mod roles;

@@ -11,6 +11,7 @@ use baton_live_migrate::client::{CallError, Client, Endpoint, Method};
 use baton_live_migrate::identity::{Identity, Role};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::world::{Agent, Storage};
 
@@ -264,4 +265,16 @@ pub(crate) async fn wait(what: &str, mut done: impl AsyncFnMut() -> bool) {
         assert!(start.elapsed() < LIMIT, "waited in vain: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+/// Head and body of one exchange.
+pub(crate) async fn raw(cluster: &Cluster, ask: &str) -> (String, String) {
+    let socket = cluster.dir.path().join("c.sock");
+    let mut stream = tokio::net::UnixStream::connect(socket).await.expect("connected");
+    let ask = format!("{ask}\r\nHost: c\r\nConnection: close\r\n\r\n");
+    stream.write_all(ask.as_bytes()).await.expect("asked");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.expect("answered");
+    let (head, body) = text.split_once("\r\n\r\n").expect("a head");
+    (head.to_owned(), body.to_owned())
 }

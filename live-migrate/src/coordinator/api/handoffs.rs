@@ -237,7 +237,8 @@ async fn order(
 
 /// Explicit mode: the source's machine has stopped; seal the volumes. Answered
 /// when they are sealed.
-#[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:switchover", params(("vm" = String, Path), ("id" = String, Path)),
+#[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:switchover", params(("vm" = String, Path), ("id" = String, Path),
+    ("Idempotency-Key" = Option<String>, Header, description = "Not needed: the same order again is answered the same.")),
     responses((status = 200, body = Shown), (status = 409, body = Fault)))]
 pub(super) async fn switchover(
     State(core): State<Api>,
@@ -252,7 +253,8 @@ pub(super) async fn switchover(
 
 /// Explicit mode: the destination's machine is about to run. Answered when the
 /// destination owns the volumes.
-#[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:activate", params(("vm" = String, Path), ("id" = String, Path)),
+#[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:activate", params(("vm" = String, Path), ("id" = String, Path),
+    ("Idempotency-Key" = Option<String>, Header, description = "Not needed: the same order again is answered the same.")),
     responses((status = 200, body = Shown), (status = 409, body = Fault)))]
 pub(super) async fn activate(
     State(core): State<Api>,
@@ -294,7 +296,8 @@ impl FinishHandoff {
 
 /// Cleans up behind the decision and stops the loser's backend. Answered with
 /// `outcome`: who owns the volumes.
-#[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:finish", params(("vm" = String, Path), ("id" = String, Path)),
+#[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:finish", params(("vm" = String, Path), ("id" = String, Path),
+    ("Idempotency-Key" = Option<String>, Header, description = "Not needed: the same order again is answered the same.")),
     request_body(content = Option<FinishHandoff>, description = "May be empty."),
     responses((status = 200, body = Shown), (status = 409, description = "Nothing is decided yet; `baton:not-proven`: where no storage fences, the source was not proven gone.", body = Fault)))]
 pub(super) async fn finish(
@@ -325,7 +328,8 @@ pub(super) async fn finish(
 
 /// The source keeps its volumes, if it is not too late. Answered with `outcome`:
 /// who owns the volumes.
-#[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:cancel", params(("vm" = String, Path), ("id" = String, Path)),
+#[utoipa::path(post, path = "/v1/vms/{vm}/handoffs/{id}:cancel", params(("vm" = String, Path), ("id" = String, Path),
+    ("Idempotency-Key" = Option<String>, Header, description = "Not needed: the same order again is answered the same.")),
     responses((status = 200, body = Shown), (status = 409, description = "The destination owns the volumes, or nobody can say yet.", body = Fault)))]
 pub(super) async fn cancel(
     State(core): State<Api>,

@@ -29,6 +29,7 @@ fn page(core: &Api) -> String {
     let label = |state: HandoffState| format!("{{state=\"{}\"}}", state.name());
     let version = format!("{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"));
     family("baton_build_info", "gauge", "Version of the coordinator.", &[(version, 1)]);
+    family("baton_coordinator_leads", "gauge", "1 while this coordinator leads.", &plain(1));
     family("baton_coordinator_term", "gauge", "Term of this start.", &plain(core.term));
     let reached: Vec<_> =
         core.metrics.all_reached().map(|(state, count)| (label(state), count)).collect();
