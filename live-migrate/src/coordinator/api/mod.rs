@@ -21,7 +21,8 @@ use axum::middleware::Next;
 use axum::response::Response;
 use axum::routing::{MethodRouter, get, post, put};
 use axum::{Json, Router, middleware};
-use utoipa::OpenApi;
+use utoipa::openapi::RefOr;
+use utoipa::{Modify, OpenApi};
 
 use super::config::Keep;
 use super::core::Core;
@@ -60,9 +61,31 @@ type Api = Arc<Core>;
         leader,
         health,
         document
-    )
+    ),
+    modifiers(&Problems)
 )]
 struct Document;
+
+/// Whatever is answered from 400 on is a problem document, and has its content type.
+struct Problems;
+
+impl Modify for Problems {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        for item in document.paths.paths.values_mut() {
+            let operations = [&mut item.get, &mut item.put, &mut item.post];
+            for operation in operations.into_iter().flatten() {
+                for (status, response) in &mut operation.responses.responses {
+                    if let RefOr::T(response) = response
+                        && status.as_str() >= "400"
+                        && let Some(body) = response.content.swap_remove("application/json")
+                    {
+                        response.content.insert("application/problem+json".to_owned(), body);
+                    }
+                }
+            }
+        }
+    }
+}
 
 /// Path of the router, the documented methods and paths behind it, handlers. A
 /// router's segment cannot end in `:verb`, so one route takes several.
@@ -242,17 +265,23 @@ mod tests {
         let mut seen = 0;
         for (path, methods) in document["paths"].as_object().expect("paths") {
             for (method, operation) in methods.as_object().expect("methods") {
-                let answers = operation["responses"].as_object().expect("responses").values();
-                for part in answers.chain([&operation["requestBody"]]) {
+                let answers = operation["responses"].as_object().expect("responses");
+                let answers = answers.iter().map(|(status, answer)| (status.as_str(), answer));
+                for (status, part) in answers.chain([("asked", &operation["requestBody"])]) {
                     for (content, body) in part["content"].as_object().into_iter().flatten() {
-                        let is_json = content == "application/json";
-                        let is_string = body["schema"]["type"] == "string";
-                        assert!(
-                            is_json || TEXT.contains(&path.as_str()),
-                            "{method} {path}: {part}"
-                        );
-                        assert_ne!(is_json, is_string, "{method} {path}: {part}");
-                        seen += usize::from(is_json);
+                        let expected = match status {
+                            "200" if TEXT.contains(&path.as_str()) => None,
+                            status if status.parse().is_ok_and(|status: u16| status >= 400) => {
+                                Some("application/problem+json")
+                            }
+                            _ => Some("application/json"),
+                        };
+                        let at = format!("{method} {path} {status}: {part}");
+                        if let Some(expected) = expected {
+                            assert_eq!(content, expected, "{at}");
+                        }
+                        assert_eq!(body["schema"]["type"] == "string", expected.is_none(), "{at}");
+                        seen += usize::from(expected.is_some());
                     }
                 }
             }
