@@ -138,7 +138,10 @@ impl Keeper {
                     }
                     self.note(&launch, &process, adopted);
                     let up = Mutex::new(false);
-                    let watching = self.watch(&launch, process.id().cloned(), &up);
+                    let hang = self.settings.hang;
+                    let dog =
+                        if adopted { Watchdog::of_adopted(hang) } else { Watchdog::new(hang) };
+                    let watching = self.watch(&launch, process.id().cloned(), dog, &up);
                     let status = tokio::select! {
                         ending = process.ended() => ending.status(),
                         () = watching => None,
@@ -233,10 +236,15 @@ impl Keeper {
     }
 
     /// Asks it for ever how it is; kills it when it hangs.
-    async fn watch(&self, launch: &Launch, process: Option<ProcessId>, up: &Mutex<bool>) {
+    async fn watch(
+        &self,
+        launch: &Launch,
+        process: Option<ProcessId>,
+        mut dog: Watchdog,
+        up: &Mutex<bool>,
+    ) {
         let hang = self.settings.hang;
         let control = Control::new(launch.control.clone());
-        let mut dog = Watchdog::new(hang);
         let mut period = STARTING_PERIOD;
         loop {
             let began = Instant::now();

@@ -41,7 +41,7 @@ pub enum Decision {
 pub struct Watchdog {
     hang: Duration,
     pause_max: Duration,
-    /// It has answered once; before that it may still be opening its volumes.
+    /// It has answered once, or ran before this agent did; before that it may still be opening its volumes.
     up: bool,
     last: Option<Instant>,
     silence: Option<(Instant, u32)>,
@@ -54,6 +54,13 @@ impl Watchdog {
     #[must_use]
     pub fn new(hang: Duration) -> Self {
         Self { hang, pause_max: hang, up: false, last: None, silence: None, killed: false }
+    }
+
+    /// Of one that ran before this agent did, and may have hung before that. One that
+    /// was still opening its volumes is started again for that, which harms nothing.
+    #[must_use]
+    pub fn of_adopted(hang: Duration) -> Self {
+        Self { up: true, ..Self::new(hang) }
     }
 
     /// Time between probes, and the limit of each.
@@ -109,6 +116,16 @@ mod tests {
     }
 
     use Observation::{Absent, Answered, Silent};
+
+    #[test]
+    fn one_that_hung_before_its_agent_came_is_ended() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let mut dog = Watchdog::of_adopted(HANG);
+        let mut probe = |s| dog.on_probe(at(s), at(s + 1), Silent);
+        assert_eq!([0, 1, 2, 3].map(&mut probe), [Decision::Wait; 4]);
+        assert_eq!(probe(4), Decision::Kill { silent: HANG });
+    }
 
     #[test]
     fn five_seconds_of_silence_end_it_once() {

@@ -165,6 +165,19 @@ async fn a_backend_that_hangs_is_killed_and_started_again() {
 }
 
 #[tokio::test]
+async fn one_that_hangs_while_its_agent_is_away_is_killed_by_the_next() {
+    let mut agent = Agent::with("exec_pretended \"$@\"", "hang_ms = 800\n", WEB);
+    agent.run().await;
+    let pid = pid_of(&agent.start_backend("owner").await);
+    agent.end(Signal::SIGKILL);
+    freeze(pid).await;
+    agent.run().await;
+    agent.wait_successor(pid).await;
+    assert!(!runs(pid));
+    assert_eq!(agent.backend().await["hung"], json!(1));
+}
+
+#[tokio::test]
 async fn one_that_does_not_end_is_ended() {
     let mut agent =
         Agent::with("trap '' TERM\nexec_pretended \"$@\"", "stop_grace_ms = 100\n", WEB);
