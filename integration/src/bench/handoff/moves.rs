@@ -2,6 +2,7 @@
 
 use super::meter::Meter;
 use super::{Figures, PATIENCE, us};
+use crate::baton::Storage;
 use crate::bench::cpu::cpus;
 use crate::bench::standstill::Standstills;
 use crate::blk::Request;
@@ -123,9 +124,20 @@ impl<'a> Vm<'a> {
         self.host = Host::start(self.dir, &label, &owner, self.fleet, Begin::Claim)?;
         self.host.wait_standing("serving")?;
         self.disks = connect(&self.host)?;
+        // As a standby's do long before its rings start.
+        crate::baton::wait_until("all connections stand", PATIENCE, || self.is_connected())?;
         let pids = self.pids(&self.host);
         let started = meter.during(&pids, || run(&mut self.disks, Instant::now()))??;
         Ok(stopped + started)
+    }
+
+    /// Each volume has its control connection and its queue's, and nobody else is there.
+    fn is_connected(&self) -> bool {
+        let stands = |(n, server): (usize, &Storage)| {
+            let volumes = self.fleet.members.iter().filter(|member| member.server == n).count();
+            server.metric("baton_connections").is_ok_and(|now| now == 2.0 * volumes as f64)
+        };
+        self.fleet.servers.iter().enumerate().all(stands)
     }
 
     /// The processes of the servers and of a host.
