@@ -232,14 +232,28 @@ impl AgentHost {
     }
 }
 
+impl AgentHost {
+    /// Every backend of this host that runs: an agent that was killed just when it had started one has noted none.
+    fn backends(&self) -> Vec<Pid> {
+        let control = self.dir.join(VM).join("control.sock");
+        let control = control.as_os_str().as_encoded_bytes();
+        let is_one = |pid: &i32| {
+            let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            arguments.split(|byte| *byte == 0).any(|argument| argument == control)
+        };
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        pids.filter(is_one).map(Pid::from_raw).collect()
+    }
+}
+
 impl Drop for AgentHost {
     fn drop(&mut self) {
         // First the agent, which would start it again.
         let _ = self.agent.daemon.kill();
-        let left = self.backend().pid().and_then(|pid| i32::try_from(pid).ok());
-        if let Some(pid) = left {
+        for pid in self.backends() {
             // Gone already, or killed by this.
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            let _ = kill(pid, Signal::SIGKILL);
         }
     }
 }
