@@ -229,14 +229,20 @@ impl<C: Conversation> Link<C> {
     }
 
     fn watch_through(&mut self, watch: Watch) -> io::Result<()> {
-        watch.add(self.timer.as_fd(), IN)?;
-        watch.add(self.wake.as_fd(), IN)?;
-        if let Some(socket) = &self.socket {
-            watch.add(&socket.fd, if socket.wants_out { IN_OUT } else { IN })?;
+        if let Err(error) = self.enter(&watch) {
+            self.leave(&watch);
+            return Err(error.into());
         }
         let before = std::mem::replace(&mut self.watch, watch);
         self.leave(&before);
         Ok(())
+    }
+
+    fn enter(&self, watch: &Watch) -> nix::Result<()> {
+        watch.add(self.timer.as_fd(), IN)?;
+        watch.add(self.wake.as_fd(), IN)?;
+        let Some(socket) = &self.socket else { return Ok(()) };
+        watch.add(&socket.fd, if socket.wants_out { IN_OUT } else { IN })
     }
 
     /// Takes everything out of an epoll instance that may be another's.

@@ -93,7 +93,7 @@ pub(super) fn cpus() -> usize {
 }
 
 /// CPU time of a process with all its threads, also those that have ended.
-fn cpu_time_of(pid: u32) -> Result<Duration> {
+pub(super) fn cpu_time_of(pid: u32) -> Result<Duration> {
     let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?))
         .with_context(|| format!("there is no process {pid} to measure"))?;
     Ok(Duration::from(clock_gettime(clock)?))

@@ -3,9 +3,8 @@
 //! Exact to the nanosecond, unlike /proc/stat, which counts ticks of 10 ms. The kernel's own threads are left out: much
 //! of what they do is done for the measured programs.
 
+use super::cpu::cpu_time_of;
 use anyhow::{Context, Result};
-use nix::time::{clock_getcpuclockid, clock_gettime};
-use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
@@ -27,7 +26,7 @@ impl Programs {
                 continue;
             };
             // It may have ended since.
-            if let Some(time) = cpu_time_of(pid) {
+            if let Ok(time) = cpu_time_of(pid) {
                 used.insert(pid, time);
             }
         }
@@ -44,11 +43,6 @@ impl Programs {
         });
         used.sum()
     }
-}
-
-fn cpu_time_of(pid: u32) -> Option<Duration> {
-    let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid).ok()?)).ok()?;
-    Some(Duration::from(clock_gettime(clock).ok()?))
 }
 
 fn is_of_the_kernel(pid: u32) -> bool {

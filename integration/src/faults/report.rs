@@ -74,12 +74,12 @@ impl Report {
         }
     }
 
-    /// Whether somebody was at this point when the accident was to happen: a victim that was not there counts.
+    /// Whether the victim of any case of this point was hurt.
     #[must_use]
     pub fn has_hurt_at(&self, point: &str) -> bool {
         let outcome = |row: &Row| row.outcome.as_ref().map(|outcome| outcome.accident);
         let of_point = self.rows.iter().filter(|row| row.case.point == point);
-        of_point.filter_map(outcome).any(|accident| accident != "missed")
+        of_point.filter_map(outcome).any(|accident| accident == "hurt")
     }
 
     /// Why the run is no proof; empty when it is one. `points` are the names that it was to pass.

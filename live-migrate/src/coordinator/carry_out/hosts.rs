@@ -10,6 +10,8 @@ use crate::coordinator::clients;
 use crate::coordinator::plan::{Input, Row, Standing, Timings, Trouble};
 use crate::coordinator::vm_view::VmView;
 
+/// For what a backend has measured, before the loser's is ended.
+const MEASURE_LIMIT: Duration = Duration::from_secs(1);
 /// Between two looks at a standby backend, while it starts and afterwards.
 const LOOK: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 /// Between two looks at a source that is to stop, and at a destination that may have
@@ -249,11 +251,12 @@ impl Work {
     /// Takes down what both backends have measured, while both are there.
     async fn measure(&self) {
         let Row { vm, from, to, .. } = &*self.row;
+        // For people: who does not answer soon is not waited for.
         let said = async |host: &str| {
-            let view = self.core.agents.of(host)?.vm(vm).await.ok()?;
+            let view = self.core.agents.of(host)?.vm(vm);
+            let view = tokio::time::timeout(MEASURE_LIMIT, view).await.ok()?.ok()?;
             Some(view.handoff().clone())
         };
-        // For people: who does not answer is not waited for.
         let (source, destination) = tokio::join!(said(from), said(to));
         let timings = Timings::of(&source.unwrap_or_default(), &destination.unwrap_or_default());
         self.reports.tell(Input::Measured(timings)).await;
