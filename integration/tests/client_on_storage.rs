@@ -82,6 +82,23 @@ fn every_operation_does_what_it_says() {
     assert_eq!(storage.show("v").unwrap()["access"]["phase"], "free");
 }
 
+/// A VMM may connect as soon as the volume is open, and what it may do depends on whose the volume is.
+#[test]
+fn who_stands_by_knows_whose_the_volume_is_when_it_is_open() {
+    let (_dir, storage) = storage("standby");
+    let owner = opened(&storage.uri("v", None));
+    let proxy = Proxy::start(storage.data_address(), 5).unwrap();
+    proxy.delay_requests(Duration::from_millis(100));
+    let standby = OpenOptions { standby: true, handoff: true, ..options("other/vm") };
+    for _ in 0..5 {
+        let volume = open(&storage.uri("v", Some(proxy.address())), &standby).unwrap();
+        let (_, record) = volume.handoff().unwrap().listen(Arc::new(drop)).unwrap();
+        assert_eq!(record.owner.unwrap().name, "host/vm");
+        volume.close(false);
+    }
+    owner.close(true);
+}
+
 /// Verified load on two queues through kills of the server, cut connections and silence.
 #[test]
 fn trouble_between_client_and_server_is_only_a_pause() {

@@ -438,6 +438,12 @@ fn a_source_that_is_killed_and_one_whose_destination_was_killed_after_the_switch
     check(&mut there);
     scene.cluster.wait_owner("host-b").unwrap();
     // The destination's backend dies after the switch: the source may not come back, its successor goes on.
+    // The successor is started without the try, which has been had.
+    let record = scene.dir.join("host-b/state/web.backend.json");
+    wait_until("its agent has seen it serve", SOON, || {
+        fs::read_to_string(&record).is_ok_and(|record| !record.contains("only_for"))
+    })
+    .unwrap();
     let dead = scene.pid(1);
     kill(dead, Signal::SIGKILL).unwrap();
     scene.resume();

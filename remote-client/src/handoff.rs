@@ -69,8 +69,9 @@ pub trait HandoffPort: Send + Sync + Debug {
     /// round trip, for who claimed the volume also what that took.
     fn welcomed_after(&self) -> Duration;
 
-    /// Sets who is told. The record as it stands is told soon.
-    fn listen(&self, listener: HandoffListener);
+    /// Sets who is told from now on. Comes with the record as it stands and the server's incarnation, which are not told
+    /// again: a listener that has work to refuse or to take must not wait for them.
+    fn listen(&self, listener: HandoffListener) -> Option<(u64, AccessRecord)>;
 
     /// Asks the server. A SEAL leaves when every open queue is held, rests
     /// ([`crate::VolumeQueue::rest`]) and has put all it took on the wire, and

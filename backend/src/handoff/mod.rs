@@ -173,15 +173,29 @@ impl VmHandoff {
                 vm.feed(Input::Claimed { member: at, epoch });
             }
         }
-        // Only when all that was claimed is known: a view may decide something.
-        for (at, member) in vm.members.iter().enumerate() {
-            let weak: Weak<Self> = Arc::downgrade(&vm);
-            member.port().listen(Arc::new(move |event| {
-                if let Some(vm) = weak.upgrade() {
-                    vm.hear(at, event);
-                }
-            }));
+        // Only when all that was claimed is known: a view may decide something. And before any front-end comes: whose
+        // the volume is decides what it may bring. What is news meanwhile waits for the lock.
+        let mut state = vm.state();
+        let known: Vec<_> = vm
+            .members
+            .iter()
+            .enumerate()
+            .map(|(at, member)| {
+                let weak: Weak<Self> = Arc::downgrade(&vm);
+                member.port().listen(Arc::new(move |event| {
+                    if let Some(vm) = weak.upgrade() {
+                        vm.hear(at, event);
+                    }
+                }))
+            })
+            .collect();
+        for (member, view) in known.into_iter().enumerate() {
+            if let Some((boot_id, record)) = view {
+                let record = Box::new(record);
+                vm.take(&mut state, Input::View { member, boot_id, record });
+            }
         }
+        drop(state);
         let mut places = 0..;
         let handles = volumes.iter().map(|(_, volume)| {
             volume.handoff()?;
@@ -274,8 +288,10 @@ impl VmHandoff {
     }
 
     fn feed(&self, input: Input) {
-        let mut state = self.state();
-        let state = &mut *state;
+        self.take(&mut self.state(), input);
+    }
+
+    fn take(&self, state: &mut State, input: Input) {
         self.keep(state, &input);
         let outputs = state.role.step(input);
         // A member that may go on shows the decision itself, in front of its requests.

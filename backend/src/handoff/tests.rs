@@ -35,6 +35,8 @@ struct Told {
     id: VolumeId,
     calls: Mutex<Vec<Call>>,
     listener: Mutex<Option<HandoffListener>>,
+    /// What the storage has said before anybody listens.
+    view: Mutex<Option<(u64, AccessRecord)>>,
 }
 
 impl std::fmt::Debug for Told {
@@ -84,8 +86,9 @@ impl HandoffPort for Told {
         Duration::ZERO
     }
 
-    fn listen(&self, listener: HandoffListener) {
+    fn listen(&self, listener: HandoffListener) -> Option<(u64, AccessRecord)> {
         *self.listener.lock().unwrap() = Some(listener);
+        self.view.lock().unwrap().clone()
     }
 
     fn ask(&self, _: Try, ask: Asked) {
@@ -260,4 +263,22 @@ fn a_disk_that_drains_goes_at_once() {
     scene.calls();
     scene.grant();
     assert_eq!(scene.calls()[1], [Call::Go(Epoch(2))]);
+}
+
+/// Its agent starts the winner's next process without a try, and the machine that runs here connects at once.
+#[test]
+fn whose_the_volumes_are_is_known_before_a_front_end_comes() {
+    let arrived = Some(Try { id: HandoffId(2), attempt: 1 });
+    for (owner, is_strange) in [("b", false), ("a", true)] {
+        let volume = Told { id: VOLUMES[0], ..Told::default() };
+        let claim = RecordInput::Claim { name: owner, session: SOURCE };
+        let record = AccessRecord::new(volume.id).step(claim).unwrap().record;
+        *volume.view.lock().unwrap() = Some((1, record));
+        let volume: Arc<dyn Volume> = Arc::new(volume);
+        let (_, disks) = VmHandoff::new("b", DESTINATION, None, &[("vda".to_owned(), volume)]);
+        let disk = disks.into_iter().flatten().next().unwrap();
+        for arrived in [None, arrived] {
+            assert_eq!(disk.awaits_another_machine(arrived), is_strange, "of {owner}");
+        }
+    }
 }

@@ -1,12 +1,14 @@
-//! How a volume is found: server after server is asked until one answers.
+//! How a volume is found: server after server is asked until one answers. Who stands by has also heard the access record
+//! then: a VMM may connect at once, and whose the volume is decides what it may do.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use baton_protocol::access::AccessRecord;
 use baton_protocol::message::Welcome;
-use baton_protocol::{Seq, Status};
+use baton_protocol::{AccessMode, Seq, Status};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::link::Link;
@@ -26,12 +28,20 @@ pub(crate) enum Servers {
     Unix(std::path::PathBuf),
 }
 
+/// A volume that was found.
+pub(super) struct Claimed {
+    pub(super) link: Link,
+    pub(super) welcome: Welcome,
+    /// The access record and the server's incarnation, if the server has told.
+    pub(super) view: Option<(u64, AccessRecord)>,
+}
+
 /// Tries server after server until one answers or the time is over.
 pub(super) fn claim(
     servers: &Servers,
     who: &Identity,
     options: &OpenOptions,
-) -> Result<(Link, Welcome), OpenError> {
+) -> Result<Claimed, OpenError> {
     let deadline = Instant::now() + options.connect_timeout;
     loop {
         let count = match servers {
@@ -44,7 +54,7 @@ pub(super) fn claim(
             // Later servers get their share when an earlier one is silent.
             let share = left / u32::try_from(count - index).unwrap_or(1);
             match attempt(servers, index, who, options, Instant::now() + share)? {
-                Attempt::Welcomed(link, welcome) => return Ok((*link, welcome)),
+                Attempt::Claimed(claimed) => return Ok(*claimed),
                 Attempt::Failed(error) => last = Some(error),
             }
         }
@@ -56,7 +66,7 @@ pub(super) fn claim(
 }
 
 enum Attempt {
-    Welcomed(Box<Link>, Welcome),
+    Claimed(Box<Claimed>),
     /// May be better the next time.
     Failed(OpenError),
 }
@@ -85,22 +95,34 @@ fn attempt(
         Session::new(who.clone(), options.timing, None, 0, Seq(1), random_nonzero(), now);
     session.start(now);
     let mut link = Link::new(session, Arc::new(endpoint), false).map_err(OpenError::System)?;
+    let mut welcomed = None;
+    let mut events = Vec::new();
     loop {
         link.poll(&mut Vec::new());
         while let Some(notice) = link.session().pop_notice() {
             match notice {
-                Notice::Welcomed(welcome) => return Ok(Attempt::Welcomed(Box::new(link), welcome)),
+                Notice::Welcomed(welcome) if !hears_of_handoffs(link.session()) => {
+                    return Ok(Attempt::Claimed(Box::new(Claimed { link, welcome, view: None })));
+                }
+                Notice::Welcomed(welcome) => welcomed = Some(welcome),
+                Notice::View { boot_id, record } => {
+                    if let Some(welcome) = welcomed {
+                        link.session().put_back(events);
+                        let view = Some((boot_id, *record));
+                        return Ok(Attempt::Claimed(Box::new(Claimed { link, welcome, view })));
+                    }
+                }
+                // The volume's, once it is open.
+                event @ Notice::Event(_) => events.push(event),
                 Notice::Dropped(reason) => return failed(server, reason).map(Attempt::Failed),
                 Notice::Lost(LostReason::Refused { status, text }) => {
                     return Err(refused(server, who, status, text));
                 }
                 Notice::Lost(_)
                 | Notice::Fenced
-                | Notice::Event(_)
                 | Notice::Released
                 | Notice::WritesLost(_)
                 | Notice::StandsBy
-                | Notice::View { .. }
                 | Notice::Answered { .. }
                 | Notice::Opened(_)
                 | Notice::Stuck
@@ -114,6 +136,11 @@ fn attempt(
         }
         wait(link.wake_fd(), Some(left));
     }
+}
+
+/// Its first record comes right behind the welcome.
+fn hears_of_handoffs(session: &Session) -> bool {
+    session.who().mode == AccessMode::Standby && session.grant().is_some_and(|grant| grant.handoff)
 }
 
 fn failed(server: String, reason: DropReason) -> Result<OpenError, OpenError> {

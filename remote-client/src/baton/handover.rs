@@ -63,7 +63,7 @@ pub(crate) struct Handover {
 }
 
 impl Handover {
-    pub(crate) fn new(mode: AccessMode, epoch: Epoch) -> Self {
+    pub(crate) fn new(mode: AccessMode, epoch: Epoch, view: Option<(u64, AccessRecord)>) -> Self {
         let owner = mode != AccessMode::Standby;
         Self {
             course: Course { serial: 0, held: !owner, owner, epoch, open: None },
@@ -71,7 +71,7 @@ impl Handover {
             errands: Vec::new(),
             seal: None,
             news: Vec::new(),
-            view: None,
+            view,
             listener: None,
         }
     }
@@ -247,15 +247,12 @@ impl HandoffPort for Shared {
         Shared::welcomed_after(self)
     }
 
-    fn listen(&self, listener: HandoffListener) {
+    fn listen(&self, listener: HandoffListener) -> Option<(u64, AccessRecord)> {
         let mut hub = self.hub();
         let handover = &mut hub.handover;
         handover.listener = Some(listener);
-        if let Some((boot_id, record)) = handover.view.clone() {
-            handover.news.push(HandoffEvent::View { boot_id, record: Box::new(record) });
-        }
-        drop(hub);
-        self.wake_control();
+        handover.news.clear();
+        handover.view.clone()
     }
 
     fn ask(&self, attempt: Try, ask: Asked) {

@@ -11,10 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use baton_protocol::message::Welcome;
 use baton_protocol::{AccessMode, QueueId, Seq};
 
-use super::claim::{Servers, claim};
+use super::claim::{Claimed, Servers, claim};
 use super::control::{self, RELEASE_WAIT};
 use super::handover::{Errands, Handover};
 use super::ledger::Ledger;
@@ -268,17 +267,18 @@ impl BatonVolume {
             watch: true,
             handoff: options.handoff && !options.read_only,
         };
-        let (link, welcome) = claim(servers, &who, options)?;
-        Self::start(link, &welcome, options.timing).map_err(OpenError::System)
+        let claimed = claim(servers, &who, options)?;
+        Self::start(claimed, options.timing).map_err(OpenError::System)
     }
 
-    fn start(mut link: Link, welcome: &Welcome, timing: Timing) -> io::Result<Self> {
+    fn start(claimed: Claimed, timing: Timing) -> io::Result<Self> {
+        let Claimed { mut link, welcome, view } = claimed;
         // A claim during a handoff has become a standby.
         let who = link.session().who().clone();
         let mut id = [0; 20];
         id[..16].copy_from_slice(welcome.volume.to_string().as_bytes());
         let grant = link.session().grant().ok_or_else(|| io::Error::other("no grant"))?;
-        let handover = Handover::new(who.mode, grant.epoch);
+        let handover = Handover::new(who.mode, grant.epoch, view);
         let shared = Arc::new(Shared {
             geometry: Geometry {
                 id,

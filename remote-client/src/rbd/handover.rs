@@ -383,16 +383,12 @@ impl HandoffPort for Shared {
         self.opened_after()
     }
 
-    fn listen(&self, listener: HandoffListener) {
+    fn listen(&self, listener: HandoffListener) -> Option<(u64, AccessRecord)> {
         let mut hub = self.hub();
         let handover = &mut hub.handover;
         handover.listener = Some(listener);
-        if let Some(record) = handover.view.clone() {
-            let record = Box::new(record);
-            handover.news.push(HandoffEvent::View { boot_id: BOOT_ID, record });
-        }
-        drop(hub);
-        self.work.notify_all();
+        handover.news.clear();
+        handover.view.clone().map(|record| (BOOT_ID, record))
     }
 
     fn ask(&self, attempt: Try, ask: Asked) {

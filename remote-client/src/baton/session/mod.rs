@@ -295,6 +295,13 @@ impl Session {
         self.notices.pop_front()
     }
 
+    /// What was popped and is somebody else's to hear, in front of the rest.
+    pub(crate) fn put_back(&mut self, notices: Vec<Notice>) {
+        for notice in notices.into_iter().rev() {
+            self.notices.push_front(notice);
+        }
+    }
+
     /// Moves what is finished to the end of `completions`.
     pub(crate) fn take_completions(&mut self, completions: &mut Vec<Completion>) {
         completions.append(&mut self.completed);
