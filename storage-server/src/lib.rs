@@ -39,3 +39,7 @@ pub mod store;
 pub mod volumes;
 #[cfg(not(loom))]
 mod worker;
+
+/// For who measures against it.
+#[cfg(not(loom))]
+pub use worker::ask_for_short_slice;

@@ -24,7 +24,7 @@ const REPEATS_MAX: u32 = 3;
 /// How often a noisy run is made at most.
 pub(super) const QUIET_TRIES: u32 = REPEATS_MAX + 1;
 
-/// Time of each of the five floors in a round.
+/// Time of each of the seven floors in a round.
 const FLOOR_TIME: Duration = Duration::from_millis(300);
 
 /// What to compare, and how long.
@@ -162,7 +162,7 @@ fn compare_here(config: &CompareConfig, mut progress: impl FnMut(&str)) -> Resul
         rows.iter().map(|&row| RowResult { row, pairs: Vec::new() }).collect();
     let mut floors = Vec::new();
     for round in 0..config.rounds {
-        floors.push(floor::measure(pinned, FLOOR_TIME.min(config.duration))?);
+        floors.push(floor::measure(pinned, config.bytes, FLOOR_TIME.min(config.duration))?);
         progress(&format!("round {} of {}: starting both stacks", round + 1, config.rounds));
         let cluster = (config.a.is_rbd() || config.b.is_rbd()).then(|| Cluster::start(pinned));
         let cluster = cluster.transpose()?;

@@ -4,10 +4,12 @@
 //!   eventfd   CPU 0 <--> CPU 1       a kick and a call: one each way
 //!   tcp       CPU 1 <--> CPU 1       32 bytes there, 4 KiB back; or the reverse for a write
 //!   batched   CPU 1 <--> CPU 1       the same with 32 under way, one send and one receive for all that is there
+//!   chain     CPU 0 <--> CPU 1       all calls of one request, in the order in which a stack makes them (`chain`)
 //! ```
 //!
-//! Blocking calls, nothing else: no epoll, no ring, no data looked at. Where the stacks are bound to CPUs these are, too.
+//! The first three are blocking calls, nothing else: no epoll, no ring, no data looked at. Where the stacks are bound to CPUs these are, too.
 
+use crate::bench::chain::{self, Chain};
 use crate::bench::cpu::pin_this_thread;
 use crate::bench::stats::Spread;
 use anyhow::{Context, Result, bail};
@@ -41,16 +43,24 @@ pub struct Floors {
     pub batched_read_us: f64,
     /// CPU time of both ends for each message of the batched pair, 4 KiB there, in us.
     pub batched_write_us: f64,
+    /// Plain programs that make all calls of a 4 KiB read.
+    pub chain_read: Chain,
+    /// Of a 4 KiB write.
+    pub chain_write: Chain,
 }
 
-/// Measures each for so long.
-pub fn measure(pinned: bool, time: Duration) -> Result<Floors> {
+/// Measures each for so long; what takes data, on so many bytes of it.
+pub fn measure(pinned: bool, bytes: u64, time: Duration) -> Result<Floors> {
     let cpus = |a, b| if pinned { (Some(a), Some(b)) } else { (None, None) };
     let tcp = |there, back, in_flight| {
         let shape = Shape { there, back, in_flight };
         tcp(shape, cpus(1, 1), time)
     };
+    let [chain_read, chain_write] =
+        chain::measure(cpus(0, 1), bytes, time).context("the floor of a chain")?;
     Ok(Floors {
+        chain_read,
+        chain_write,
         eventfd_us: eventfd(cpus(0, 1), time).context("the floor of eventfds")?,
         tcp_read_us: tcp(SMALL_BYTES, BLOCK_BYTES, 1)?.p50_us,
         tcp_write_us: tcp(BLOCK_BYTES, SMALL_BYTES, 1)?.p50_us,
@@ -75,7 +85,7 @@ struct Shape {
     in_flight: usize,
 }
 
-fn bind(cpu: Option<usize>) -> Result<()> {
+pub(super) fn bind(cpu: Option<usize>) -> Result<()> {
     cpu.map_or(Ok(()), pin_this_thread)
 }
 
@@ -83,12 +93,12 @@ fn thread_cpu() -> Result<Duration> {
     Ok(Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?))
 }
 
-fn histogram() -> Histogram<u64> {
+pub(super) fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, 10_000_000_000, 3).expect("bounds and digits are in range")
 }
 
 #[allow(clippy::cast_precision_loss, reason = "nanoseconds of a short wait")]
-fn p50_us(histogram: &Histogram<u64>) -> Result<f64> {
+pub(super) fn p50_us(histogram: &Histogram<u64>) -> Result<f64> {
     if histogram.len() < TRIPS_MIN {
         bail!("only {} round trips in the time", histogram.len());
     }
@@ -96,11 +106,11 @@ fn p50_us(histogram: &Histogram<u64>) -> Result<f64> {
 }
 
 /// Whether to go on after the end, for too few round trips.
-fn is_short(trips: &Histogram<u64>, end: Instant) -> bool {
+pub(super) fn is_short(trips: &Histogram<u64>, end: Instant) -> bool {
     trips.len() < TRIPS_MIN && Instant::now() < end + PATIENCE
 }
 
-fn record(histogram: &mut Histogram<u64>, since: Instant) {
+pub(super) fn record(histogram: &mut Histogram<u64>, since: Instant) {
     histogram.saturating_record(u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX));
 }
 
@@ -164,7 +174,7 @@ fn tcp(
     })
 }
 
-fn ready(stream: &TcpStream) -> Result<()> {
+pub(super) fn ready(stream: &TcpStream) -> Result<()> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
@@ -262,6 +272,8 @@ mod tests {
             tcp_write_us: 2.0 * tcp_read_us,
             batched_read_us: 0.5,
             batched_write_us: 0.5,
+            chain_read: Chain { p50_us: 1.0, iops: 1.0 },
+            chain_write: Chain { p50_us: 1.0, iops: 1.0 },
         }
     }
 
@@ -278,9 +290,10 @@ mod tests {
 
     #[test]
     fn floors_are_measured_on_any_machine_and_both_ends_count() {
-        let all = measure(false, Duration::ZERO).unwrap();
-        let Floors { eventfd_us, tcp_read_us, tcp_write_us, batched_read_us, batched_write_us } =
-            all;
+        let all = measure(false, 1 << 20, Duration::ZERO).unwrap();
+        let Floors {
+            eventfd_us, tcp_read_us, tcp_write_us, batched_read_us, batched_write_us, ..
+        } = all;
         for (trip, batched) in [(tcp_read_us, batched_read_us), (tcp_write_us, batched_write_us)] {
             assert!(eventfd_us > 0.1 && trip > 0.1 && batched > 0.01, "{all:?}");
         }

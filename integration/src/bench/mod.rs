@@ -1,7 +1,7 @@
 //! The load generator and the side-by-side benchmark.
 //!
 //! `load` drives one vhost-user disk and measures it, `cpu` tells who used the CPUs meanwhile, `stack` starts a
-//! backend with its storage server, `compare` alternates two stacks and reports ratios, `targets` judges them, `floor` measures what is under
+//! backend with its storage server, `compare` alternates two stacks and reports ratios, `targets` judges them, `floor` and `chain` measure what is under
 //! all of them, `section`
 //! writes them down in a `document`, `plot` draws them, `handoff`
 //! measures what a move adds, `fair` how evenly queues
@@ -10,6 +10,7 @@
 //! quarter within minutes on a shared machine; only ratios of runs next to each other count.
 
 pub mod callgrind;
+pub mod chain;
 pub mod compare;
 pub mod cost;
 pub mod cpu;

@@ -2,7 +2,7 @@
 
 use crate::bench::compare::{CompareConfig, Report, RowResult, ratio};
 use crate::bench::cpu::Usage;
-use crate::bench::floor::{multiples, spread};
+use crate::bench::floor::{Floors, multiples, spread};
 use crate::bench::outcome::Outcome;
 use crate::bench::stack::Kind;
 use crate::bench::stats::{Spread, median};
@@ -149,14 +149,31 @@ pub fn distance(report: &Report) -> String {
         depth_32("r4k-d32-q1"),
         depth_32("w4k-d32-q1")
     );
+    let chain = |name: &str, of: &dyn Fn(&Floors) -> f64| {
+        let ratios = pairs(name).iter().filter_map(|pair| {
+            let floor = floors.get(usize::try_from(pair.round).ok()?)?;
+            Some((pair.round, of(floor) / pair.b.iops))
+        });
+        Spread::of(&ratios.collect::<Vec<_>>()).text(2)
+    };
+    let b = report.config.b;
+    let _ = writeln!(
+        text,
+        "| plain programs that make the system calls of one request and do nothing else, p50 | {} us | {} us |\n\
+         | - their IOPS, of {b}'s: more than any stack that makes these calls can have | {} | {} |",
+        spread(floors, |f| f.chain_read.p50_us).text(2),
+        spread(floors, |f| f.chain_write.p50_us).text(2),
+        chain("r4k-d1-q1", &|f| f.chain_read.iops),
+        chain("w4k-d1-q1", &|f| f.chain_write.iops),
+    );
     text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::chain::Chain;
     use crate::bench::compare::{Pair, ROWS};
-    use crate::bench::floor::Floors;
     use std::time::Duration;
 
     fn outcome(iops: f64, p99_us: f64, cpu_s: [f64; 2]) -> Outcome {
@@ -185,6 +202,8 @@ mod tests {
             tcp_write_us: 6.0,
             batched_read_us: 0.5,
             batched_write_us: 0.6,
+            chain_read: Chain { p50_us: 7.0, iops: 1.5 },
+            chain_write: Chain { p50_us: 8.0, iops: 3.0 },
         };
         Report { config, pinned, awake: true, floors: vec![floors], rows }
     }
@@ -246,6 +265,8 @@ mod tests {
             "| p50 of 4 KiB at depth 1 | 18.00 us | - |",
             "| 2.00 (at most 1.3): **missed** | **not measured** |",
             "| 3.00 (at most 4): met | **not measured** |",
+            "nothing else, p50 | 7.00 [7.00 7.00] us | 8.00 [8.00 8.00] us |",
+            "- their IOPS, of qsd-nbdkit's: more than any stack that makes these calls can have | 1.50 [1.50 1.50] | - |",
         ] {
             assert!(text.contains(part), "{part} in {text}");
         }

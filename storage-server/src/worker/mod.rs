@@ -28,6 +28,8 @@ mod rounds;
 mod serve;
 mod slice;
 
+pub use slice::ask_for_short as ask_for_short_slice;
+
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::sync::Arc;

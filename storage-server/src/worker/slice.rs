@@ -13,7 +13,10 @@ const SHORT_NS: u64 = 300_000;
 const FAIR: [u32; 2] = [libc::SCHED_OTHER as u32, libc::SCHED_BATCH as u32];
 
 /// Asks for a short slice for this thread. Whoever runs the server under another policy knows better.
-pub(super) fn ask_for_short() -> nix::Result<()> {
+///
+/// # Errors
+/// What the kernel says; nothing has changed.
+pub fn ask_for_short() -> nix::Result<()> {
     let mut now = attributes(0)?;
     if !FAIR.contains(&now.sched_policy) {
         return Ok(());
