@@ -1,5 +1,5 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo demo-splitbrain test faults faults-baton faults-rbd bench bench-unix bench-engines bench-parts bench-fair bench-dirty-log bench-cost bench-idle bench-handoff bench-micro bench-scale check
+.PHONY: help build demo demo-splitbrain test faults faults-baton faults-rbd bench bench-unix bench-engines bench-parts bench-fair bench-polling bench-dirty-log bench-cost bench-idle bench-handoff bench-micro bench-scale check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
@@ -11,6 +11,7 @@ help:
 	@echo 'make bench-engines   Baton on NBD and on Ceph, against the same of the peer (a part of make bench)'
 	@echo 'make bench-parts   the backend on a volume that does nothing and on a local file, against the same of the peer'
 	@echo 'make bench-fair   how evenly full queues are served, and what a busy neighbour costs a tenant'
+	@echo 'make bench-polling   what busy polling brings, and what it takes'
 	@echo 'make bench-dirty-log   what keeping a dirty log costs'
 	@echo 'make bench-cost   instructions, system calls and allocations of a request, against what is stored (a minute after the build)'
 	@echo 'make bench-idle   what 100 backends with idle guests cost a host'
@@ -65,6 +66,9 @@ bench-parts:
 bench-fair:
 	@scripts/bench.sh fair $(if $(DOCS),--write-docs)
 	@scripts/bench.sh tenants $(if $(DOCS),--write-docs)
+
+bench-polling:
+	@scripts/bench.sh polling $(if $(DOCS),--write-docs)
 
 bench-dirty-log:
 	@scripts/bench.sh dirty-log $(if $(DOCS),--write-docs)

@@ -25,6 +25,9 @@ struct Cli {
     /// Size of the disk, bytes
     #[arg(long, default_value_t = 1 << 30, value_parser = clap::value_parser!(u64).range(SECTOR_BYTES..))]
     size: u64,
+    /// Microseconds to look for requests before sleeping, as baton-backend has it
+    #[arg(long, default_value_t = 0)]
+    poll_us: u64,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -37,7 +40,7 @@ fn main() -> anyhow::Result<()> {
         // As baton-backend has it.
         queue_size: 128,
         read_only: false,
-        poll_us: 0,
+        poll_us: cli.poll_us,
     };
     let server = DiskServer::new(Arc::new(NullVolume::new(cli.size)), &options, None)
         .context("cannot serve the disk")?;

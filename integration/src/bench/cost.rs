@@ -5,7 +5,7 @@
 //! busiest thread of a process did, the one that serves the queue. The rest is house-keeping of its own rhythm.
 
 use super::callgrind::{Callgrind, Counts};
-use super::stack::{Kind, Stack, StackConfig};
+use super::stack::{Kind, PollUs, Stack, StackConfig};
 use crate::blk::Request;
 use crate::raw_frontend::{Options, RawFrontend};
 use anyhow::{Context, Result};
@@ -150,6 +150,7 @@ pub fn measure(mut progress: impl FnMut(&str)) -> Result<Costs> {
         bytes: DISK_BYTES,
         cpu: None,
         callgrind: true,
+        poll: PollUs::default(),
         ceph: None,
     })?;
     let processes: Vec<(&str, Callgrind)> = PROCESSES.into_iter().zip(stack.callgrinds()).collect();

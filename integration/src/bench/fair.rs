@@ -3,9 +3,9 @@
 //! Backends that serve a ring until it is empty let the others wait: the median stays short, and one request in a
 //! thousand takes a hundred times as long. One thread of the front-end serves all queues in turn, so it is not its doing.
 
-use crate::bench::compare::{QUIET_TRIES, pinned_stack};
+use crate::bench::compare::{pinned_stack, quiet};
 use crate::bench::cpu::{hold_cpus_awake, on_own_thread, pin_this_thread};
-use crate::bench::load::{Job, Pattern, run};
+use crate::bench::load::{Job, Pattern};
 use crate::bench::outcome::{Outcome, QueueOutcome};
 use crate::bench::stack::{Kind, Stack};
 use crate::bench::stats::Spread;
@@ -68,39 +68,29 @@ fn measure_here(
     for round in 0..rounds {
         progress(&format!("round {} of {rounds}", round + 1));
         let stack = pinned_stack(kind, bytes, pinned, None)?;
-        reads.push(quiet(&stack, Pattern::RandRead, time, round)?);
-        writes.push(quiet(&stack, Pattern::RandWrite, time, round)?);
+        reads.push(full(&stack, Pattern::RandRead, time, round)?);
+        writes.push(full(&stack, Pattern::RandWrite, time, round)?);
     }
     Ok(Fair { kind, awake: awake.is_some(), pinned, reads, writes })
 }
 
-fn quiet(stack: &Stack, pattern: Pattern, time: Duration, round: u32) -> Result<Outcome> {
-    let mut tries = 0;
-    loop {
-        let outcome = run(&Job {
-            socket: stack.socket().to_path_buf(),
-            pattern,
-            block_bytes: 4096,
-            depth: DEPTH,
-            queues: QUEUES,
-            thread_per_queue: false,
-            warmup: time / 5,
-            duration: time,
-            verify: false,
-            span_bytes: None,
-            stride_bytes: None,
-            dirty_log: false,
-            seed: u64::from(round) + 1,
-            pids: stack.pids(),
-        })?;
-        if outcome.errors > 0 {
-            bail!("{} requests failed: {}", outcome.errors, outcome.findings.join("; "));
-        }
-        tries += 1;
-        if !outcome.usage.is_noisy() || tries == QUIET_TRIES {
-            return Ok(outcome);
-        }
-    }
+fn full(stack: &Stack, pattern: Pattern, time: Duration, round: u32) -> Result<Outcome> {
+    quiet(&Job {
+        socket: stack.socket().to_path_buf(),
+        pattern,
+        block_bytes: 4096,
+        depth: DEPTH,
+        queues: QUEUES,
+        thread_per_queue: false,
+        warmup: time / 5,
+        duration: time,
+        verify: false,
+        span_bytes: None,
+        stride_bytes: None,
+        dirty_log: false,
+        seed: u64::from(round) + 1,
+        pids: stack.pids(),
+    })
 }
 
 /// The worst queue's p99.9 in its medians. Infinite when a queue completed nothing: it waits still.

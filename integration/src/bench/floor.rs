@@ -4,6 +4,7 @@
 //!   eventfd   CPU 0 <--> CPU 1       a kick and a call: one each way
 //!   tcp       CPU 1 <--> CPU 1       32 bytes there, 4 KiB back; or the reverse for a write
 //!   batched   CPU 1 <--> CPU 1       the same with 32 under way, one send and one receive for all that is there
+//!   look      CPU 0 <--> CPU 1       a word in memory that somebody looks at, and a call back
 //!   chain     CPU 0 <--> CPU 1       all calls of one request, in the order in which a stack makes them (`chain`)
 //! ```
 //!
@@ -19,6 +20,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const SMALL_BYTES: usize = 32;
@@ -146,6 +148,46 @@ fn eventfd((here, there): (Option<usize>, Option<usize>), time: Duration) -> Res
         });
         let measured = caller.join().expect("no panic in a floor");
         echo.join().expect("no panic in a floor")?;
+        measured
+    })
+}
+
+/// Median of a call by a thread on CPU 1 that only looks, to a thread that sleeps in read(2) on CPU 0, in us.
+pub fn look(time: Duration) -> Result<f64> {
+    let call = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?;
+    let (asked, over) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let looker = scope.spawn(|| -> Result<()> {
+            pin_this_thread(1)?;
+            let mut seen = 0;
+            while !over.load(Ordering::Relaxed) {
+                let now = asked.load(Ordering::Acquire);
+                if now != seen {
+                    seen = now;
+                    call.write(1)?;
+                }
+                std::hint::spin_loop();
+            }
+            Ok(())
+        });
+        let caller = scope.spawn(|| {
+            let measured = (|| {
+                pin_this_thread(0)?;
+                let mut trips = histogram();
+                let end = Instant::now() + time;
+                while Instant::now() < end || is_short(&trips, end) {
+                    let start = Instant::now();
+                    asked.fetch_add(1, Ordering::Release);
+                    call.read()?;
+                    record(&mut trips, start);
+                }
+                p50_us(&trips)
+            })();
+            over.store(true, Ordering::Relaxed);
+            measured
+        });
+        let measured = caller.join().expect("no panic in a floor");
+        looker.join().expect("no panic in a floor")?;
         measured
     })
 }

@@ -5,7 +5,7 @@
 //! all of them, `section`
 //! writes them down in a `document`, `plot` draws them, `handoff`
 //! measures what a move adds, `fair` how evenly queues
-//! are served, `tenants` what a neighbour costs, `scale` what a request costs as the work grows, `idle` what doing nothing costs, `cost`
+//! are served, `tenants` what a neighbour costs, `polling` what looking instead of sleeping brings, `scale` what a request costs as the work grows, `idle` what doing nothing costs, `cost`
 //! counts instructions, `standstill` tells when the whole machine was away. Absolute figures drift by a
 //! quarter within minutes on a shared machine; only ratios of runs next to each other count.
 
@@ -23,6 +23,7 @@ pub mod idle;
 pub mod load;
 pub mod outcome;
 pub mod plot;
+pub mod polling;
 pub mod programs;
 pub mod scale;
 pub mod section;

@@ -81,6 +81,15 @@ impl std::fmt::Display for Kind {
     }
 }
 
+/// `--poll-us` of each; 0 is off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PollUs {
+    /// Of the backend.
+    pub backend: u64,
+    /// Of the storage server.
+    pub server: u64,
+}
+
 /// How to start one.
 #[derive(Clone, Copy, Debug)]
 pub struct StackConfig<'a> {
@@ -94,6 +103,8 @@ pub struct StackConfig<'a> {
     pub cpu: Option<usize>,
     /// Run both under callgrind.
     pub callgrind: bool,
+    /// How long Baton's own look for work before they sleep.
+    pub poll: PollUs,
     /// Where images of [`Kind::is_rbd`] are.
     pub ceph: Option<&'a Ceph>,
 }
@@ -207,6 +218,11 @@ fn start(
     Daemon::start_command(dir, name, command)
 }
 
+/// Nothing for off, which is the default.
+fn poll(us: u64) -> Vec<String> {
+    if us == 0 { Vec::new() } else { vec!["--poll-us".to_owned(), us.to_string()] }
+}
+
 /// Where callgrind puts what it counted of a process.
 fn profile(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.callgrind"))
@@ -220,6 +236,7 @@ fn baton(config: &StackConfig<'_>, dir: &Path, socket: &Path) -> Result<(Server,
     let (data, unix) = (dir.join("data"), dir.join("storage.sock"));
     let listen = "--listen 127.0.0.1:0 --admin-listen 127.0.0.1:0 --data-dir";
     let mut args = [words(listen), vec![data.display().to_string()]].concat();
+    args.extend(poll(config.poll.server));
     if config.kind == Kind::BatonUnix {
         args.extend(["--listen-unix".to_owned(), unix.display().to_string()]);
     }
@@ -258,7 +275,8 @@ fn baton_null(config: &StackConfig<'_>, dir: &Path, socket: &Path) -> Result<Dae
     let StackConfig { queues, bytes, .. } = config;
     let flags = format!("--size {bytes} --num-queues {queues} --socket-path {}", socket.display());
     let program = program("baton-bench-null")?;
-    let mut backend = start(config, dir, "baton-bench-null", &program, &words(&flags))?;
+    let flags = [words(&flags), poll(config.poll.backend)].concat();
+    let mut backend = start(config, dir, "baton-bench-null", &program, &flags)?;
     backend.wait_line("listening socket=", START_TIMEOUT)?;
     Ok(backend)
 }
@@ -291,7 +309,8 @@ fn baton_backend(
     let flags =
         format!("--volume {volume} --num-queues {queues} --socket-path {}", socket.display());
     let program = program("baton-backend")?;
-    let mut backend = start(config, dir, "baton-backend", &program, &words(&flags))?;
+    let flags = [words(&flags), poll(config.poll.backend)].concat();
+    let mut backend = start(config, dir, "baton-backend", &program, &flags)?;
     backend.wait_line("listening socket=", START_TIMEOUT)?;
     Ok(backend)
 }

@@ -46,6 +46,8 @@ enum Command {
     Cost(CostArgs),
     /// See what a request costs as queues, volumes and their sizes grow
     Scale(ScaleArgs),
+    /// See what busy polling brings, and what it takes
+    Polling(shares::PollingArgs),
     /// Watch backends with idle guests: CPU, wake-ups, memory
     Idle(IdleArgs),
 }
@@ -164,6 +166,7 @@ fn main() -> ExitCode {
         (Some(Command::DirtyLog(args)), _) => compare::dirty_log(args),
         (Some(Command::Fair(args)), _) => shares::fair(args),
         (Some(Command::Tenants(args)), _) => shares::tenants(args),
+        (Some(Command::Polling(args)), _) => shares::polling(args),
         (Some(Command::Cost(args)), _) => run_cost(args),
         (Some(Command::Scale(args)), _) => run_scale(args),
         (Some(Command::Idle(args)), _) => run_idle(args),

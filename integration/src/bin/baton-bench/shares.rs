@@ -1,11 +1,11 @@
-//! `baton-bench fair` and `baton-bench tenants`: who gets what of a disk, and of a server.
+//! `baton-bench fair`, `tenants` and `polling`: who gets what of a disk, of a server and of a core.
 
 use crate::docs::DocsArgs;
 use crate::{seconds, size};
 use anyhow::Result;
 use baton_integration::bench::cpu::hold_cpus_awake;
 use baton_integration::bench::stack::Kind;
-use baton_integration::bench::{fair, tenants};
+use baton_integration::bench::{fair, polling, tenants};
 use clap::Args;
 use std::io::Write;
 use std::process::ExitCode;
@@ -49,6 +49,21 @@ pub(crate) struct TenantsArgs {
     docs: DocsArgs,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct PollingArgs {
+    /// Restarts of everything
+    #[arg(long, default_value_t = 5)]
+    rounds: u32,
+    /// Seconds of each run
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    docs: DocsArgs,
+}
+
 pub(crate) fn fair(args: FairArgs) -> Result<ExitCode> {
     args.docs.check("bench-fair")?;
     let time = seconds(args.seconds)?;
@@ -70,5 +85,16 @@ pub(crate) fn tenants(args: TenantsArgs) -> Result<ExitCode> {
     let text = if args.json { serde_json::to_string_pretty(&rows)? } else { table.clone() };
     writeln!(std::io::stdout(), "{text}")?;
     args.docs.write("bench-tenants", &format!("{}. {table}", args.docs.facts(awake.is_some())))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn polling(args: PollingArgs) -> Result<ExitCode> {
+    args.docs.check("bench-polling")?;
+    let polling =
+        polling::measure(args.rounds, seconds(args.seconds)?, |text| eprintln!("{text}"))?;
+    let table = polling::table(&polling);
+    let text = if args.json { serde_json::to_string_pretty(&polling)? } else { table.clone() };
+    writeln!(std::io::stdout(), "{text}")?;
+    args.docs.write("bench-polling", &format!("{}. {table}", args.docs.facts(polling.awake)))?;
     Ok(ExitCode::SUCCESS)
 }
