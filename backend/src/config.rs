@@ -77,6 +77,10 @@ pub struct Args {
     /// different for every other VM [default: HOSTNAME:SOCKET or HOSTNAME:CONFIG]
     #[arg(long, value_name = "NAME")]
     owner: Option<String>,
+    /// Begin when a byte comes on standard input, and end if that closes first: then
+    /// whoever started this process is gone and has noted nowhere that it runs
+    #[arg(long)]
+    pub wait_for_stdin: bool,
     /// Log as text or JSON lines
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,

@@ -1,6 +1,6 @@
 //! `baton-backend`: see the library's documentation.
 
-use std::io::{IsTerminal, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -51,13 +51,22 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_USAGE);
         }
     };
-    match run(&config) {
+    let begun = if args.wait_for_stdin { wait_for_stdin() } else { Ok(()) };
+    match begun.and_then(|()| run(&config)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("baton-backend: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Before anything is opened or claimed.
+fn wait_for_stdin() -> anyhow::Result<()> {
+    let mut byte = [0];
+    std::io::stdin().read_exact(&mut byte).context(
+        "nobody said on standard input to begin, and nothing was done; leave out --wait-for-stdin to begin at once",
+    )
 }
 
 /// What is wrong, without the usage text that follows it.

@@ -233,7 +233,14 @@ impl AgentHost {
 }
 
 impl AgentHost {
-    /// Every backend of this host that runs: an agent that was killed just when it had started one has noted none.
+    /// Backends of this host that run and that its agent has not noted, so that nobody will end them.
+    #[must_use]
+    pub fn strays(&self) -> Vec<Pid> {
+        let noted = self.backend().pid().and_then(|pid| i32::try_from(pid).ok());
+        self.backends().into_iter().filter(|pid| Some(pid.as_raw()) != noted).collect()
+    }
+
+    /// Every backend of this host that runs.
     fn backends(&self) -> Vec<Pid> {
         let control = self.dir.join(VM).join("control.sock");
         let control = control.as_os_str().as_encoded_bytes();

@@ -403,6 +403,19 @@ impl Play {
             Ok(now.iter().zip(&before).all(|(now, before)| *now >= before + 20))
         })
         .map_err(|error| self.blame(&error))?;
+        self.wait_for(
+            "every backend that runs is known to its agent",
+            self.go_on_within,
+            |play| {
+                let strays =
+                    [Side::Source, Side::Destination].map(|side| play.world.host(side).strays());
+                if strays.iter().all(Vec::is_empty) {
+                    Ok(true)
+                } else {
+                    bail!("of nobody: {strays:?}")
+                }
+            },
+        )?;
         Ok(guest)
     }
 

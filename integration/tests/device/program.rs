@@ -14,7 +14,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// Where a passed descriptor is put: behind all that the test itself has open.
@@ -127,6 +127,39 @@ fn each_mistake_is_one_sentence_and_a_failure() {
     }
     assert_eq!(fs::read(&plain).unwrap(), b"data");
     assert_eq!(fs::metadata(&image).unwrap().len(), DISK_BYTES);
+}
+
+/// Who starts it notes first that it runs, and may be killed before.
+#[test]
+fn it_begins_when_its_starter_says_so_and_never_without() {
+    let dir = TestDir::new("begin").unwrap();
+    let (volume, socket) = (disk(dir.path()), dir.join("s"));
+    let start = || {
+        let socket = socket.display().to_string();
+        backend()
+            .args(["--wait-for-stdin", "--socket-path", &socket, "--volume", &volume])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let mut child = start();
+    std::thread::sleep(A_WHILE);
+    assert!(!socket.exists(), "it has not begun");
+    child.stdin.take().unwrap().write_all(b"\n").unwrap();
+    wait_until("it listens", SOON, || socket.exists()).unwrap();
+    serves(&socket);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    fs::remove_file(&socket).unwrap();
+
+    let mut child = start();
+    drop(child.stdin.take());
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert!(said.contains("nothing was done") && said.lines().count() == 1, "{said}");
+    assert!(!socket.exists());
 }
 
 #[test]

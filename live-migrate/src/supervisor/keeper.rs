@@ -137,6 +137,7 @@ impl Keeper {
                         fault_point::at("backend.started");
                     }
                     self.note(&launch, &process, adopted);
+                    process.begin().await;
                     let up = Mutex::new(false);
                     let hang = self.settings.hang;
                     let dog =

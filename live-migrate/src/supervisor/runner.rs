@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use baton_protocol::handoff::Try;
 use nix::sys::signal::Signal;
+use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
 
 use super::process::ProcessId;
@@ -91,6 +92,16 @@ impl Process {
         Self::Other(id, descriptor)
     }
 
+    /// It may begin: whoever comes after this agent would find it.
+    pub(super) async fn begin(&mut self) {
+        if let Self::Child(child, _) = self
+            && let Some(mut stdin) = child.stdin.take()
+        {
+            // One that has ended already is seen by its end.
+            let _ = stdin.write_all(b"\n").await;
+        }
+    }
+
     pub(super) fn id(&self) -> Option<&ProcessId> {
         match self {
             Self::Child(_, id) => id.as_ref(),
@@ -140,7 +151,9 @@ impl Manager {
                 let log = OpenOptions::new().create(true).append(true).open(&launch.log)?;
                 let child = Command::new(&launch.program)
                     .args(launch.arguments())
-                    .stdin(Stdio::null())
+                    // It waits until it is noted: one that nobody knew of would never be ended.
+                    .arg("--wait-for-stdin")
+                    .stdin(Stdio::piped())
                     .stdout(log.try_clone()?)
                     .stderr(log)
                     .process_group(0)
