@@ -109,8 +109,9 @@ fn number(event: &Value) -> u64 {
 #[tokio::test]
 async fn row_37_what_an_agent_did_is_among_the_events_once() {
     let cluster = Cluster::new().await;
+    // The host's clock is set back between them.
     let did = |at: u64| {
-        json!({"seq": at, "at_unix_us": at, "kind": "baton.vm.stopped", "vm": "web",
+        json!({"seq": at, "at_unix_us": 10 - at, "kind": "baton.vm.stopped", "vm": "web",
             "detail": "it was stopped", "data": {"parked": "lost"}})
     };
     cluster.b.did.lock().expect("lock").push(did(1));
