@@ -8,7 +8,8 @@ use axum::Json;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use utoipa::ToSchema;
+use utoipa::openapi::RefOr;
+use utoipa::{Modify, ToSchema};
 
 /// An error document (RFC 9457).
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -73,6 +74,28 @@ impl Problem {
             source = error.source();
         }
         text
+    }
+}
+
+/// Whatever is answered from 400 on is a problem document, and is documented with its content type.
+#[derive(Debug)]
+pub struct ProblemBodies;
+
+impl Modify for ProblemBodies {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        for item in document.paths.paths.values_mut() {
+            let operations = [&mut item.get, &mut item.put, &mut item.post, &mut item.delete];
+            for operation in operations.into_iter().flatten() {
+                for (status, response) in &mut operation.responses.responses {
+                    if let RefOr::T(response) = response
+                        && status.as_str() >= "400"
+                        && let Some(body) = response.content.swap_remove("application/json")
+                    {
+                        response.content.insert("application/problem+json".to_owned(), body);
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -31,7 +31,7 @@ use super::facts::HostFacts;
 use crate::client::TERM_HEADER;
 use crate::door::Peer;
 use crate::identity::Role;
-use crate::problem::Problem;
+use crate::problem::{Problem, ProblemBodies};
 
 /// A definition of 256 disks fits.
 const BODY_BYTES_MAX: usize = 256 << 10;
@@ -74,7 +74,8 @@ const CALLERS: [Role; 2] = [Role::Coordinator, Role::Operator];
         events,
         health,
         document
-    )
+    ),
+    modifiers(&ProblemBodies)
 )]
 struct Document;
 
@@ -269,5 +270,23 @@ mod tests {
             })
             .collect();
         assert_eq!(documented, routed);
+    }
+
+    #[test]
+    fn errors_are_documented_as_what_they_are_sent_as() {
+        let document = serde_json::to_value(Document::openapi()).expect("JSON");
+        let mut seen = 0;
+        for methods in document["paths"].as_object().expect("paths").values() {
+            for operation in methods.as_object().expect("methods").values() {
+                for (status, answer) in operation["responses"].as_object().expect("responses") {
+                    if status.as_str() >= "400" {
+                        let content = answer["content"].as_object().expect("a problem");
+                        assert!(content.keys().eq(["application/problem+json"]), "{answer}");
+                        seen += 1;
+                    }
+                }
+            }
+        }
+        assert!(seen > 20, "only {seen} were found");
     }
 }

@@ -21,8 +21,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 use axum::routing::{MethodRouter, get, post, put};
 use axum::{Json, Router, middleware};
-use utoipa::openapi::RefOr;
-use utoipa::{Modify, OpenApi};
+use utoipa::OpenApi;
 
 use super::config::Keep;
 use super::core::Core;
@@ -31,7 +30,7 @@ use super::front::{LeaderView, Leadership};
 use super::sides::owner_so_far;
 use crate::door::Peer;
 use crate::identity::Role;
-use crate::problem::Problem;
+use crate::problem::{Problem, ProblemBodies};
 
 const BODY_BYTES_MAX: usize = 64 << 10;
 
@@ -62,30 +61,9 @@ type Api = Arc<Core>;
         health,
         document
     ),
-    modifiers(&Problems)
+    modifiers(&ProblemBodies)
 )]
 struct Document;
-
-/// Whatever is answered from 400 on is a problem document, and has its content type.
-struct Problems;
-
-impl Modify for Problems {
-    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
-        for item in document.paths.paths.values_mut() {
-            let operations = [&mut item.get, &mut item.put, &mut item.post];
-            for operation in operations.into_iter().flatten() {
-                for (status, response) in &mut operation.responses.responses {
-                    if let RefOr::T(response) = response
-                        && status.as_str() >= "400"
-                        && let Some(body) = response.content.swap_remove("application/json")
-                    {
-                        response.content.insert("application/problem+json".to_owned(), body);
-                    }
-                }
-            }
-        }
-    }
-}
 
 /// Path of the router, the documented methods and paths behind it, handlers. A
 /// router's segment cannot end in `:verb`, so one route takes several.
