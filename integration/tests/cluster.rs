@@ -321,10 +321,6 @@ fn row_11_a_guest_whose_backend_hangs_in_the_switch_goes_on_at_the_source() {
     }
     let dir = TestDir::new("hung").unwrap();
     let Running { mut cluster, mut probe, _guest: qemu } = start(&dir, 1);
-    // For a seal that does not come.
-    cluster.coordinator.kill().unwrap();
-    insert(&dir.join("coordinator.toml"), "switch_timeout_ms = 1000", "journal");
-    cluster.restart_coordinator().unwrap();
     // QEMU has to come to the stop before the backend is killed; the copy takes some seconds on a busy machine.
     cluster.hosts[0].agent.kill().unwrap();
     insert(&dir.join("host-a/agent.toml"), "hang_ms = 15000", "manager");
@@ -346,7 +342,8 @@ fn row_11_a_guest_whose_backend_hangs_in_the_switch_goes_on_at_the_source() {
     let status = operator.wait_exit(2 * SOON).unwrap();
     let said = operator.log();
     assert_eq!(status.code(), Some(1), "the source owns the volumes: {said}");
-    assert!(said.contains("did not seal the volumes in time"), "{said}");
+    // Not after the minute that a seal may take.
+    assert!(said.contains("the next one has nothing to seal"), "{said}");
 
     cluster.wait_owner("host-a").unwrap();
     let here = cluster.hosts[0].vm().unwrap();

@@ -37,6 +37,9 @@ const WATCH_S: u32 = 3600;
 const WATCH_AROUND: Duration = Duration::from_secs(3);
 /// Looks at a machine that failed in a row before it counts as lost.
 const SILENT_MAX: u32 = 40;
+/// For the seal by a process that came in place of another just before the machine stopped: the most that a drain takes on
+/// storage that answers.
+const NEXT_PROCESS: Duration = Duration::from_secs(5);
 
 /// A migration to drive.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -199,8 +202,7 @@ impl Driver {
             "max_bandwidth_bytes_per_s": bandwidth});
         source.monitor(&vm, "migrate", &outgoing).await.map_err(|error| error.trouble().clone())?;
         // The machine stops, its rings with it, and the backend seals by itself.
-        let mut silent = 0;
-        let mut stopped = None;
+        let (mut silent, mut stopped, mut process) = (0, None, view.backend_pid());
         loop {
             self.still_on()?;
             // One that does not pause may be past it before we look.
@@ -216,7 +218,15 @@ impl Driver {
                         // no rings that it could seal behind: the guest would stand still for ever.
                         "pre-switchover" => {
                             let since = *stopped.get_or_insert_with(tokio::time::Instant::now);
-                            if since.elapsed() > self.core.config.switch_timeout {
+                            let limit = self.core.config.switch_timeout;
+                            if view.backend_pid() != process
+                                && since.elapsed() > NEXT_PROCESS.min(limit)
+                            {
+                                return Err(trouble(
+                                    "the source's backend ended while its machine stopped, and the next one has nothing to seal",
+                                ));
+                            }
+                            if since.elapsed() > limit {
                                 return Err(trouble(
                                     "the source's machine stopped, but its backend did not seal the volumes in time",
                                 ));
@@ -225,7 +235,7 @@ impl Driver {
                         "failed" | "cancelled" => return Err(failed(&view)),
                         // Without the pause it may be past it already.
                         "completed" | "device" => break,
-                        _ => {}
+                        _ => process = view.backend_pid(),
                     }
                 }
                 Err(error) => self.lost(&mut silent, &error)?,

@@ -109,6 +109,12 @@ impl VmView {
         !matches!(self.0["backend"]["run"].as_str(), Some("stopped" | "failed"))
     }
 
+    /// The backend's process.
+    #[must_use]
+    pub fn backend_pid(&self) -> Option<i64> {
+        self.0["backend"]["pid"].as_i64()
+    }
+
     /// What the machine does, in the agent's words: `running`, `paused`, ...
     #[must_use]
     pub fn run(&self) -> &str {
