@@ -313,6 +313,13 @@ impl World {
 
     /// Takes the volumes by force, and looks at every block with a guest that knows nothing. Returns what it saw.
     pub fn look(&mut self, timeout: Duration) -> Result<Stub> {
+        // An image that is taken by force is anybody's, and the loser's agent may be about to start its backend again. The
+        // backends that run go on.
+        if self.fleet.images.is_some() {
+            for host in &mut self.hosts {
+                host.agent.daemon.kill()?;
+            }
+        }
         for member in 0..self.fleet.members.len() {
             self.fleet.fence(member, JUDGE)?;
         }
