@@ -166,7 +166,11 @@ impl Wake {
         }
         // First the descriptor, then the flag: a notifier in between finds the
         // flag set and writes nothing, and its change is seen by our caller.
-        let _ = self.fd.read();
+        if self.fd.read().is_err() {
+            // One that has set the flag is about to write. Without the flag nobody
+            // would read that, and the descriptor would wake us for ever.
+            return true;
+        }
         self.flag.swap(false, Ordering::AcqRel)
     }
 }
@@ -290,4 +294,56 @@ pub(crate) fn recvmsg(fd: &OwnedFd, iov: &mut [libc::iovec]) -> nix::Result<usiz
         }
     };
     Errno::result(n).map(|n| usize::try_from(n).expect("not negative"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+
+    use super::*;
+
+    fn wakes(wake: &Wake) -> bool {
+        let mut fds = [PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).expect("poll") > 0
+    }
+
+    #[test]
+    fn what_is_taken_before_it_is_written_wakes_once_more_and_not_for_ever() {
+        let wake = Wake::new().expect("eventfd");
+        // As `notify` stands when its thread loses the processor in the middle.
+        wake.flag.store(true, Ordering::Release);
+        assert!(wake.take());
+        wake.fd.write(1).expect("written");
+        assert!(wakes(&wake) && wake.take());
+        assert!(!wakes(&wake) && !wake.take());
+        wake.notify();
+        assert!(wakes(&wake) && wake.take() && !wakes(&wake));
+    }
+
+    #[test]
+    fn no_notification_is_lost_and_none_stays() {
+        const EACH: u64 = 20_000;
+        let (wake, told) = (Wake::new().expect("eventfd"), AtomicU64::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for _ in 0..EACH {
+                        told.fetch_add(1, Ordering::Relaxed);
+                        wake.notify();
+                    }
+                });
+            }
+            let mut seen = 0;
+            while seen < 2 * EACH {
+                let mut fds = [PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
+                assert!(poll(&mut fds, PollTimeout::from(10_000_u16)).expect("poll") > 0, "lost");
+                if wake.take() {
+                    seen = told.load(Ordering::Relaxed);
+                }
+            }
+        });
+        // The last notifier may have come behind what was seen.
+        wake.take();
+        assert!(!wakes(&wake), "nobody would take it");
+    }
 }
