@@ -257,26 +257,17 @@ fn quiet_pair(
 
 fn one(config: &CompareConfig, row: Row, stack: &Stack, dirty_log: bool) -> Result<Outcome> {
     let outcome = run(&Job {
-        socket: stack.socket().to_path_buf(),
-        pattern: row.pattern,
         block_bytes: row.block_bytes,
         depth: row.depth,
         queues: row.queues,
-        thread_per_queue: false,
-        warmup: config.duration / 5,
-        duration: config.duration,
-        verify: false,
-        span_bytes: None,
-        stride_bytes: None,
         dirty_log,
-        seed: 1,
-        pids: stack.pids(),
+        ..Job::single(stack.socket(), stack.pids(), row.pattern, config.duration)
     })?;
     sound(outcome).with_context(|| row.name)
 }
 
 /// A run in which a request failed, or that had none, says nothing.
-fn sound(outcome: Outcome) -> Result<Outcome> {
+pub(super) fn sound(outcome: Outcome) -> Result<Outcome> {
     if outcome.errors > 0 {
         bail!("{} requests failed: {}", outcome.errors, outcome.findings.join("; "));
     }

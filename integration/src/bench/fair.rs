@@ -75,22 +75,8 @@ fn measure_here(
 }
 
 fn full(stack: &Stack, pattern: Pattern, time: Duration, round: u32) -> Result<Outcome> {
-    quiet(&Job {
-        socket: stack.socket().to_path_buf(),
-        pattern,
-        block_bytes: 4096,
-        depth: DEPTH,
-        queues: QUEUES,
-        thread_per_queue: false,
-        warmup: time / 5,
-        duration: time,
-        verify: false,
-        span_bytes: None,
-        stride_bytes: None,
-        dirty_log: false,
-        seed: u64::from(round) + 1,
-        pids: stack.pids(),
-    })
+    let single = Job::single(stack.socket(), stack.pids(), pattern, time);
+    quiet(&Job { depth: DEPTH, queues: QUEUES, seed: u64::from(round) + 1, ..single })
 }
 
 /// The worst queue's p99.9 in its medians. Infinite when a queue completed nothing: it waits still.

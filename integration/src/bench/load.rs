@@ -20,7 +20,7 @@ use clap::ValueEnum;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use serde::Serialize;
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
@@ -159,6 +159,26 @@ fn timed(job: &Job, phase: &AtomicU8, taker: &mut Taker<'_>) -> Result<Usage> {
 }
 
 impl Job {
+    /// One request of 4 KiB at a time on the whole disk, after a fifth of the time to warm up.
+    pub(super) fn single(socket: &Path, pids: Vec<u32>, pattern: Pattern, time: Duration) -> Self {
+        Self {
+            socket: socket.to_path_buf(),
+            pattern,
+            block_bytes: 4096,
+            depth: 1,
+            queues: 1,
+            thread_per_queue: false,
+            warmup: time / 5,
+            duration: time,
+            verify: false,
+            span_bytes: None,
+            stride_bytes: None,
+            dirty_log: false,
+            seed: 1,
+            pids,
+        }
+    }
+
     fn stride_bytes(&self) -> u64 {
         self.stride_bytes.unwrap_or(self.block_bytes as u64)
     }

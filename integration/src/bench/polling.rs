@@ -134,22 +134,8 @@ fn one(measured: &mut Measured, time: Duration, round: u32) -> Result<()> {
         None => measured.lone_us.push(lone_requests(&stack)?),
     }
     let before = call_interrupts(0)?;
-    let outcome = quiet(&Job {
-        socket: stack.socket().to_path_buf(),
-        pattern: Pattern::RandRead,
-        block_bytes: 4096,
-        depth: 1,
-        queues: 1,
-        thread_per_queue: false,
-        warmup: time / 5,
-        duration: time,
-        verify: false,
-        span_bytes: None,
-        stride_bytes: None,
-        dirty_log: false,
-        seed: u64::from(round) + 1,
-        pids,
-    })?;
+    let single = Job::single(stack.socket(), pids, Pattern::RandRead, time);
+    let outcome = quiet(&Job { seed: u64::from(round) + 1, ..single })?;
     // Of all tries and of warming up, too: what matters is whether there are any to speak of.
     #[allow(clippy::cast_precision_loss, reason = "counts of a short measurement")]
     measured.interrupts.push((call_interrupts(0)? - before) as f64 / outcome.ios as f64);

@@ -10,7 +10,7 @@
 //! CPU to saturate the server with. How busy the server was is measured, and a target is not called met otherwise.
 
 use crate::baton::{Backend, Storage};
-use crate::bench::compare::QUIET_TRIES;
+use crate::bench::compare::{QUIET_TRIES, sound};
 use crate::bench::cpu::{hold_cpus_awake, on_own_thread, pin_this_thread, yielding_to_everybody};
 use crate::bench::load::{Job, Pattern, run};
 use crate::bench::outcome::Outcome;
@@ -197,27 +197,10 @@ impl House {
     }
 
     fn tenant(&self, pattern: Pattern, time: Duration) -> Result<Outcome> {
-        sound(run(&Job {
-            socket: self.tenant.socket.clone(),
-            pattern,
-            block_bytes: 4096,
-            depth: 1,
-            queues: 1,
-            thread_per_queue: false,
-            warmup: time / 5,
-            duration: time,
-            verify: false,
-            span_bytes: None,
-            stride_bytes: None,
-            dirty_log: false,
-            seed: 1,
-            // All that belong to the measurement, the server first: the rest is noise.
-            pids: vec![
-                self.storage.daemon.pid(),
-                self.tenant.daemon.pid(),
-                self.neighbour.daemon.pid(),
-            ],
-        })?)
+        // All that belong to the measurement, the server first: the rest is noise.
+        let daemons = [&self.storage.daemon, &self.tenant.daemon, &self.neighbour.daemon];
+        let pids = daemons.map(|daemon| daemon.pid()).to_vec();
+        sound(run(&Job::single(&self.tenant.socket, pids, pattern, time))?)
     }
 
     /// The tenant's run and the neighbour's around it.
@@ -262,18 +245,6 @@ fn backend(dir: &Path, storage: &Storage, name: &str, queues: u16) -> Result<Bac
     let queues = queues.to_string();
     Backend::start(dir, name, &storage.uri(name, None), &["--num-queues", &queues])
         .with_context(|| format!("the backend of the {name}"))
-}
-
-fn sound(outcome: Outcome) -> Result<Outcome> {
-    if outcome.errors > 0 || outcome.ios == 0 {
-        bail!(
-            "{} requests completed and {} failed: {}",
-            outcome.ios,
-            outcome.errors,
-            outcome.findings.join("; ")
-        );
-    }
-    Ok(outcome)
 }
 
 /// The p99 beside the neighbour in that alone, pair by pair.
