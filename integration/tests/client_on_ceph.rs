@@ -8,8 +8,7 @@ use baton_protocol::Epoch;
 use baton_protocol::access::{Input, Seen};
 use baton_remote_client::rbd::ImageRecord;
 use baton_remote_client::{
-    IoError, Op, OpenError, OpenOptions, Tag, Volume, VolumeEvent, VolumeQueue, VolumeState,
-    VolumeUri, open,
+    IoError, Op, OpenError, OpenOptions, Tag, VolumeEvent, VolumeState, VolumeUri, open,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs;
@@ -17,61 +16,20 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use completions::collect;
+use image::{IMAGE_BYTES, MIB, SOON, cluster, opened, parts, pattern, run};
 
 #[path = "support/completions.rs"]
 mod completions;
+#[path = "support/image.rs"]
+mod image;
 
-const MIB: u64 = 1 << 20;
-const IMAGE_BYTES: u64 = 64 * MIB;
-const SOON: Duration = Duration::from_secs(60);
 /// Longer than the driver takes to call a cluster slow.
 const SLOW: Duration = Duration::from_secs(15);
-
-/// A cluster with an image `v`; `None`: it cannot be had here.
-fn cluster(test: &str) -> Option<(TestDir, Ceph)> {
-    if skip_without_ceph(test) {
-        return None;
-    }
-    let dir = TestDir::new("rbd").unwrap();
-    let ceph = Ceph::start(dir.path()).unwrap();
-    ceph.create_image("v", IMAGE_BYTES).unwrap();
-    Some((dir, ceph))
-}
-
-fn opened(uri: &str) -> Arc<dyn Volume> {
-    open(uri, &OpenOptions::new("host/vm")).unwrap()
-}
 
 fn refused(uri: &str, options: &OpenOptions) -> String {
     let error = open(uri, options).expect_err(uri);
     assert!(matches!(error, OpenError::Rbd(_)), "{error:?}");
     error.to_string()
-}
-
-/// Odd parts, as a guest's may be.
-fn parts(data: &mut [u8]) -> Vec<libc::iovec> {
-    let (mut parts, mut rest) = (Vec::new(), data);
-    for len in [1, 511, 700, 4096, 9000].into_iter().cycle() {
-        let (now, later) = rest.split_at_mut(len.min(rest.len()));
-        parts.push(libc::iovec { iov_base: now.as_mut_ptr().cast(), iov_len: now.len() });
-        rest = later;
-        if rest.is_empty() {
-            return parts;
-        }
-    }
-    parts
-}
-
-fn run(queue: &mut dyn VolumeQueue, op: Op, data: &mut [u8]) -> Result<(), IoError> {
-    // SAFETY: the buffer outlives the request, which is waited for.
-    unsafe { queue.submit(Tag(1), op, &parts(data)) };
-    let done = collect(queue, 1, SOON);
-    assert_eq!(done.len(), 1, "{op:?} was not answered");
-    done[0].result
-}
-
-fn pattern(len: usize, seed: usize) -> Vec<u8> {
-    (0..len).map(|i| u8::try_from((i * 7 + i / 512 + seed) % 251 + 1).unwrap()).collect()
 }
 
 /// Where the image has objects, bytes from its start, as Ceph's own tool finds them.
@@ -288,6 +246,7 @@ fn what_the_driver_counts_on_is_set_whatever_host_and_cluster_say() {
     // The option, what it is to be, and what the host says.
     let options = [
         ("rbd_cache", "false", "true"),
+        ("rbd_persistent_cache_mode", "disabled", "ssd"),
         ("rbd_disable_zero_copy_writes", "true", "false"),
         ("rbd_non_blocking_aio", "true", "false"),
         ("rbd_discard_granularity_bytes", "4096", "65536"),
@@ -295,6 +254,8 @@ fn what_the_driver_counts_on_is_set_whatever_host_and_cluster_say() {
         ("rbd_blocklist_on_break_lock", "false", "true"),
         ("rados_osd_op_timeout", "0", "30"),
         ("rados_mon_op_timeout", "0", "30"),
+        ("objecter_inflight_ops", "0", "1024"),
+        ("objecter_inflight_op_bytes", "0", "104857600"),
     ];
     let socket = |what: &str| dir.join(&format!("{what}.sock"));
     let mut lines = format!("[client.vm]\nadmin socket = {}\n", socket("$pid.$cctid").display());

@@ -67,6 +67,7 @@ impl Ceph {
             namespace,
             conf: Some(self.conf.clone()),
             id: Some(self.id.clone()),
+            direct_reads: true,
         }
     }
 
@@ -384,7 +385,8 @@ mod tests {
         {
             let namespace = namespace.map(str::to_owned);
             let (pool, image, id) = (pool.to_owned(), image.to_owned(), Some("vm".to_owned()));
-            let uri = RbdUri { pool, image, namespace, id, conf: None, snapshot: None };
+            let (conf, snapshot) = (None, None);
+            let uri = RbdUri { pool, image, namespace, id, conf, snapshot, direct_reads: true };
             assert_eq!(place(&uri), ("ceph:/etc/ceph/ceph.conf".to_owned(), name.to_owned()));
             let id = Some("coordinator".to_owned());
             let conf = Some(ceph.conf.clone());

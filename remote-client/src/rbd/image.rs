@@ -5,6 +5,7 @@
 //! if that is away. No queue thread calls those.
 
 use std::ffi::{CStr, CString, c_char, c_int};
+use std::mem::MaybeUninit;
 use std::{io, ptr};
 
 use super::library::{self, Api, COMPARE_EQUAL, Handle, LOCK_EXCLUSIVE, Updated, Watcher};
@@ -219,6 +220,35 @@ impl Drop for Pool {
     }
 }
 
+/// The pool of an image's objects. Used within the life of the image.
+#[derive(Debug)]
+pub(super) struct ObjectPool {
+    pub(super) handle: Handle,
+    pub(super) rados: &'static library::Rados,
+}
+
+// SAFETY: as of [`Cluster`].
+unsafe impl Send for ObjectPool {}
+// SAFETY: as of [`Cluster`].
+unsafe impl Sync for ObjectPool {}
+
+impl Drop for ObjectPool {
+    fn drop(&mut self) {
+        // SAFETY: the last use of the handle.
+        unsafe { (self.rados.rados_ioctx_destroy)(self.handle) };
+    }
+}
+
+/// Where an image's bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Layout {
+    /// Of the objects' names.
+    pub(super) prefix: String,
+    pub(super) object_bytes: u64,
+    /// The number of the pool that has them.
+    pub(super) pool: i64,
+}
+
 /// A note, in as large a buffer as it takes.
 fn note(
     key: &str,
@@ -273,6 +303,72 @@ impl Image {
         // SAFETY: as above.
         check(unsafe { (self.rbd.rbd_get_features)(self.handle, &raw mut features) })?;
         Ok(features)
+    }
+
+    /// How its objects are called, and how large they are.
+    pub(super) fn layout(&self) -> io::Result<Layout> {
+        let mut prefix = [0u8; 64];
+        // SAFETY: an image's handle and a buffer of the length given, which is filled with a text.
+        check(unsafe {
+            (self.rbd.rbd_get_block_name_prefix)(
+                self.handle,
+                prefix.as_mut_ptr().cast(),
+                prefix.len(),
+            )
+        })?;
+        let mut info = MaybeUninit::<library::Info>::uninit();
+        // SAFETY: a place of the size given, which is filled.
+        let info = unsafe {
+            check((self.rbd.rbd_stat)(self.handle, info.as_mut_ptr(), size_of_val(&info)))?;
+            info.assume_init()
+        };
+        // SAFETY: an image's handle.
+        let pool = unsafe { (self.rbd.rbd_get_data_pool_id)(self.handle) };
+        Ok(Layout { prefix: text_in(&prefix), object_bytes: info.object_bytes, pool })
+    }
+
+    /// What librbd goes by for this image, from whichever place: names and values.
+    pub(super) fn settings(&self) -> io::Result<Vec<(String, String)>> {
+        let empty = library::Setting { name: ptr::null_mut(), value: ptr::null_mut(), source: 0 };
+        let mut list = vec![empty; 128];
+        loop {
+            let mut count = c_int::try_from(list.len()).unwrap_or(c_int::MAX);
+            // SAFETY: an image's handle, and places for as many settings as given.
+            let listed = check(unsafe {
+                (self.rbd.rbd_config_image_list)(self.handle, list.as_mut_ptr(), &raw mut count)
+            });
+            let found = usize::try_from(count).unwrap_or(0);
+            match listed {
+                Err(e) if e.raw_os_error() == Some(libc::ERANGE) && found > list.len() => {
+                    list.resize(found, empty);
+                    continue;
+                }
+                other => other?,
+            }
+            // SAFETY: the library filled in that many pairs of texts.
+            let text = |text| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
+            let settings = list[..found].iter().map(|one| (text(one.name), text(one.value)));
+            let settings = settings.collect();
+            // SAFETY: its own texts, which are not used any more.
+            unsafe { (self.rbd.rbd_config_image_list_cleanup)(list.as_mut_ptr(), count) };
+            return Ok(settings);
+        }
+    }
+
+    /// Where its objects are: the part of the pool that a layout names.
+    pub(super) fn open_pool(&self, pool: i64, namespace: Option<&str>) -> io::Result<ObjectPool> {
+        let api = self.pool.cluster.api;
+        let namespace = namespace.map(c_text).transpose()?;
+        let mut handle = ptr::null_mut();
+        // SAFETY: a connected handle and a place for another.
+        check(unsafe {
+            (api.rados.rados_ioctx_create2)(self.pool.cluster.handle, pool, &raw mut handle)
+        })?;
+        if let Some(namespace) = namespace {
+            // SAFETY: a pool's handle and a text.
+            unsafe { (api.rados.rados_ioctx_set_namespace)(handle, namespace.as_ptr()) };
+        }
+        Ok(ObjectPool { handle, rados: &api.rados })
     }
 
     /// What tells it from other images of its pool, for ever.

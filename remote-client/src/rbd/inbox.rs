@@ -3,8 +3,10 @@
 //!
 //! ```text
 //!   queue ---Flight::send---> librbd ---completed()---> Inbox ---take---> queue
-//!                                            |            eventfd wakes it
-//!                                            +--> Volume's end (fenced, lost)
+//!     |                         ^            |            ^ eventfd wakes it
+//!     |                         |            +--> Volume's end (fenced, lost)
+//!     +--send_to--> object --not there            |
+//!                      +------came_from_object()--+
 //! ```
 //!
 //! A flight owns everything the library touches, so a queue may go while its
@@ -21,6 +23,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::image::{Image, check};
 use super::library::{Handle, Rbd, ZEROES_KEEP_SPACE};
+use super::objects::{Objects, Place, Way};
 use super::request::Piece;
 use super::volume::Shared;
 use crate::volume::{IoError, Op};
@@ -68,6 +71,8 @@ pub(super) struct Flight {
     /// READ: where the library puts it.
     pub(super) read: Vec<u8>,
     rbd: &'static Rbd,
+    /// A READ that was sent to this object.
+    direct: Option<(Arc<Way>, u64)>,
     /// As the library has it: bytes, or a negative error number.
     result: isize,
 }
@@ -82,16 +87,71 @@ impl Flight {
             _ => Vec::new(),
         };
         let (inbox, rbd) = (Arc::clone(inbox), image.rbd());
-        Box::new(Self { inbox, slot, piece, read, rbd, result: 0 })
+        Box::new(Self { inbox, slot, piece, read, rbd, direct: None, result: 0 })
     }
 
-    /// Gives it to the library. An error: it is not on its way.
+    /// Gives it to librbd. An error: it is not on its way.
     ///
     /// # Safety
     /// Buffers of a WRITE are valid.
     pub(super) unsafe fn send(self: Box<Self>, image: &Image) -> io::Result<()> {
-        let rbd = self.rbd;
         self.inbox.volume.sent();
+        // SAFETY: the caller's to vouch for.
+        unsafe { self.give(image.handle()) }.map_err(|(flight, error)| {
+            flight.inbox.volume.came_back();
+            flight.inbox.volume.give(flight.piece.cost());
+            error
+        })
+    }
+
+    /// Asks an object for what a READ wants, and librbd if the object does not
+    /// have it. An error: it is not on its way.
+    pub(super) fn send_to(mut self: Box<Self>, objects: &Objects, place: Place) -> io::Result<()> {
+        self.inbox.volume.sent();
+        let way = objects.enter();
+        let (rados, image) = (way.rados, way.image);
+        self.direct = Some((way, place.object));
+        let to = &raw mut *self.read;
+        let flight = Box::into_raw(self);
+        let mut completion = std::ptr::null_mut();
+        // SAFETY: the library hands the address back to `came_from_object`, once.
+        let made = check(unsafe {
+            (rados.rados_aio_create_completion2)(
+                flight.cast(),
+                came_from_object,
+                &raw mut completion,
+            )
+        });
+        let sent = made.and_then(|()| {
+            // SAFETY: the flight keeps its buffer where it is until it is back.
+            let begun = unsafe { objects.read(place, to, completion) };
+            check(begun).inspect_err(|_| {
+                // SAFETY: a completion that nothing was begun with.
+                unsafe { (rados.rados_aio_release)(completion) };
+            })
+        });
+        if sent.is_ok() {
+            return Ok(());
+        }
+        // SAFETY: the library does not have it.
+        let mut flight = unsafe { Box::from_raw(flight) };
+        let direct = flight.direct.take();
+        // SAFETY: a READ has no buffers but its own.
+        let sent = unsafe { flight.give(image) }.map_err(|(flight, error)| {
+            flight.inbox.volume.came_back();
+            flight.inbox.volume.give(flight.piece.cost());
+            error
+        });
+        if let Some((way, _)) = direct {
+            way.leave();
+        }
+        sent
+    }
+
+    /// # Safety
+    /// Buffers of a WRITE are valid; the image is open.
+    unsafe fn give(self: Box<Self>, image: Handle) -> Result<(), (Box<Self>, io::Error)> {
+        let rbd = self.rbd;
         let flight = Box::into_raw(self);
         let mut completion = std::ptr::null_mut();
         // SAFETY: the library hands the address back to `completed`, once.
@@ -100,19 +160,14 @@ impl Flight {
         });
         let sent = made.and_then(|()| {
             // SAFETY: nobody else has the flight before it is sent.
-            let begun = unsafe { begin(&mut *flight, image.handle(), completion) };
+            let begun = unsafe { begin(&mut *flight, image, completion) };
             check(begun).inspect_err(|_| {
                 // SAFETY: a completion that nothing was begun with.
                 unsafe { (rbd.rbd_aio_release)(completion) };
             })
         });
-        if sent.is_err() {
-            // SAFETY: the library does not have it.
-            let flight = unsafe { Box::from_raw(flight) };
-            flight.inbox.volume.came_back();
-            flight.inbox.volume.give(flight.piece.cost());
-        }
-        sent
+        // SAFETY: the library does not have it.
+        sent.map_err(|error| (unsafe { Box::from_raw(flight) }, error))
     }
 
     /// What became of it.
@@ -169,6 +224,33 @@ unsafe extern "C" fn completed(completion: Handle, flight: *mut c_void) {
     }
     let inbox = Arc::clone(&flight.inbox);
     inbox.put(flight);
+}
+
+/// Called by librados, from one of its threads, once per flight to an object.
+unsafe extern "C" fn came_from_object(completion: Handle, flight: *mut c_void) {
+    // SAFETY: what `send_to` gave away, given back.
+    let mut flight = unsafe { Box::from_raw(flight.cast::<Flight>()) };
+    let (way, object) = flight.direct.take().expect("it was sent to an object");
+    // SAFETY: the completion is ours to look at and to release.
+    let result = unsafe {
+        let result = (way.rados.rados_aio_get_return_value)(completion);
+        (way.rados.rados_aio_release)(completion);
+        result
+    };
+    let answered = match way.outcome(object, result, flight.read.len()) {
+        Some(result) => Some((flight, result)),
+        // SAFETY: a READ has no buffers but its own, and the image is open as long as we are on the way.
+        None => unsafe { flight.give(way.image) }.err().map(|(flight, error)| {
+            let number = error.raw_os_error().unwrap_or(libc::EIO);
+            (flight, -isize::try_from(number).unwrap_or(libc::EIO as isize))
+        }),
+    };
+    if let Some((mut flight, result)) = answered {
+        flight.result = result;
+        let inbox = Arc::clone(&flight.inbox);
+        inbox.put(*flight);
+    }
+    way.leave();
 }
 
 fn os_error(result: isize) -> io::Error {

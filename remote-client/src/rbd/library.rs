@@ -18,7 +18,7 @@ const RBD: &str = "librbd.so.1";
 /// `rados_t`, `rados_ioctx_t`, `rbd_image_t` or `rbd_completion_t`: an address
 /// that only the libraries look behind.
 pub(super) type Handle = *mut c_void;
-/// `rbd_callback_t`: the completion, and what was given with it.
+/// `rbd_callback_t` or `rados_callback_t`: the completion, and what was given with it.
 pub(super) type Completed = unsafe extern "C" fn(Handle, *mut c_void);
 /// `rbd_update_callback_t`.
 pub(super) type Updated = unsafe extern "C" fn(*mut c_void);
@@ -32,6 +32,28 @@ pub(super) struct Watcher {
     pub(super) cookie: u64,
 }
 
+/// `rbd_config_option_t`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Setting {
+    pub(super) name: *mut c_char,
+    pub(super) value: *mut c_char,
+    pub(super) source: c_int,
+}
+
+/// `rbd_image_info_t`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Info {
+    pub(super) size: u64,
+    pub(super) object_bytes: u64,
+    pub(super) objects: u64,
+    pub(super) order: c_int,
+    pub(super) prefix: [c_char; 24],
+    pub(super) parent_pool: i64,
+    pub(super) parent: [c_char; 96],
+}
+
 /// `RBD_LOCK_MODE_EXCLUSIVE`.
 pub(super) const LOCK_EXCLUSIVE: c_int = 0;
 /// `RBD_WRITE_ZEROES_FLAG_THICK_PROVISION`: the range keeps its space.
@@ -40,6 +62,10 @@ pub(super) const ZEROES_KEEP_SPACE: c_int = 1;
 pub(super) const COMPARE_EQUAL: u8 = 1;
 /// `RBD_FEATURE_EXCLUSIVE_LOCK`.
 pub(super) const FEATURE_EXCLUSIVE_LOCK: u64 = 1 << 2;
+/// Features with which an object that exists holds all that the image has there, as soon as a write is answered:
+/// LAYERING, EXCLUSIVE_LOCK, OBJECT_MAP, FAST_DIFF, DEEP_FLATTEN, DATA_POOL and OPERATIONS. Not among them:
+/// STRIPINGV2, JOURNALING, MIGRATING, NON_PRIMARY, DIRTY_CACHE, and whatever will be invented.
+pub(super) const FEATURES_PLAIN: u64 = 0b1_1011_1101;
 
 macro_rules! functions {
     ($table:ident: $($name:ident($($argument:ty),*) $(-> $result:ty)?;)*) => {
@@ -90,6 +116,11 @@ functions! { Rados:
     rados_ioctx_create(Handle, *const c_char, *mut Handle) -> c_int;
     rados_ioctx_set_namespace(Handle, *const c_char);
     rados_ioctx_destroy(Handle);
+    rados_ioctx_create2(Handle, i64, *mut Handle) -> c_int;
+    rados_aio_create_completion2(*mut c_void, Completed, *mut Handle) -> c_int;
+    rados_aio_read(Handle, *const c_char, Handle, *mut c_char, usize, u64) -> c_int;
+    rados_aio_get_return_value(Handle) -> c_int;
+    rados_aio_release(Handle);
 }
 
 functions! { Rbd:
@@ -99,6 +130,11 @@ functions! { Rbd:
     rbd_get_size(Handle, *mut u64) -> c_int;
     rbd_get_features(Handle, *mut u64) -> c_int;
     rbd_get_id(Handle, *mut c_char, usize) -> c_int;
+    rbd_stat(Handle, *mut Info, usize) -> c_int;
+    rbd_get_block_name_prefix(Handle, *mut c_char, usize) -> c_int;
+    rbd_get_data_pool_id(Handle) -> i64;
+    rbd_config_image_list(Handle, *mut Setting, *mut c_int) -> c_int;
+    rbd_config_image_list_cleanup(*mut Setting, c_int);
     rbd_lock_acquire(Handle, c_int) -> c_int;
     rbd_lock_release(Handle) -> c_int;
     rbd_lock_break(Handle, c_int, *const c_char) -> c_int;

@@ -4,7 +4,8 @@
 //!   opening --claim--> volume ---- control thread: size, close
 //!                        |
 //!      queue, queue, ... +---- image ---- librbd, its threads
-//!        ^                                   |
+//!        ^                +---- objects -- librados: reads only
+//!        |                                   |
 //!        +------------- inbox <--------------+
 //!
 //!      access thread --- register --- note on the image: record, clients
@@ -19,6 +20,7 @@ mod handover;
 mod image;
 mod inbox;
 mod library;
+mod objects;
 mod opening;
 mod queue;
 mod record;

@@ -18,7 +18,9 @@ use baton_protocol::{Epoch, SessionId};
 use super::error::RbdError;
 use super::image::{Cluster, Image};
 use super::library::{Api, FEATURE_EXCLUSIVE_LOCK};
+use super::objects::Objects;
 use super::register::{Register, SeatError};
+use super::volume::Served;
 use crate::open::{OpenError, OpenOptions};
 use crate::uri::RbdUri;
 
@@ -26,9 +28,11 @@ use crate::uri::RbdUri;
 const IMAGE_WAIT: Duration = Duration::from_secs(15);
 
 /// What this driver counts on, whatever the host's configuration says.
-const SETTINGS: [(&str, &str); 8] = [
+const SETTINGS: [(&str, &str); 11] = [
     // A flush and a handoff are not to depend on what this process has in memory.
     ("rbd_cache", "false"),
+    // Nor is an answered write to be in a file of this host only.
+    ("rbd_persistent_cache_mode", "disabled"),
     // Writes are copied when they are submitted: a guest may change or take
     // away its memory at any time.
     ("rbd_disable_zero_copy_writes", "true"),
@@ -45,18 +49,22 @@ const SETTINGS: [(&str, &str); 8] = [
     // A request that is given up may still be carried out later.
     ("rados_osd_op_timeout", "0"),
     ("rados_mon_op_timeout", "0"),
+    // No limit of the library's, whose thread that submits would wait for room:
+    // `inbox::OUT_BYTES_MAX` and the queues' depths are ours.
+    ("objecter_inflight_ops", "0"),
+    ("objecter_inflight_op_bytes", "0"),
 ];
 /// What makes it faster, where the library knows it and neither image nor pool
 /// has its own. The scheduler holds writes back to merge them, which guests have
 /// done before; docs/performance.md has what it costs.
 const TUNING: [(&str, &str); 1] = [("rbd_io_scheduler", "none")];
 /// Of `SETTINGS`, the ones that an image or its pool may have of its own, which wins.
-const IMAGE_SETTINGS: usize = 6;
+const IMAGE_SETTINGS: usize = 7;
 
 /// An open image, and what is known of it.
 #[derive(Debug)]
 pub(super) struct Opened {
-    pub(super) image: Arc<Image>,
+    pub(super) served: Served,
     pub(super) register: Register,
     /// As it is now, without keys.
     pub(super) record: AccessRecord,
@@ -159,8 +167,15 @@ impl Opening {
         if size_bytes < baton_protocol::units::SECTOR_BYTES {
             return Err(RbdError::Empty(self.uri.spec()));
         }
+        let namespace = self.uri.namespace.as_deref();
+        let objects = match self.uri.direct_reads && self.uri.snapshot.is_none() {
+            true => Objects::new(&image, namespace),
+            false => Ok(None),
+        };
+        let objects = objects.map_err(|e| self.failed("read the layout", e))?.map(Arc::new);
+        let served = Served { image, objects };
         let (read_only, opened_after) = (self.read_only, begun.elapsed());
-        Ok(Opened { image, register, record, claimed, size_bytes, read_only, opened_after })
+        Ok(Opened { served, register, record, claimed, size_bytes, read_only, opened_after })
     }
 
     pub(super) fn image(&self, read_only: bool) -> Result<Image, RbdError> {

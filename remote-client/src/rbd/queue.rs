@@ -12,10 +12,9 @@ use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
-use super::image::Image;
 use super::inbox::{Flight, Inbox, io_error};
 use super::request::{Piece, Request, check};
-use super::volume::Shared;
+use super::volume::{Served, Shared};
 use crate::socket::Timer;
 use crate::volume::{Completion, Op, Tag, VolumeQueue};
 
@@ -35,7 +34,7 @@ enum Hold {
 pub(super) struct RbdQueue {
     index: u16,
     shared: Arc<Shared>,
-    image: Arc<Image>,
+    served: Served,
     inbox: Arc<Inbox>,
     requests: Vec<Option<Request>>,
     free: Vec<usize>,
@@ -70,7 +69,7 @@ impl RbdQueue {
     pub(super) fn new(
         index: u16,
         shared: &Arc<Shared>,
-        image: Arc<Image>,
+        served: Served,
         inbox: Arc<Inbox>,
     ) -> io::Result<Self> {
         let timer = Timer::new()?;
@@ -81,7 +80,7 @@ impl RbdQueue {
         let mut queue = Self {
             index,
             shared: Arc::clone(shared),
-            image,
+            served,
             inbox,
             requests: Vec::new(),
             free: Vec::new(),
@@ -156,9 +155,16 @@ impl RbdQueue {
     }
 
     fn send_piece(&mut self, slot: usize, piece: Piece) {
-        let flight = Flight::new(&self.inbox, slot, piece, &self.image);
-        // SAFETY: the submitter vouches for the buffers until the request is done.
-        if let Err(error) = unsafe { flight.send(&self.image) } {
+        let image = &self.served.image;
+        let direct = self.served.objects.as_deref();
+        let direct = direct.and_then(|objects| Some((objects, objects.place(&piece)?)));
+        let flight = Flight::new(&self.inbox, slot, piece, image);
+        let sent = match direct {
+            Some((objects, place)) => flight.send_to(objects, place),
+            // SAFETY: the submitter vouches for the buffers until the request is done.
+            None => unsafe { flight.send(image) },
+        };
+        if let Err(error) = sent {
             tracing::warn!(image = self.shared.spec(), %error, "a request could not be sent");
             self.shared.judge(&error);
             self.request(slot).came_back(Err(io_error(&error)));
@@ -191,6 +197,9 @@ impl RbdQueue {
             if let Err(error) = result {
                 let op = flight.piece.op;
                 tracing::debug!(image = self.shared.spec(), ?op, %error, "request failed");
+            }
+            if let Some(objects) = &self.served.objects {
+                objects.changed(flight.piece.op, flight.piece.len);
             }
             let is_read = matches!(flight.piece.op, Op::Read { .. });
             let request = self.request(slot);

@@ -19,6 +19,7 @@ use baton_protocol::{Epoch, SessionId, VolumeId};
 use super::handover::Handover;
 use super::image::Image;
 use super::inbox::{Budget, Inbox};
+use super::objects::Objects;
 use super::opening::{self, Opened};
 use super::queue::RbdQueue;
 use super::register::Register;
@@ -82,9 +83,17 @@ pub(super) struct Shared {
     done: Condvar,
 }
 
+/// What queues send to.
+#[derive(Clone, Debug)]
+pub(super) struct Served {
+    pub(super) image: Arc<Image>,
+    /// `None`: all goes through librbd.
+    pub(super) objects: Option<Arc<Objects>>,
+}
+
 pub(super) struct Hub {
     /// Until the volume is closed.
-    image: Option<Arc<Image>>,
+    served: Option<Served>,
     pub(super) queues: BTreeMap<u16, Weak<Inbox>>,
     pub(super) handover: Handover,
     /// Queues to which the cluster does not answer.
@@ -292,11 +301,11 @@ impl Shared {
 
     /// The volume's thread: tells what there is to tell, until the volume is to
     /// be closed; then the image, and whether it is given back.
-    fn watch(&self) -> (Option<Arc<Image>>, bool) {
+    fn watch(&self) -> (Option<Served>, bool) {
         let mut hub = self.hub();
         loop {
             if let Some(give_back) = hub.closing {
-                return (hub.image.take(), give_back);
+                return (hub.served.take(), give_back);
             }
             let (state, listener) = (self.state(&hub), hub.listener.clone());
             if state != hub.told {
@@ -308,10 +317,13 @@ impl Shared {
                 hub = self.hub();
             } else if self.updated.swap(false, Ordering::AcqRel)
                 && !self.is_over()
-                && let Some(image) = hub.image.clone()
+                && let Some(served) = hub.served.clone()
             {
                 drop(hub);
-                self.look_at_size(&image, listener.as_deref());
+                self.look_at_size(&served.image, listener.as_deref());
+                if let Some(objects) = &served.objects {
+                    objects.look();
+                }
                 hub = self.hub();
             } else {
                 hub = self.news.wait(hub).unwrap_or_else(PoisonError::into_inner);
@@ -374,7 +386,7 @@ impl RbdVolume {
     }
 
     fn start(uri: &RbdUri, options: &OpenOptions, opened: Opened) -> io::Result<Self> {
-        let Opened { image, register, record, claimed, size_bytes, read_only, opened_after } =
+        let Opened { served, register, record, claimed, size_bytes, read_only, opened_after } =
             opened;
         let mut id = [0; 20];
         for (to, from) in id.iter_mut().zip(register.id().bytes()) {
@@ -406,7 +418,7 @@ impl RbdVolume {
             },
             course: AtomicU64::new(u64::from(held)),
             hub: Mutex::new(Hub {
-                image: Some(Arc::clone(&image)),
+                served: Some(served.clone()),
                 queues: BTreeMap::new(),
                 handover: Handover::new(record),
                 down: BTreeSet::new(),
@@ -419,8 +431,8 @@ impl RbdVolume {
             work: Condvar::new(),
             done: Condvar::new(),
         });
-        let watch = Watch::begin(&image, &shared)?;
-        drop(image);
+        let watch = Watch::begin(&served.image, &shared)?;
+        drop(served);
         let hands_over = options.handoff && !read_only;
         let access = if hands_over {
             let observer = opening::observer(uri, options);
@@ -432,8 +444,8 @@ impl RbdVolume {
         thread::Builder::new().name("rbd-control".to_owned()).spawn(move || {
             // Also when the thread panics: `close` must not wait in vain.
             let _closed = SayClosed(&watched);
-            let (image, give_back) = watched.watch();
-            let Some(image) = image else { return };
+            let (served, give_back) = watched.watch();
+            let Some(served) = served else { return };
             if let Some(access) = access {
                 watched.work.notify_all();
                 let _ = access.join();
@@ -441,9 +453,9 @@ impl RbdVolume {
             if give_back && !watched.read_only() && !watched.is_over() {
                 watched.give_back(&register);
             }
-            watch.end(&image);
+            watch.end(&served.image);
             // Closes it, unless a queue is still there.
-            drop((register, image));
+            drop((register, served));
         })?;
         Ok(Self { shared, hands_over })
     }
@@ -480,13 +492,13 @@ impl Volume for RbdVolume {
         let refuse = |why| QueueError::System(io::Error::new(io::ErrorKind::InvalidInput, why));
         let inbox = Arc::new(Inbox::new(&self.shared)?);
         let mut hub = self.shared.hub();
-        let image = hub.image.clone().ok_or_else(|| refuse("the volume is closed"))?;
+        let served = hub.served.clone().ok_or_else(|| refuse("the volume is closed"))?;
         if hub.queues.contains_key(&index) {
             return Err(refuse("this queue is open already"));
         }
         hub.queues.insert(index, Arc::downgrade(&inbox));
         drop(hub);
-        let queue = RbdQueue::new(index, &self.shared, image, inbox);
+        let queue = RbdQueue::new(index, &self.shared, served, inbox);
         let queue = queue.inspect_err(|_| self.shared.queue_closed(index))?;
         Ok(Box::new(queue))
     }

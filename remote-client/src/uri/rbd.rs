@@ -1,4 +1,4 @@
-//! `rbd://POOL/IMAGE[@SNAPSHOT][?conf=PATH&id=USER&namespace=NAME]`.
+//! `rbd://POOL/IMAGE[@SNAPSHOT][?conf=PATH&id=USER&namespace=NAME&direct-reads=off]`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -20,6 +20,8 @@ pub struct RbdUri {
     pub conf: Option<PathBuf>,
     /// Ceph user, without `client.`; `None`: `admin`.
     pub id: Option<String>,
+    /// Reads may go past librbd to the image's objects.
+    pub direct_reads: bool,
 }
 
 impl RbdUri {
@@ -59,6 +61,7 @@ pub(super) fn parse(rest: &str) -> Result<VolumeUri, UriError> {
         namespace: None,
         conf: None,
         id: None,
+        direct_reads: true,
     };
     for pair in query.split('&').filter(|_| rest.contains('?')) {
         match pair.split_once('=') {
@@ -67,6 +70,7 @@ pub(super) fn parse(rest: &str) -> Result<VolumeUri, UriError> {
             Some(("namespace", space)) if uri.namespace.is_none() => {
                 uri.namespace = Some(name(space)?);
             }
+            Some(("direct-reads", "off")) if uri.direct_reads => uri.direct_reads = false,
             _ => return Err(UriError::Unexpected(pair.to_owned(), "rbd")),
         }
     }
@@ -90,7 +94,13 @@ impl fmt::Display for RbdUri {
         }
         let conf = self.conf.as_deref().map(|path| shown(path).into_owned());
         let mut before = '?';
-        for (key, value) in [("conf", &conf), ("id", &self.id), ("namespace", &self.namespace)] {
+        let direct = (!self.direct_reads).then(|| "off".to_owned());
+        for (key, value) in [
+            ("conf", &conf),
+            ("id", &self.id),
+            ("namespace", &self.namespace),
+            ("direct-reads", &direct),
+        ] {
             if let Some(value) = value {
                 write!(f, "{before}{key}={}", Escaped(value))?;
                 before = '&';
@@ -118,18 +128,20 @@ mod tests {
             namespace: None,
             conf: None,
             id: None,
+            direct_reads: true,
         };
         let full = RbdUri {
             snapshot: Some("before upgrade".to_owned()),
             namespace: Some("east".to_owned()),
             conf: Some(PathBuf::from("/etc/ceph/a&b.conf")),
             id: Some("baton".to_owned()),
+            direct_reads: false,
             ..plain.clone()
         };
         for (text, uri, spec) in [
             ("rbd://vms/web", &plain, "vms/web"),
             (
-                "rbd://vms/web@before%20upgrade?conf=/etc/ceph/a%26b.conf&id=baton&namespace=east",
+                "rbd://vms/web@before%20upgrade?conf=/etc/ceph/a%26b.conf&id=baton&namespace=east&direct-reads=off",
                 &full,
                 "vms/east/web@before upgrade",
             ),
@@ -151,6 +163,7 @@ mod tests {
             ("rbd://vms/web@a@b", "write rbd://POOL/IMAGE"),
             ("rbd://vms/web?", "`` has no place in a rbd:// URI"),
             ("rbd://vms/web?x=1", "`x=1` has no place in a rbd:// URI"),
+            ("rbd://vms/web?direct-reads=on", "`direct-reads=on` has no place"),
             ("rbd://vms/web?id=a&id=b", "`id=b` has no place"),
             ("rbd://vms/web?id=", "write rbd://POOL/IMAGE"),
             ("rbd://vms/web?conf=ceph.conf", "not an absolute path"),
