@@ -14,6 +14,9 @@ use baton_backend::handoff::{CooperativeVm, MemberHandle, VmHandoff};
 use baton_backend::socket::{FrontEnds, Permissions};
 use baton_remote_client::{Fence, OpenOptions, Volume, VolumeUri};
 use clap::Parser;
+// Its `malloc` is the process's: what one of Ceph's threads takes another gives back, which costs
+// the C library's a tenth of all that a request of an image takes (docs/performance.md).
+use mimalloc as _;
 use nix::sys::signal::{SigSet, Signal};
 
 /// Wrong flags or configuration.

@@ -165,3 +165,15 @@ fn a_fence_by_mistake_is_undone_under_a_running_guest() {
     assert!(backend.daemon.terminate(SOON).unwrap().success());
     op.does(&["volume", "delete", "a", "--yes"]);
 }
+
+/// Nothing in the backend's code names its allocator, so nothing else would notice that it is not there any more.
+#[test]
+fn the_backends_malloc_is_its_own() {
+    let output = Command::new(program("baton-backend").unwrap())
+        .arg("--version")
+        .env("MIMALLOC_VERBOSE", "1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("mimalloc: process init"), "{said}");
+}
