@@ -276,6 +276,8 @@ keyring = {dir}/osd/keyring
 osd objectstore = {store}
 # Taken as it is needed.
 memstore device bytes = 8589934592
+# Else an object is a list of all the writes that it was made of, which each read and write goes through.
+memstore page set = true
 # A sparse file.
 bluestore block size = 1073741824
 bluestore block create = true
