@@ -82,7 +82,7 @@ pub struct DiskServer {
 }
 
 impl DiskServer {
-    /// Starts the queue threads of a disk on an open volume.
+    /// Starts the threads of a disk's queues on an open volume.
     ///
     /// # Errors
     /// When the process is out of threads or descriptors.
@@ -120,9 +120,14 @@ impl DiskServer {
         }));
         // It may have grown before the listener was there.
         disk.size_bytes.fetch_max(disk.volume.geometry().size_bytes, Ordering::Relaxed);
-        let queues = (0..num_queues)
-            .map(|index| QueueHandle::spawn(index, Arc::clone(&disk), options.poll_us))
-            .collect::<io::Result<Vec<_>>>()?;
+        // More threads than may run at once would only take turns, and cost a switch for each request.
+        let threads = match disk.volume.blocks() {
+            true => usize::from(num_queues),
+            false => {
+                std::thread::available_parallelism().map_or(usize::from(num_queues), usize::from)
+            }
+        };
+        let queues = QueueHandle::spawn_all(&disk, num_queues, threads, options.poll_us)?;
         // Connections stand before rings start: the guest of a move or of a restarted backend is waiting then.
         if disk.volume.handoff().is_some() {
             for queue in &queues {

@@ -8,7 +8,7 @@
 //! | [`descriptors`] | room for open files |
 //! | [`disk`] | one disk: its volume, its queues, its front-ends one after another |
 //! | [`vhost_user`] | the protocol with the front-end |
-//! | [`queue`] | one thread per queue: ring, storage and back |
+//! | [`queue`] | queues and their threads: ring, storage and back |
 //! | [`virtqueue`] | the ring in guest memory |
 //! | [`virtio_blk`] | what requests mean |
 //! | [`memory`], [`iovecs`] | guest memory and buffers in it |

@@ -166,6 +166,10 @@ impl Volume for FileVolume {
         self.geometry
     }
 
+    fn blocks(&self) -> bool {
+        true
+    }
+
     fn state(&self) -> VolumeState {
         VolumeState::Connected
     }

@@ -171,6 +171,12 @@ pub trait Volume: Send + Sync + Debug {
     /// Sets who is told of events (one listener; a later call replaces it).
     fn set_listener(&self, listener: EventListener);
 
+    /// A request may hold up the thread that submits it, so that each queue wants
+    /// one of its own.
+    fn blocks(&self) -> bool {
+        false
+    }
+
     /// The way to hand the volume over to another host, where the storage can
     /// and [`crate::OpenOptions::handoff`] asked for it.
     fn handoff(&self) -> Option<&dyn HandoffPort> {

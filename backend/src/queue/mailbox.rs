@@ -13,7 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::polling::Polling;
-use super::worker::{Source, Worker};
+use super::thread::{QueueThread, Source};
 use super::{Disk, RingSetup, RingStart};
 
 /// What the control thread tells a queue.
@@ -36,11 +36,25 @@ pub(super) struct Mailbox {
     pub(super) wake: EventFd,
 }
 
-/// The control thread's end of a queue. Dropping it ends the thread.
+/// The control thread's end of a queue. Dropping it ends the queue, and with the last of a thread's queues
+/// that.
 #[derive(Debug)]
 pub struct QueueHandle {
     mailbox: Arc<Mailbox>,
-    thread: Option<JoinHandle<()>>,
+    // Goes after the queue was told.
+    _thread: Arc<Joined>,
+}
+
+/// A thread that is waited for.
+#[derive(Debug)]
+struct Joined(Option<JoinHandle<()>>);
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 /// A drain under way.
@@ -72,22 +86,47 @@ impl Draining {
 }
 
 impl QueueHandle {
-    /// Starts the thread, which looks up to `poll_us` for more work before it sleeps.
+    /// Starts the threads of a disk's queues, `threads` or as many as there are
+    /// queues; each looks up to `poll_us` for more work before it sleeps.
     ///
     /// # Errors
     /// When the process is out of descriptors or threads.
-    pub fn spawn(index: u16, disk: Arc<Disk>, poll_us: u64) -> io::Result<Self> {
-        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let mailbox = Arc::new(Mailbox { commands: Mutex::default(), wake });
+    pub fn spawn_all(
+        disk: &Arc<Disk>,
+        queues: u16,
+        threads: usize,
+        poll_us: u64,
+    ) -> io::Result<Vec<Self>> {
+        let threads = threads.clamp(1, usize::from(queues).max(1));
+        let mut handles = Vec::new();
+        for first in 0..threads {
+            let indices = (0..queues).skip(first).step_by(threads).collect();
+            handles.extend(Self::spawn(disk, indices, poll_us)?);
+        }
+        handles.sort_by_key(|(index, _)| *index);
+        Ok(handles.into_iter().map(|(_, handle)| handle).collect())
+    }
+
+    /// Starts one thread for these queues.
+    fn spawn(disk: &Arc<Disk>, indices: Vec<u16>, poll_us: u64) -> io::Result<Vec<(u16, Self)>> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(&mailbox.wake, EpollEvent::new(EpollFlags::EPOLLIN, Source::Mailbox as u64))?;
+        let mut mailboxes = Vec::new();
+        for (slot, _) in indices.iter().enumerate() {
+            let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+            let data = Source::Mailbox.token(slot);
+            epoll.add(&wake, EpollEvent::new(EpollFlags::EPOLLIN, data))?;
+            mailboxes.push(Arc::new(Mailbox { commands: Mutex::default(), wake }));
+        }
+        let queues = indices.iter().copied().zip(mailboxes.iter().cloned()).collect();
         let polling = Polling::new(poll_us, Instant::now);
-        let theirs = Arc::clone(&mailbox);
+        let theirs = Arc::clone(disk);
         let thread = thread::Builder::new()
-            .name(format!("{}-q{index}", disk.name))
+            .name(format!("{}-q{}", disk.name, indices.first().copied().unwrap_or_default()))
             .stack_size(256 << 10)
-            .spawn(move || Worker::new(index, disk, theirs, epoll, polling).run())?;
-        Ok(Self { mailbox, thread: Some(thread) })
+            .spawn(move || QueueThread::new(&theirs, queues, epoll, polling).run())?;
+        let thread = Arc::new(Joined(Some(thread)));
+        let handle = |mailbox| Self { mailbox, _thread: Arc::clone(&thread) };
+        Ok(indices.into_iter().zip(mailboxes.into_iter().map(handle)).collect())
     }
 
     /// Starts the ring. Requests found in the in-flight table are done first.
@@ -142,8 +181,5 @@ impl QueueHandle {
 impl Drop for QueueHandle {
     fn drop(&mut self) {
         self.send(Command::Exit);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
     }
 }

@@ -1,5 +1,6 @@
-//! One thread per queue: it owns the ring, the volume queue and everything in
-//! between, so a request meets no lock, no channel and no second thread.
+//! Each queue is of one thread: it owns the ring, the volume queue and everything
+//! in between, so a request meets no lock, no channel and no second thread. There
+//! are as many threads as queues, or as CPUs for the process if those are fewer.
 //!
 //! ```text
 //!   kick ----\
@@ -11,7 +12,8 @@
 //! | module | noun |
 //! |---|---|
 //! | [`mailbox`] | how the control thread tells a queue what to do |
-//! | `worker` | the thread: what wakes it, and the life of its ring |
+//! | `thread` | what wakes a thread, and in which order it serves its queues |
+//! | `worker` | a queue on its thread: the life of its ring |
 //! | `intake` | from the ring to the storage |
 //! | `completion` | from the storage to the used ring |
 //! | `order` | in which order completions are shown while a migration runs |
@@ -38,6 +40,7 @@ mod intake;
 mod order;
 mod pending;
 mod polling;
+mod thread;
 mod worker;
 
 /// What all queues of a disk share.

@@ -1,4 +1,4 @@
-//! The thread of a queue: what wakes it, and the life of its ring.
+//! A queue on its thread: the life of its ring.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -6,34 +6,16 @@ use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 
 use baton_remote_client::{Completion, VolumeQueue};
-use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 
 use super::mailbox::{Command, Mailbox};
 use super::order::Order;
 use super::pending::{Held, Pending, Stage};
-use super::polling::Polling;
+use super::thread::Source;
 use super::{Disk, RingSetup, RingStart};
 use crate::inflight::InflightRing;
 use crate::log_limit::LogLimit;
 use crate::virtqueue::{Chain, Virtqueue};
-
-/// What woke the thread.
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[repr(u64)]
-pub(super) enum Source {
-    Mailbox = 0,
-    Kick = 1,
-    Volume = 2,
-}
-
-/// How the thread waits for the next thing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Next {
-    /// Not at all: there is more to do, or soon will be.
-    Look,
-    /// Until something wakes it.
-    Sleep,
-}
 
 #[derive(Debug)]
 pub(super) struct Running {
@@ -52,9 +34,12 @@ pub(super) struct Running {
 
 pub(super) struct Worker {
     pub(super) index: u16,
+    /// Among the queues of its thread.
+    slot: usize,
     pub(super) disk: Arc<Disk>,
-    pub(super) mailbox: Arc<Mailbox>,
-    pub(super) epoll: Epoll,
+    mailbox: Arc<Mailbox>,
+    /// Its thread's.
+    epoll: Rc<Epoll>,
     pub(super) ring: Option<Running>,
     pub(super) io: Option<Box<dyn VolumeQueue>>,
     /// Requests that `io` was opened for.
@@ -72,21 +57,21 @@ pub(super) struct Worker {
     pub(super) guest_errors: LogLimit,
     /// Apart, so that a flood of bad requests does not hide the end of a ring.
     pub(super) breaks: LogLimit,
+    /// It was given up.
     pub(super) exit: bool,
-    /// `None`: sleeps at once when there is nothing to do.
-    polling: Option<Polling>,
 }
 
 impl Worker {
     pub(super) fn new(
         index: u16,
+        slot: usize,
         disk: Arc<Disk>,
         mailbox: Arc<Mailbox>,
-        epoll: Epoll,
-        polling: Option<Polling>,
+        epoll: Rc<Epoll>,
     ) -> Self {
         Self {
             index,
+            slot,
             disk,
             mailbox,
             epoll,
@@ -103,57 +88,10 @@ impl Worker {
             guest_errors: LogLimit::default(),
             breaks: LogLimit::default(),
             exit: false,
-            polling,
         }
     }
 
-    pub(super) fn run(mut self) {
-        let mut next = Next::Sleep;
-        while !self.exit {
-            next = self.round(next);
-        }
-    }
-
-    /// Waits as said, and does what there is then. The result is how to wait next.
-    fn round(&mut self, how: Next) -> Next {
-        // Mailbox, kick, and what the volume has: a socket, a timer and a notification.
-        let mut events = [EpollEvent::empty(); 8];
-        let timeout = match how {
-            // Only look at what else is there.
-            Next::Look => EpollTimeout::ZERO,
-            Next::Sleep => EpollTimeout::NONE,
-        };
-        let count = match self.epoll.wait(&mut events, timeout) {
-            Ok(count) => count,
-            Err(nix::Error::EINTR) => return how,
-            // The descriptor is ours and valid: nothing else can happen.
-            Err(error) => panic!("epoll_wait on the queue's own descriptor: {error}"),
-        };
-        let woken = self.polling.as_ref().map(Polling::now);
-        let before = self.taken;
-        let woken_by = |source: Source| events[..count].iter().any(|e| e.data() == source as u64);
-        if woken_by(Source::Mailbox) {
-            self.read_mailbox();
-        }
-        if woken_by(Source::Volume) {
-            self.poll_volume();
-        }
-        self.take_all();
-        self.send();
-        self.disk.status.set_in_flight(self.index, self.in_flight);
-        if let (Some(polling), Some(woken)) = (&mut self.polling, woken) {
-            if count > 0 || self.taken != before {
-                polling.found(woken);
-            }
-            // Kicks stay unwanted: the look finds the request.
-            if polling.look_again(self.in_flight) {
-                return Next::Look;
-            }
-        }
-        if self.ask_for_kicks() { Next::Look } else { Next::Sleep }
-    }
-
-    fn read_mailbox(&mut self) {
+    pub(super) fn read_mailbox(&mut self) {
         let _ = self.mailbox.wake.read();
         loop {
             let command = self.mailbox.commands.lock().expect("no panic while held").pop_front();
@@ -182,12 +120,22 @@ impl Worker {
                 Some(Command::Abandon(answer)) => {
                     let _ = answer.send(self.abandon());
                 }
-                Some(Command::Exit) => self.exit = true,
+                Some(Command::Exit) => self.give_up(),
             }
         }
     }
 
-    fn start(&mut self, start: RingStart) -> io::Result<()> {
+    /// Nothing of it is left on a thread that goes on for others.
+    fn give_up(&mut self) {
+        self.exit = true;
+        self.stop_ring();
+        // With what is in flight: nothing touches the guest's memory any more.
+        self.io = None;
+        self.pending.clear();
+        let _ = self.epoll.delete(&self.mailbox.wake);
+    }
+
+    pub(super) fn start(&mut self, start: RingStart) -> io::Result<()> {
         let RingStart { setup, kick, base, mut inflight } = start;
         // A ring that is still there was never stopped by the front-end.
         self.stop_ring();
@@ -201,7 +149,7 @@ impl Worker {
         self.connect(usize::from(size))?;
         // Edge-triggered: a kick need not be read to be forgotten.
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
-        self.epoll.add(kick.as_fd(), EpollEvent::new(flags, Source::Kick as u64))?;
+        self.epoll.add(kick.as_fd(), EpollEvent::new(flags, Source::Kick.token(self.slot)))?;
         let used_idx = setup.addresses.used_idx();
         let mut again = inflight.as_mut().map(|table| table.resume(used_idx)).unwrap_or_default();
         again.retain(|head| *head < size);
@@ -259,7 +207,7 @@ impl Worker {
             return Ok(());
         }
         let mut io = self.disk.volume.open_queue(self.index, depth).map_err(io::Error::other)?;
-        io.watch_in(&self.epoll, Source::Volume as u64)?;
+        io.watch_in(&self.epoll, Source::Volume.token(self.slot))?;
         (self.io, self.depth) = (Some(io), depth);
         Ok(())
     }
@@ -360,7 +308,7 @@ impl Worker {
     /// tell of: one ring full at most was taken. They have to wait for a look at
     /// answers and commands, or a guest that refills the ring as fast as it is emptied
     /// could keep those waiting for ever.
-    fn ask_for_kicks(&mut self) -> bool {
+    pub(super) fn ask_for_kicks(&mut self) -> bool {
         let Some(ring) = &mut self.ring else { return false };
         if ring.broken || ring.draining.is_some() {
             return false;
@@ -375,7 +323,7 @@ impl Worker {
 
     /// Sends what was submitted; a driver that answers at once may make a
     /// flush follow, which is to be sent too.
-    fn send(&mut self) {
+    pub(super) fn send(&mut self) {
         while std::mem::take(&mut self.unsent) {
             if let Some(io) = &mut self.io {
                 io.send(&mut self.completions);
@@ -384,6 +332,7 @@ impl Worker {
         }
         // Requests that were answered without the storage.
         self.publish();
+        self.disk.status.set_in_flight(self.index, self.in_flight);
     }
 }
 
@@ -400,6 +349,3 @@ fn at_storage(pending: &[Pending]) -> Vec<u16> {
 pub(super) fn signal(event: &OwnedFd) {
     let _ = nix::unistd::write(event, &1u64.to_ne_bytes());
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,17 +1,21 @@
 //! A thread's rounds one by one, on a ring in memory and under a clock that the test moves.
 
+use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use baton_remote_client::{OpenOptions, Volume, open};
-use nix::sys::epoll::EpollCreateFlags;
+use nix::sys::epoll::{EpollCreateFlags, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::*;
 use crate::inflight::MadeHere;
 use crate::memory::GuestMemory;
 use crate::memory::tests::region;
+use crate::queue::mailbox::Command;
+use crate::queue::worker::signal;
+use crate::queue::{RingSetup, RingStart};
 use crate::status::DiskStatus;
 use crate::virtqueue::RingAddresses;
 
@@ -109,8 +113,57 @@ impl Clock {
     }
 }
 
+/// A thread with a ring that runs for each of the drivers.
+fn serving(
+    drivers: &[Arc<Mutex<Driver>>],
+    polling: Option<Polling>,
+) -> (QueueThread, Vec<Arc<Mailbox>>, tempfile::TempDir) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("disk.img");
+    std::fs::write(&file, vec![0; 4096]).expect("written");
+    let uri = format!("file://{}", file.display());
+    let volume: Arc<dyn Volume> = open(&uri, &OpenOptions::new("h:vm")).expect("a volume");
+    let disk = Arc::new(Disk {
+        name: "disk".to_owned(),
+        size_bytes: AtomicU64::new(volume.geometry().size_bytes),
+        volume,
+        read_only: false,
+        id: [7; 20],
+        inflight_made: MadeHere::default(),
+        status: DiskStatus::new(u16::try_from(drivers.len()).expect("few")),
+        member: None,
+    });
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("an epoll");
+    let mailbox = |slot| {
+        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).expect("an eventfd");
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Mailbox.token(slot));
+        epoll.add(&wake, event).expect("watched");
+        Arc::new(Mailbox { commands: Mutex::default(), wake })
+    };
+    let mailboxes: Vec<_> = (0..drivers.len()).map(mailbox).collect();
+    let queues = (0..).zip(mailboxes.clone()).collect();
+    let mut thread = QueueThread::new(&disk, queues, epoll, polling);
+    for (worker, driver) in thread.workers.iter_mut().zip(drivers) {
+        let driver = driver.lock().expect("not poisoned");
+        let setup = RingSetup {
+            addresses: driver.addresses(),
+            event_idx: driver.event_idx,
+            write_through: false,
+            call: None,
+            err: None,
+            log: None,
+            log_used_at: None,
+        };
+        let kick = Arc::clone(&driver.kick);
+        worker.start(RingStart { setup, kick, base: 0, inflight: None }).expect("it starts");
+        // As the round does that started it.
+        assert!(!worker.ask_for_kicks());
+    }
+    (thread, mailboxes, dir)
+}
+
 struct Bench {
-    worker: Worker,
+    thread: QueueThread,
     driver: Arc<Mutex<Driver>>,
     clock: Arc<Mutex<Clock>>,
     limit: Duration,
@@ -120,24 +173,6 @@ struct Bench {
 impl Bench {
     /// A ring that runs, and a guest that asked for nothing yet.
     fn new(poll_us: u64, event_idx: bool) -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let file = dir.path().join("disk.img");
-        std::fs::write(&file, vec![0; 4096]).expect("written");
-        let uri = format!("file://{}", file.display());
-        let volume: Arc<dyn Volume> = open(&uri, &OpenOptions::new("h:vm")).expect("a volume");
-        let disk = Arc::new(Disk {
-            name: "disk".to_owned(),
-            size_bytes: AtomicU64::new(volume.geometry().size_bytes),
-            volume,
-            read_only: false,
-            id: [7; 20],
-            inflight_made: MadeHere::default(),
-            status: DiskStatus::new(1),
-            member: None,
-        });
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("an epoll");
-        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).expect("an eventfd");
-        let mailbox = Arc::new(Mailbox { commands: Mutex::default(), wake });
         let driver = Arc::new(Mutex::new(Driver::new(event_idx)));
         let clock = Arc::new(Mutex::new(Clock {
             now: Instant::now(),
@@ -147,25 +182,8 @@ impl Bench {
         }));
         let theirs = Arc::clone(&clock);
         let polling = Polling::new(poll_us, move || theirs.lock().expect("not poisoned").read());
-        let mut worker = Worker::new(0, disk, mailbox, epoll, polling);
-        let (addresses, kick) = {
-            let driver = driver.lock().expect("not poisoned");
-            (driver.addresses(), Arc::clone(&driver.kick))
-        };
-        let setup = RingSetup {
-            addresses,
-            event_idx,
-            write_through: false,
-            call: None,
-            err: None,
-            log: None,
-            log_used_at: None,
-        };
-        let start = RingStart { setup, kick, base: 0, inflight: None };
-        worker.start(start).expect("it starts");
-        // As the round does that started it.
-        assert!(!worker.ask_for_kicks());
-        Self { worker, driver, clock, limit: Duration::from_micros(poll_us), _dir: dir }
+        let (thread, _, dir) = serving(std::slice::from_ref(&driver), polling);
+        Self { thread, driver, clock, limit: Duration::from_micros(poll_us), _dir: dir }
     }
 
     /// A request `after` the last was done, which the sleeping thread is kicked for.
@@ -173,7 +191,7 @@ impl Bench {
         self.clock.lock().expect("not poisoned").now += after;
         let kicked = self.driver.lock().expect("not poisoned").offer();
         assert!(kicked, "a guest was not to kick a thread that sleeps");
-        let next = self.worker.round(Next::Sleep);
+        let next = self.thread.round(Next::Sleep);
         assert!(self.is_answered());
         next
     }
@@ -184,7 +202,7 @@ impl Bench {
         while next == Next::Look {
             looks += 1;
             assert!(looks < 1000, "the thread does not give the core back");
-            next = self.worker.round(next);
+            next = self.thread.round(next);
         }
         looks
     }
@@ -250,4 +268,79 @@ fn a_request_that_comes_as_the_thread_falls_asleep_is_not_forgotten() {
         }
         assert!(moments > 10, "{moments}");
     }
+}
+
+fn offer(driver: &Mutex<Driver>) -> bool {
+    driver.lock().expect("not poisoned").offer()
+}
+
+fn is_answered(driver: &Mutex<Driver>) -> bool {
+    driver.lock().expect("not poisoned").is_answered()
+}
+
+fn drivers(count: usize, event_idx: bool) -> Vec<Arc<Mutex<Driver>>> {
+    (0..count).map(|_| Arc::new(Mutex::new(Driver::new(event_idx)))).collect()
+}
+
+#[test]
+fn a_round_serves_every_queue_that_has_something_and_asks_for_the_next() {
+    for event_idx in [true, false] {
+        let drivers = drivers(3, event_idx);
+        let (mut thread, _mailboxes, _dir) = serving(&drivers, None);
+        for had in [vec![0, 1, 2], vec![1], vec![0, 2], vec![2]] {
+            for one in &had {
+                assert!(offer(&drivers[*one]), "queue {one} did not ask for a kick");
+            }
+            assert_eq!(thread.round(Next::Sleep), Next::Sleep);
+            for (one, driver) in drivers.iter().enumerate() {
+                assert!(is_answered(driver), "queue {one} of {had:?}");
+            }
+        }
+    }
+}
+
+/// Who looks, looks at all of them, and whoever it is that then comes last is not forgotten.
+#[test]
+fn while_one_queue_keeps_the_thread_looking_no_other_needs_a_kick() {
+    for event_idx in [true, false] {
+        let drivers = drivers(2, event_idx);
+        let start = Instant::now();
+        let polling = Polling::new(100, move || start);
+        let (mut thread, _mailboxes, _dir) = serving(&drivers, polling);
+        let mut next = Next::Sleep;
+        for _ in 0..3 {
+            offer(&drivers[0]);
+            next = thread.round(next);
+        }
+        assert_eq!(next, Next::Look, "the clock stands still, so the thread looks");
+        assert_eq!(thread.round(next), Next::Look);
+        // With EVENT_IDX a wish for a kick is taken back only by what comes.
+        assert_eq!(offer(&drivers[1]), event_idx);
+        thread.round(next);
+        assert!(is_answered(&drivers[1]));
+    }
+}
+
+#[test]
+fn a_queue_that_is_given_up_leaves_the_others_of_its_thread_alone() {
+    let drivers = drivers(2, true);
+    let (mut thread, mailboxes, _dir) = serving(&drivers, None);
+    let tell = |mailbox: &Mailbox| {
+        mailbox.commands.lock().expect("not poisoned").push_back(Command::Exit);
+        mailbox.wake.write(1).expect("told");
+    };
+    tell(&mailboxes[0]);
+    // In the same round as a request.
+    assert!(offer(&drivers[1]));
+    assert_eq!(thread.round(Next::Sleep), Next::Sleep);
+    assert!(is_answered(&drivers[1]));
+    offer(&drivers[0]);
+    for _ in 0..3 {
+        assert!(offer(&drivers[1]));
+        assert_eq!(thread.round(Next::Sleep), Next::Sleep);
+        assert!(is_answered(&drivers[1]) && !is_answered(&drivers[0]));
+    }
+    tell(&mailboxes[1]);
+    // It ends by itself.
+    thread.run();
 }
