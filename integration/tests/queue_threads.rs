@@ -45,7 +45,7 @@ fn queues_on_one_cpu_share_a_thread_and_serve_the_disk_through_a_kill_of_the_ser
 fn serve_through_kills(backend: &Backend, storage: &mut Storage) {
     assert_eq!(queue_threads(backend), 1);
     let mut front_end = connect(backend);
-    let queues: Vec<_> = (0..QUEUES.into()).map(|index| front_end.take_queue(index)).collect();
+    let queues: Vec<_> = (0..QUEUES).map(|index| front_end.take_queue(index)).collect();
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0_u8..)
