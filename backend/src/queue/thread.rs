@@ -40,8 +40,9 @@ pub(super) struct QueueThread {
     epoll: Rc<Epoll>,
     /// By slot.
     pub(super) workers: Vec<Worker>,
-    /// What woke each: a bit per source.
-    woken: Vec<u8>,
+    /// Mailbox, kick, and what a volume has: a socket, a timer and a notification.
+    /// What does not fit comes with the next round.
+    events: [EpollEvent; 32],
     /// `None`: sleeps at once when there is nothing to do.
     polling: Option<Polling>,
 }
@@ -60,8 +61,9 @@ impl QueueThread {
             Worker::new(index, slot, Arc::clone(disk), mailbox, Rc::clone(&epoll))
         };
         let workers: Vec<_> = queues.into_iter().enumerate().map(worker).collect();
-        let woken = vec![0; workers.len()];
-        Self { epoll, workers, woken, polling }
+        // A set of them is a word of bits.
+        assert!((1..=64).contains(&workers.len()), "a disk has 1 to 64 queues");
+        Self { epoll, workers, events: [EpollEvent::empty(); 32], polling }
     }
 
     /// Until all queues are given up.
@@ -74,15 +76,12 @@ impl QueueThread {
 
     /// Waits as said, and does what there is then. The result is how to wait next.
     pub(super) fn round(&mut self, how: Next) -> Next {
-        // Mailbox, kick, and what a volume has: a socket, a timer and a notification.
-        // What does not fit comes with the next round.
-        let mut events = [EpollEvent::empty(); 32];
         let timeout = match how {
             // Only look at what else is there.
             Next::Look => EpollTimeout::ZERO,
             Next::Sleep => EpollTimeout::NONE,
         };
-        let count = match self.epoll.wait(&mut events, timeout) {
+        let count = match self.epoll.wait(&mut self.events, timeout) {
             Ok(count) => count,
             Err(nix::Error::EINTR) => return how,
             // The descriptor is ours and valid: nothing else can happen.
@@ -90,32 +89,32 @@ impl QueueThread {
         };
         let woken_at = self.polling.as_ref().map(Polling::now);
         let before = taken(&self.workers);
-        self.woken.fill(0);
-        for event in &events[..count] {
-            let (slot, source) = (event.data() >> 2, event.data() & 3);
-            if let Some(woken) = usize::try_from(slot).ok().and_then(|s| self.woken.get_mut(s)) {
-                *woken |= 1 << source;
+        let (mut told, mut answered, mut due) = (0, 0, 0);
+        for event in &self.events[..count] {
+            let bit = 1_u64 << (event.data() >> 2 & 63);
+            due |= bit;
+            match event.data() & 3 {
+                source if source == Source::Mailbox as u64 => told |= bit,
+                source if source == Source::Volume as u64 => answered |= bit,
+                _ => {}
             }
         }
-        let is_due = |woken: u8| woken != 0 || how == Next::Look;
+        if how == Next::Look {
+            due = u64::MAX >> (64 - self.workers.len());
+        }
         // First what all have got, then what all send: who is on the other side of a volume, on the
         // same CPU perhaps, meets as many requests as there are.
-        for (worker, woken) in self.workers.iter_mut().zip(&self.woken) {
-            if woken & 1 << Source::Mailbox as u64 != 0 {
+        for slot in slots(due) {
+            let worker = &mut self.workers[slot];
+            if told & 1 << slot != 0 {
                 worker.read_mailbox();
             }
-            if woken & 1 << Source::Volume as u64 != 0 {
+            if answered & 1 << slot != 0 {
                 worker.poll_volume();
             }
-            if is_due(*woken) {
-                worker.take_all();
-            }
+            worker.take_all();
         }
-        for (worker, woken) in self.workers.iter_mut().zip(&self.woken) {
-            if is_due(*woken) {
-                worker.send();
-            }
-        }
+        slots(due).for_each(|slot| self.workers[slot].send());
         if let (Some(polling), Some(woken_at)) = (&mut self.polling, woken_at) {
             if count > 0 || taken(&self.workers) != before {
                 polling.found(woken_at);
@@ -126,16 +125,26 @@ impl QueueThread {
             }
         }
         // Who was not looked at has asked before.
-        let more = self.workers.iter_mut().zip(&self.woken).fold(false, |more, (worker, woken)| {
-            (is_due(*woken) && worker.ask_for_kicks()) || more
-        });
+        let mut more = false;
+        for slot in slots(due) {
+            more |= self.workers[slot].ask_for_kicks();
+        }
         if more { Next::Look } else { Next::Sleep }
     }
 }
 
 /// Counts requests taken, of all queues.
 fn taken(workers: &[Worker]) -> u64 {
-    workers.iter().fold(0, |sum, worker| sum.wrapping_add(worker.taken))
+    workers.iter().map(|worker| worker.taken).sum()
+}
+
+/// The places of the bits that are set.
+fn slots(mut set: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let slot = (set != 0).then(|| set.trailing_zeros() as usize)?;
+        set &= set - 1;
+        Some(slot)
+    })
 }
 
 #[cfg(test)]
