@@ -1,7 +1,7 @@
 //! Queues that share a thread, because the backend may use fewer CPUs than it has queues: they serve the disk as with a
 //! thread each, also when the storage comes back and when one of them is stopped.
 
-use baton_integration::baton::{Backend, Storage};
+use baton_integration::baton::{Backend, Storage, wait_until};
 use baton_integration::bench::cpu::{on_own_thread, pin_this_thread};
 use baton_integration::raw_frontend::{Options, RawFrontend};
 use baton_integration::workspace::TestDir;
@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 const QUEUES: u16 = 4;
+const SOON: Duration = Duration::from_secs(20);
 
 /// With a backend that may use one CPU only, as this test then.
 fn confined(dir: &TestDir, uri: &str, test: impl FnOnce(&Backend) + Send) {
@@ -20,7 +21,7 @@ fn confined(dir: &TestDir, uri: &str, test: impl FnOnce(&Backend) + Send) {
     });
 }
 
-/// Threads of the backend that serve queues.
+/// Threads of the backend that serve queues. A thread has its name when it has run.
 fn queue_threads(backend: &Backend) -> usize {
     let tasks =
         fs::read_dir(format!("/proc/{}/task", backend.daemon.pid())).unwrap().map(Result::unwrap);
@@ -43,7 +44,6 @@ fn queues_on_one_cpu_share_a_thread_and_serve_the_disk_through_a_kill_of_the_ser
 }
 
 fn serve_through_kills(backend: &Backend, storage: &mut Storage) {
-    assert_eq!(queue_threads(backend), 1);
     let mut front_end = connect(backend);
     let queues: Vec<_> = (0..QUEUES).map(|index| front_end.take_queue(index)).collect();
     let over = AtomicBool::new(false);
@@ -75,6 +75,7 @@ fn serve_through_kills(backend: &Backend, storage: &mut Storage) {
             assert!(worker.join().unwrap() > 0);
         }
     });
+    assert_eq!(queue_threads(backend), 1);
 }
 
 /// A ring that is stopped is nobody else's matter, and the next front-end finds all of them.
@@ -107,6 +108,7 @@ fn queues_of_a_local_file_have_a_thread_each() {
     let path = dir.join("disk.img");
     File::create(&path).unwrap().set_len(1 << 20).unwrap();
     confined(&dir, &format!("file://{}", path.display()), |backend| {
-        assert_eq!(queue_threads(backend), usize::from(QUEUES));
+        let each = || queue_threads(backend) == usize::from(QUEUES);
+        wait_until("each queue has its thread", SOON, each).unwrap();
     });
 }
