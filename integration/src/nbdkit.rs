@@ -91,9 +91,13 @@ fn launch(dir: &Path, name: &str, read_delay: Duration) -> Result<Daemon> {
     let _ = fs::remove_file(&socket);
     let log = format!("logfile={}", log(dir, name).display());
     let delay = format!("rdelay={}ms", read_delay.as_millis());
-    let args: [&OsStr; 10] = [
+    // Of several threads of a connection one may answer a client that was killed when another has
+    // closed it, which ends nbdkit 1.32 (`raw_send_socket: Assertion `sock >= 0' failed`).
+    let threads = if read_delay.is_zero() { "--threads=1" } else { "--threads=16" };
+    let args: [&OsStr; 11] = [
         "-f".as_ref(),
         "--exit-with-parent".as_ref(),
+        threads.as_ref(),
         "--filter=log".as_ref(),
         "--filter=delay".as_ref(),
         "-U".as_ref(),
