@@ -131,6 +131,7 @@ impl Worker {
         self.stop_ring();
         // With what is in flight: nothing touches the guest's memory any more.
         self.io = None;
+        self.in_flight = 0;
         self.pending.clear();
         let _ = self.epoll.delete(&self.mailbox.wake);
     }

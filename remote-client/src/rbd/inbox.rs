@@ -97,11 +97,7 @@ impl Flight {
     pub(super) unsafe fn send(self: Box<Self>, image: &Image) -> io::Result<()> {
         self.inbox.volume.sent();
         // SAFETY: the caller's to vouch for.
-        unsafe { self.give(image.handle()) }.map_err(|(flight, error)| {
-            flight.inbox.volume.came_back();
-            flight.inbox.volume.give(flight.piece.cost());
-            error
-        })
+        unsafe { self.give(image.handle()) }.map_err(Self::turned_back)
     }
 
     /// Asks an object for what a READ wants, and librbd if the object does not
@@ -137,15 +133,18 @@ impl Flight {
         let mut flight = unsafe { Box::from_raw(flight) };
         let direct = flight.direct.take();
         // SAFETY: a READ has no buffers but its own.
-        let sent = unsafe { flight.give(image) }.map_err(|(flight, error)| {
-            flight.inbox.volume.came_back();
-            flight.inbox.volume.give(flight.piece.cost());
-            error
-        });
+        let sent = unsafe { flight.give(image) }.map_err(Self::turned_back);
         if let Some((way, _)) = direct {
             way.leave();
         }
         sent
+    }
+
+    /// It is not on its way after all.
+    fn turned_back((flight, error): (Box<Self>, io::Error)) -> io::Error {
+        flight.inbox.volume.came_back();
+        flight.inbox.volume.give(flight.piece.cost());
+        error
     }
 
     /// # Safety
