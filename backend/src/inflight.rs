@@ -13,9 +13,15 @@
 //! marks, record the used index. A used index that differs from the recorded
 //! one on restart means the kill fell between, and the linked batch is cleared.
 //!
+//! Each ring has room for the largest ring there is, whatever size the front-end
+//! asks for: the guest decides how large its rings are, and QEMU (seen with
+//! 10.0.13) lets it have 1024 entries where it asks here for the 128 of its
+//! `queue-size`. What nobody writes takes no memory.
+//!
 //! Behind the rings the region has a trailer of ours, 64-byte aligned: 0 u64
-//! magic, 8 and 16 u64 the handoff's id, low half first, 24 u64 its try. Front-ends keep the
-//! region as it is, whatever its size.
+//! magic, 8 and 16 u64 the handoff's id, low half first, 24 u64 its try, 32 u64
+//! how many entries each ring has room for. Front-ends keep the region as it is,
+//! whatever its size.
 
 use std::collections::VecDeque;
 use std::io;
@@ -27,6 +33,7 @@ use baton_protocol::handoff::{HandoffId, Try};
 
 use crate::memory::Mapping;
 use crate::vhost_user::message::InflightDescription;
+use crate::virtqueue::QUEUE_SIZE_MAX;
 
 const HEADER_BYTES: usize = 16;
 const ENTRY_BYTES: usize = 16;
@@ -39,10 +46,13 @@ const WRITE_THROUGH: u64 = 1 << 63;
 const TRAILER_BYTES: usize = 64;
 /// "BTNtry" and a version: the trailer names a try. Zero in a new region.
 const TRAILER_MAGIC: u64 = u64::from_le_bytes(*b"BTNtry\0\x01");
+/// "BTNr" above the number of entries.
+const ROOM_MAGIC: u64 = (u32::from_le_bytes(*b"BTNr") as u64) << 32;
+const ROOM_AT: usize = 4;
 
 /// Bytes of one ring's part.
-fn ring_bytes(queue_size: u16) -> usize {
-    (HEADER_BYTES + ENTRY_BYTES * usize::from(queue_size)).next_multiple_of(64)
+fn ring_bytes(room: u16) -> usize {
+    (HEADER_BYTES + ENTRY_BYTES * usize::from(room)).next_multiple_of(64)
 }
 
 /// In-flight regions that this process has made, the latest ones.
@@ -86,11 +96,13 @@ pub struct InflightRegion {
     /// From the offset on.
     len: u64,
     num_queues: u16,
-    queue_size: u16,
+    /// Entries that each ring has room for.
+    room: u16,
 }
 
 impl InflightRegion {
-    /// Makes an empty region and its descriptor.
+    /// Makes an empty region and its descriptor, for rings of any size: `queue_size`
+    /// is only said again.
     ///
     /// # Errors
     /// Without rings, or when the kernel refuses a memfd of that size.
@@ -101,7 +113,8 @@ impl InflightRegion {
         if num_queues == 0 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it was asked for no rings"));
         }
-        let len = ring_bytes(queue_size) * usize::from(num_queues) + TRAILER_BYTES;
+        let room = u16::try_from(QUEUE_SIZE_MAX).expect("32768");
+        let len = ring_bytes(room) * usize::from(num_queues) + TRAILER_BYTES;
         // SAFETY: a constant C string.
         let fd = unsafe { libc::memfd_create(c"baton-inflight".as_ptr(), libc::MFD_CLOEXEC) };
         if fd < 0 {
@@ -112,7 +125,12 @@ impl InflightRegion {
         nix::unistd::ftruncate(&fd, i64::try_from(len).map_err(io::Error::other)?)?;
         let description =
             InflightDescription { mmap_size: len as u64, mmap_offset: 0, num_queues, queue_size };
-        Ok((Self::map(&fd, description)?, fd, description))
+        let mapping = Mapping::new(&fd, len as u64)?;
+        let region = Self { mapping, offset: 0, len: len as u64, num_queues, room };
+        if let Some(word) = region.trailer(ROOM_AT) {
+            word.store(ROOM_MAGIC | u64::from(room), Ordering::Release);
+        }
+        Ok((region, fd, description))
     }
 
     /// Maps a region the front-end kept for us.
@@ -122,10 +140,6 @@ impl InflightRegion {
     pub fn map(fd: &OwnedFd, description: InflightDescription) -> io::Result<Self> {
         let InflightDescription { mmap_size, mmap_offset, num_queues, queue_size } = description;
         let invalid = |text| io::Error::new(io::ErrorKind::InvalidInput, text);
-        let needed = ring_bytes(queue_size) as u64 * u64::from(num_queues);
-        if mmap_size < needed {
-            return Err(invalid("the in-flight region is too small for its rings"));
-        }
         let end = mmap_offset
             .checked_add(mmap_size)
             .ok_or_else(|| invalid("the region's size overflows"))?;
@@ -133,15 +147,43 @@ impl InflightRegion {
         if offset % 8 != 0 {
             return Err(invalid("the in-flight region is not aligned"));
         }
-        Ok(Self { mapping: Mapping::new(fd, end)?, offset, len: mmap_size, num_queues, queue_size })
+        let mapping = Mapping::new(fd, end)?;
+        let mut region = Self { mapping, offset, len: mmap_size, num_queues, room: queue_size };
+        let kept = region.room_kept();
+        region.room = kept.unwrap_or(queue_size);
+        let rings = region.rings_bytes() as u64;
+        if mmap_size < rings {
+            return Err(invalid("the in-flight region is too small for its rings"));
+        }
+        if kept.is_some() && mmap_size != rings + TRAILER_BYTES as u64 {
+            return Err(invalid("the in-flight region was made for another number of rings"));
+        }
+        Ok(region)
+    }
+
+    fn rings_bytes(&self) -> usize {
+        ring_bytes(self.room) * usize::from(self.num_queues)
+    }
+
+    /// The room that the last 64 bytes tell of; none in a region of an earlier version,
+    /// or of somebody else.
+    fn room_kept(&self) -> Option<u16> {
+        let start = usize::try_from(self.len).ok()?.checked_sub(TRAILER_BYTES)?;
+        if !start.is_multiple_of(8) {
+            return None;
+        }
+        // SAFETY: `map` mapped `len` bytes at the aligned offset.
+        let word = unsafe {
+            AtomicU64::from_ptr(self.mapping.as_ptr().add(self.offset + start + 8 * ROOM_AT).cast())
+        };
+        u16::try_from(word.load(Ordering::Acquire) ^ ROOM_MAGIC).ok()
     }
 
     /// The word of ring 0 that the specification keeps for features and that is
     /// zero in every version so far.
     fn features(&self) -> Option<&AtomicU64> {
-        let needed = ring_bytes(self.queue_size) * usize::from(self.num_queues);
         // SAFETY: `map` checked that all rings are mapped, and the alignment.
-        (needed > 0)
+        (self.rings_bytes() > 0)
             .then(|| unsafe { AtomicU64::from_ptr(self.mapping.as_ptr().add(self.offset).cast()) })
     }
 
@@ -162,7 +204,7 @@ impl InflightRegion {
 
     /// Word `at` of the trailer; none in a region that somebody else made.
     fn trailer(&self, at: usize) -> Option<&AtomicU64> {
-        let start = ring_bytes(self.queue_size) * usize::from(self.num_queues);
+        let start = self.rings_bytes();
         let has = self.len >= (start + TRAILER_BYTES) as u64;
         // SAFETY: `map` checked that so many bytes are mapped, and the alignment; a ring's part is a multiple of 64.
         has.then(|| unsafe {
@@ -201,10 +243,10 @@ impl InflightRegion {
     /// `queue_size` entries.
     #[must_use]
     pub fn ring(self: &Arc<Self>, index: u16, queue_size: u16) -> Option<InflightRing> {
-        if index >= self.num_queues || queue_size > self.queue_size {
+        if index >= self.num_queues || queue_size > self.room {
             return None;
         }
-        let base = self.offset + ring_bytes(self.queue_size) * usize::from(index);
+        let base = self.offset + ring_bytes(self.room) * usize::from(index);
         Some(InflightRing { region: Arc::clone(self), base, size: queue_size, counter: 0 })
     }
 }
@@ -387,6 +429,42 @@ mod tests {
         assert_eq!(kept(description), Some(arrival), "nothing was written behind its end");
     }
 
+    /// QEMU 10.0.13 asks for 128 entries and has rings of 1024.
+    #[test]
+    fn rings_may_be_larger_than_the_front_end_said() {
+        let (region, fd, description) = region();
+        assert_eq!(description.queue_size, 8);
+        for (index, size) in [(0, 1024), (1, 32768)] {
+            let mut ring = region.ring(index, size).expect("ring");
+            ring.resume(0);
+            (0..size).rev().for_each(|head| ring.take(head));
+        }
+        let region = Arc::new(InflightRegion::map(&fd, description).expect("map"));
+        for (index, size) in [(0, 1024), (1, 32768)] {
+            let again = region.ring(index, size).expect("ring").resume(0);
+            assert_eq!(again, (0..size).rev().collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_region_that_says_nothing_of_its_room_is_as_the_front_end_says() {
+        let (_, fd, mut description) = region();
+        // Of an earlier version: parts of 192 bytes, and a trailer.
+        description.mmap_size = 2 * 192 + 64;
+        let map = || InflightRegion::map(&fd, description).map(Arc::new);
+        let region = map().expect("map");
+        assert!(region.ring(1, 16).is_none(), "more than it has room for");
+        let mut ring = region.ring(1, 8).expect("ring");
+        ring.resume(0);
+        ring.take(7);
+        region.set_arrival(Try { id: HandoffId(3), attempt: 1 });
+        let region = map().expect("map");
+        assert_eq!(region.ring(1, 8).expect("ring").resume(0), [7]);
+        assert!(region.arrival().is_some());
+        description.mmap_size = 2 * 192 - 1;
+        assert!(InflightRegion::map(&fd, description).is_err());
+    }
+
     #[test]
     fn requests_come_back_in_the_order_they_were_taken() {
         let (region, fd, description) = region();
@@ -447,7 +525,7 @@ mod tests {
         assert_eq!(ring.resume(40000), [1]);
         ring.take(2);
         assert!(region.ring(2, 8).is_none(), "no such ring");
-        assert!(region.ring(0, 9).is_none(), "more entries than the table has");
+        assert!(region.ring(0, u16::MAX).is_none(), "more entries than the table has");
         let lying = InflightDescription { num_queues: 9, ..description };
         assert!(InflightRegion::map(&fd, lying).is_err());
     }

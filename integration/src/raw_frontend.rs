@@ -63,6 +63,8 @@ pub struct Options {
     pub protocol: u64,
     /// Use an inflight region, if both sides can.
     pub inflight: bool,
+    /// Entries of each ring that it is asked for; `None`: as the rings have. QEMU 10.0.13 asks for fewer.
+    pub inflight_size: Option<u16>,
     /// Start the rings; else the test does, with [`RawFrontend::start`].
     pub start: bool,
 }
@@ -76,6 +78,7 @@ impl Default for Options {
             features: FEATURES,
             protocol: PROTOCOL,
             inflight: true,
+            inflight_size: None,
             start: true,
         }
     }
@@ -391,7 +394,8 @@ impl RawFrontend {
     pub fn get_inflight(&self) -> Result<Inflight> {
         let mut body = vec![0; 24];
         body[16..18].copy_from_slice(&self.options.queues.to_le_bytes());
-        body[18..20].copy_from_slice(&self.options.queue_size.to_le_bytes());
+        let size = self.options.inflight_size.unwrap_or(self.options.queue_size);
+        body[18..20].copy_from_slice(&size.to_le_bytes());
         let mut reply = self.ask(request::GET_INFLIGHT_FD, &body)?;
         let size = reply.u64()?;
         let fd = reply.fds.pop().context("GET_INFLIGHT_FD's reply has no descriptor")?;

@@ -30,6 +30,8 @@ pub(super) struct Ring {
     pub(super) enabled: bool,
     /// Started and not stopped by the front-end.
     pub(super) running: bool,
+    /// The in-flight table has its requests, should this process end.
+    pub(super) kept: bool,
     /// It runs for the front-end and takes no more requests.
     pub(super) draining: Option<Draining>,
 }
@@ -88,6 +90,16 @@ impl Session<'_> {
         let number = u16::try_from(index).expect("queues are counted in u16");
         let inflight =
             self.inflight.as_ref().and_then(|region| region.ring(number, setup.addresses.size()));
+        let kept = inflight.is_some();
+        if self.inflight.is_some() && !kept {
+            tracing::warn!(
+                disk = self.disk.name,
+                queue = index,
+                size = setup.addresses.size(),
+                "the front-end's in-flight table has no room for this ring: what is in flight when this process is \
+                 killed will be lost; start the machine anew to get a table that has"
+            );
+        }
         let start = RingStart { setup, kick, base: self.rings[index].base, inflight };
         // Before the guest's first request: what was drained is so no more.
         self.stop = Stop::None;
@@ -107,6 +119,7 @@ impl Session<'_> {
         }
         self.stopping = None;
         self.rings[index].running = true;
+        self.rings[index].kept = kept;
         if !std::mem::replace(&mut self.told_running, true)
             && let Some(member) = &self.disk.member
         {

@@ -129,7 +129,7 @@ impl Session<'_> {
             }
             let never = matches!(self.disk.volume.state(), VolumeState::Fenced | VolumeState::Lost);
             let migrating = self.is_migrating();
-            let may_give_up = (self.inflight.is_some() && !migrating) || (limit.hurry)();
+            let may_give_up = (self.rings[index].kept && !migrating) || (limit.hurry)();
             // Who waits for a decision need not be answered by the end.
             let held = self.disk.member.as_ref().is_some_and(MemberHandle::is_held);
             let soon = held && (limit.hurry)();
