@@ -239,12 +239,23 @@ fn said(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
+/// Where the OSD's classes are, of which images need one. Debian 13's OSD (18.2.7) looks for them below its working
+/// directory.
+fn classes() -> Option<PathBuf> {
+    let libraries = fs::read_dir("/usr/lib").into_iter().flatten().flatten().map(|dir| dir.path());
+    libraries
+        .chain([PathBuf::from("/usr/lib64")])
+        .map(|dir| dir.join("rados-classes"))
+        .find(|dir| dir.join("libcls_rbd.so").exists())
+}
+
 fn configuration(dir: &Path, fsid: &str, mon: &str, objects: Objects, more: &str) -> String {
     let dir = dir.display();
     let store = match objects {
         Objects::Memory => "memstore",
         Objects::Disk => "bluestore",
     };
+    let classes = classes().map_or(String::new(), |at| format!("osd class dir = {}", at.display()));
     format!(
         "[global]
 fsid = {fsid}
@@ -274,6 +285,7 @@ mon data = {dir}/mon
 osd data = {dir}/osd
 keyring = {dir}/osd/keyring
 osd objectstore = {store}
+{classes}
 # Taken as it is needed.
 memstore device bytes = 8589934592
 # Else an object is a list of all the writes that it was made of, which each read and write goes through.

@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Tests on the Ceph, etcd, QEMU and NBD servers of Debian 13, on a machine that has others: in a root of its own, which
+# holds nothing but Debian's packages and is not booted.
+#
+#   scripts/on-debian13.sh [TEST...]     test programs of integration/tests; without one, those of Ceph, etcd and NBD
+#
+# Needs root and debootstrap. The root (1 GB, a minute) is made once, in $CARGO_TARGET_DIR/debian13 (default:
+# target/debian13). The programs are built here and run there. BATON_TEST_ARGS goes to each test program. Ends with
+# "N passed, N failed".
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+target=${CARGO_TARGET_DIR:-$PWD/target}
+case $target in /*) ;; *) target=$PWD/$target ;; esac
+root=$target/debian13
+# Where etcd's packages do not bring them: ip, sysctl and openssl; and what boots guests.
+packages=(
+    ceph-mon ceph-osd ceph-common librbd1 etcd-server etcd-client nbdkit
+    qemu-system-x86 qemu-utils qemu-block-extra e2fsprogs iproute2 procps openssl curl
+)
+tests=("$@")
+((${#tests[@]})) || tests=(
+    client_on_ceph direct_reads_on_ceph fence_on_ceph handoff_on_ceph guest_on_ceph
+    coordinators_on_etcd journal_on_etcd etcd_partition
+    guest_on_nbd cooperative copy
+)
+
+say() { echo "on-debian13: $*" >&2; }
+((EUID == 0)) || { say "only root may make and enter a root: run it as root" && exit 2; }
+command -v debootstrap >/dev/null || { say "debootstrap is missing: apt-get install debootstrap" && exit 1; }
+
+# What is mounted here is gone with the namespace, also when this script is killed.
+if [[ ${BATON_IN_NAMESPACE:-} != $$ ]]; then
+    # shellcheck disable=SC2016
+    exec unshare --mount sh -c 'BATON_IN_NAMESPACE=$$ exec "$0" "$@"' "scripts/on-debian13.sh" "${tests[@]}"
+fi
+
+inside() { chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 "$@"; }
+
+if [[ ! -e $root/complete ]]; then
+    say "making $root"
+    rm -rf "$root"
+    mkdir -p "$root"
+    # The mirror that this machine uses.
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' | grep -v security | head -n 1)
+    debootstrap --variant=minbase trixie "$root" ${mirror:+"$mirror"} >"$target/debian13.log" 2>&1 ||
+        { say "debootstrap failed: $target/debian13.log" && exit 1; }
+    cp -a /etc/apt/apt.conf.d/. "$root/etc/apt/apt.conf.d/"
+    # Nothing is started in there but what tests start.
+    printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
+    chmod +x "$root/usr/sbin/policy-rc.d"
+    mount -t proc proc "$root/proc"
+    { inside apt-get update && inside DEBIAN_FRONTEND=noninteractive \
+        apt-get install --yes --no-install-recommends "${packages[@]}"; } >>"$target/debian13.log" 2>&1 ||
+        { say "the packages cannot be installed: $target/debian13.log" && exit 1; }
+    umount "$root/proc"
+    touch "$root/complete"
+fi
+
+scripts/setup.sh --demo
+say "building"
+cargo build --quiet --workspace --bins
+flags=()
+for test in "${tests[@]}"; do flags+=(--test "$test"); done
+# "  Executable tests/cluster.rs (target/debug/deps/cluster-0123456789abcdef)", of each test.
+programs=$(cargo test --workspace --no-run "${flags[@]}" 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
+[[ -n $programs ]] || { say "no test has been built: cargo test --workspace --no-run ${flags[*]}" && exit 1; }
+
+mount -t proc proc "$root/proc"
+mount --rbind /sys "$root/sys"
+mount --rbind /dev "$root/dev"
+mkdir -p "$root$PWD" "$root$target" "$root/run/netns"
+mount --bind "$PWD" "$root$PWD"
+[[ $target == "$PWD"/* ]] || mount --bind "$target" "$root$target"
+
+inside sh -c 'ceph --version; etcd --version | head -n 1; qemu-system-x86_64 --version | head -n 1; nbdkit --version'
+passed=0 failed=0
+for program in $programs; do
+    case $program in /*) ;; *) program=$PWD/$program ;; esac
+    echo "== $(basename "${program%-*}")"
+    log=$target/debian13-$(basename "${program%-*}").log
+    status=0
+    # shellcheck disable=SC2086
+    inside BATON_BIN_DIR="$target/debug" BATON_REQUIRE_QEMU=1 CARGO_TARGET_DIR="$target" \
+        sh -c 'cd "$1" && shift && exec "$@"' sh "$PWD/integration" "$program" --test-threads 3 ${BATON_TEST_ARGS:-} \
+        >"$log" 2>&1 || status=$?
+    result=$(sed -n 's/^test result: [a-zA-Z]*\. \([0-9]*\) passed; \([0-9]*\) failed.*/\1 \2/p' "$log" | tail -n 1)
+    read -r p f <<<"${result:-0 1}"
+    echo "   $p passed, $f failed"
+    ((status == 0)) || tail -n 100 "$log"
+    passed=$((passed + p)) failed=$((failed + f))
+done
+echo
+echo "$passed passed, $failed failed"
+((failed == 0 && passed > 0))
