@@ -1,10 +1,11 @@
 # Each target is one script or one cargo command; look there for what it needs and how it ends.
-.PHONY: help build demo demo-splitbrain test faults faults-baton faults-rbd bench bench-unix bench-engines bench-parts bench-fair bench-polling bench-dirty-log bench-cost bench-idle bench-handoff bench-micro bench-scale check
+.PHONY: help build demo demo-splitbrain test test-debian13 faults faults-baton faults-rbd bench bench-unix bench-engines bench-parts bench-fair bench-polling bench-dirty-log bench-cost bench-idle bench-handoff bench-micro bench-scale check
 
 help:
 	@echo 'make demo    a real guest on a storage server, with accidents, and a report (under 3 minutes after the build)'
 	@echo 'make demo-splitbrain   what a live migration gone wrong does to a volume, on real guests (a minute after the build)'
 	@echo 'make test    every test, as CI runs them'
+	@echo 'make test-debian13   those of engines and guests on the Ceph, etcd, QEMU and NBD servers of Debian 13, in a root of its own (needs root and debootstrap)'
 	@echo 'make faults  every process of a migration killed and frozen at every message, on volumes of our own and on RBD (hours; ENGINE=baton or rbd for one of them)'
 	@echo 'make bench   side by side with qemu-storage-daemon, as tables of ratios (DOCS=1 writes them into docs/performance.md)'
 	@echo 'make bench-unix   the same over Unix sockets'
@@ -32,6 +33,9 @@ demo-splitbrain:
 
 test:
 	@.ci/run
+
+test-debian13:
+	@scripts/on-debian13.sh
 
 faults: $(if $(ENGINE),faults-$(ENGINE),faults-baton faults-rbd)
 

@@ -2,27 +2,28 @@
 # Tests on the Ceph, etcd, QEMU and NBD servers of Debian 13, on a machine that has others: in a root of its own, which
 # holds nothing but Debian's packages and is not booted.
 #
-#   scripts/on-debian13.sh [TEST...]     test programs of integration/tests; without one, those of Ceph, etcd and NBD
+#   scripts/on-debian13.sh [TEST...]     test programs by their names; without one, those of engines and of guests
 #
 # Needs root and debootstrap. The root (1 GB, a minute) is made once, in $CARGO_TARGET_DIR/debian13 (default:
-# target/debian13). The programs are built here and run there. BATON_TEST_ARGS goes to each test program. Ends with
-# "N passed, N failed".
+# target/debian13). The programs are built here and run there; what they said is in debian13-*.log beside the root.
+# BATON_TEST_ARGS goes to each test program. Ends with "N passed, N failed".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 target=${CARGO_TARGET_DIR:-$PWD/target}
 case $target in /*) ;; *) target=$PWD/$target ;; esac
 root=$target/debian13
-# Where etcd's packages do not bring them: ip, sysctl and openssl; and what boots guests.
+# Engines, what boots guests, and what tests watch with.
 packages=(
     ceph-mon ceph-osd ceph-common librbd1 etcd-server etcd-client nbdkit
-    qemu-system-x86 qemu-utils qemu-block-extra e2fsprogs iproute2 procps openssl curl
+    qemu-system-x86 qemu-utils qemu-block-extra e2fsprogs iproute2 procps openssl curl libfaketime strace
 )
 tests=("$@")
 ((${#tests[@]})) || tests=(
     client_on_ceph direct_reads_on_ceph fence_on_ceph handoff_on_ceph guest_on_ceph
     coordinators_on_etcd journal_on_etcd etcd_partition
     guest_on_nbd cooperative copy
+    device guest_on_file guest_on_qsd migration_on_baton cluster handoff_on_baton scenarios storms trouble
 )
 
 say() { echo "on-debian13: $*" >&2; }
@@ -77,8 +78,9 @@ inside sh -c 'ceph --version; etcd --version | head -n 1; qemu-system-x86_64 --v
 passed=0 failed=0
 for program in $programs; do
     case $program in /*) ;; *) program=$PWD/$program ;; esac
+    # With its hash: two crates may have tests of one name.
+    log=$target/debian13-$(basename "$program").log
     echo "== $(basename "${program%-*}")"
-    log=$target/debian13-$(basename "${program%-*}").log
     status=0
     # shellcheck disable=SC2086
     inside BATON_BIN_DIR="$target/debug" BATON_REQUIRE_QEMU=1 CARGO_TARGET_DIR="$target" \

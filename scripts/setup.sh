@@ -12,8 +12,8 @@
 #   --etcd           etcd and its client, for tests that start a cluster of their own. Where systemd runs, the package
 #                    starts a member on port 2379, too: systemctl disable --now etcd
 #   --systemd        systemd and systemd-nspawn, for tests that boot hosts whose init it is
-#   --test           all seven, for the harness is tested on the peers, a C++ compiler for the fuzzer's runtime, and
-#                    libfaketime for clocks that jump
+#   --test           all seven, for the harness is tested on the peers, a C++ compiler for the fuzzer's runtime,
+#                    libfaketime for clocks that jump, strace and curl
 #   --check          change nothing; list what is missing and exit 1 if anything is
 #   (no purpose)     everything
 #
@@ -35,12 +35,12 @@ qemu_min=9.2
 # In the order in which the guest's init loads them: virtio.ko needs virtio_ring.ko.
 modules=(virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk)
 
-check=0 want_guest=0 want_bench=0 want_cost=0 want_fuzz=0 want_clock=0 want_libvirt=0 want_ceph=0 want_etcd=0 want_systemd=0
+check=0 want_guest=0 want_bench=0 want_cost=0 want_fuzz=0 want_clock=0 want_watch=0 want_libvirt=0 want_ceph=0 want_etcd=0 want_systemd=0
 for arg in "$@"; do
     case $arg in
     --check) check=1 ;;
     --demo) want_guest=1 ;;
-    --test) want_guest=1 want_bench=1 want_cost=1 want_fuzz=1 want_clock=1 want_libvirt=1 want_ceph=1 want_etcd=1 want_systemd=1 ;;
+    --test) want_guest=1 want_bench=1 want_cost=1 want_fuzz=1 want_clock=1 want_watch=1 want_libvirt=1 want_ceph=1 want_etcd=1 want_systemd=1 ;;
     --bench) want_bench=1 ;;
     --cost) want_cost=1 ;;
     --libvirt) want_libvirt=1 ;;
@@ -57,7 +57,7 @@ for arg in "$@"; do
         ;;
     esac
 done
-if ((want_guest + want_bench + want_cost + want_libvirt + want_ceph + want_etcd + want_systemd == 0)); then want_guest=1 want_bench=1 want_cost=1 want_fuzz=1 want_clock=1 want_libvirt=1 want_ceph=1 want_etcd=1 want_systemd=1; fi
+if ((want_guest + want_bench + want_cost + want_libvirt + want_ceph + want_etcd + want_systemd == 0)); then want_guest=1 want_bench=1 want_cost=1 want_fuzz=1 want_clock=1 want_watch=1 want_libvirt=1 want_ceph=1 want_etcd=1 want_systemd=1; fi
 
 say() { echo "setup: $*" >&2; }
 die() {
@@ -92,6 +92,10 @@ have pkg-config && pkg-config --exists openssl || [[ -e /usr/include/openssl/ssl
 ((want_cost)) && ! have valgrind && missing+=(valgrind)
 ((want_fuzz)) && ! have c++ && ! have g++ && ! have clang++ && missing+=(g++)
 ((want_clock)) && ! compgen -G '/usr/lib/*/faketime/libfaketimeMT.so.1' >/dev/null && missing+=(libfaketime)
+if ((want_watch)); then
+    have strace || missing+=(strace)
+    have curl || missing+=(curl)
+fi
 if ((want_libvirt)); then
     # Its folder is not in everybody's PATH.
     have libvirtd || [[ -x /usr/sbin/libvirtd ]] || missing+=(libvirt-daemon)
