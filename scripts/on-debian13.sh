@@ -16,14 +16,15 @@ root=$target/debian13
 # Engines, what boots guests, and what tests watch with.
 packages=(
     ceph-mon ceph-osd ceph-common librbd1 etcd-server etcd-client nbdkit
-    qemu-system-x86 qemu-utils qemu-block-extra e2fsprogs iproute2 procps openssl curl libfaketime strace
+    qemu-system-x86 qemu-utils qemu-block-extra e2fsprogs libvirt-daemon libvirt-clients libvirt-daemon-driver-qemu
+    iproute2 procps openssl curl libfaketime strace
 )
 tests=("$@")
 ((${#tests[@]})) || tests=(
     client_on_ceph direct_reads_on_ceph fence_on_ceph handoff_on_ceph guest_on_ceph
     coordinators_on_etcd journal_on_etcd etcd_partition
     guest_on_nbd cooperative copy
-    device guest_on_file guest_on_qsd migration_on_baton cluster handoff_on_baton scenarios storms trouble
+    device guest_on_file guest_on_qsd migration_on_baton cluster handoff_on_baton scenarios storms trouble libvirt_on_baton
 )
 
 say() { echo "on-debian13: $*" >&2; }
@@ -67,6 +68,8 @@ for test in "${tests[@]}"; do flags+=(--test "$test"); done
 programs=$(cargo test --workspace --no-run "${flags[@]}" 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
 [[ -n $programs ]] || { say "no test has been built: cargo test --workspace --no-run ${flags[*]}" && exit 1; }
 
+# Its root is a mount, or nothing in there could have mounts of its own.
+mount --bind "$root" "$root"
 mount -t proc proc "$root/proc"
 mount --rbind /sys "$root/sys"
 mount --rbind /dev "$root/dev"
@@ -74,7 +77,7 @@ mkdir -p "$root$PWD" "$root$target" "$root/run/netns"
 mount --bind "$PWD" "$root$PWD"
 [[ $target == "$PWD"/* ]] || mount --bind "$target" "$root$target"
 
-inside sh -c 'ceph --version; etcd --version | head -n 1; qemu-system-x86_64 --version | head -n 1; nbdkit --version'
+inside sh -c 'ceph --version; etcd --version | head -n 1; qemu-system-x86_64 --version | head -n 1; nbdkit --version; libvirtd --version'
 passed=0 failed=0
 for program in $programs; do
     case $program in /*) ;; *) program=$PWD/$program ;; esac
