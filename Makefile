@@ -9,7 +9,7 @@ help:
 	@echo 'make faults  every process of a migration killed and frozen at every message, on volumes of our own and on RBD (hours; ENGINE=baton or rbd for one of them)'
 	@echo 'make bench   side by side with qemu-storage-daemon, as tables of ratios (DOCS=1 writes them into docs/performance.md)'
 	@echo 'make bench-unix   the same over Unix sockets'
-	@echo 'make bench-engines   Baton on NBD and on Ceph, against the same of the peer (a part of make bench)'
+	@echo 'make bench-engines   Baton on NBD, with TLS and without, and on Ceph, against the same of the peer (a part of make bench)'
 	@echo 'make bench-parts   the backend on a volume that does nothing and on a local file, against the same of the peer'
 	@echo 'make bench-fair   how evenly full queues are served, and what a busy neighbour costs a tenant'
 	@echo 'make bench-polling   what busy polling brings, and what it takes'
@@ -61,6 +61,7 @@ bench-unix:
 
 bench-engines:
 	@scripts/bench.sh engine --a baton-nbd --b qsd-nbdkit --only 4k $(if $(DOCS),--write-docs)
+	@scripts/bench.sh engine --a baton-nbd-tls --b qsd-nbdkit-tls --only 4k $(if $(DOCS),--write-docs)
 	@scripts/bench.sh engine --a baton-rbd --b qsd-rbd --only 4k $(if $(DOCS),--write-docs)
 
 bench-parts:

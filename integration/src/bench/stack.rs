@@ -17,6 +17,9 @@ use std::process::Command;
 use std::time::Duration;
 
 const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// The key of backend and server, in the stack's folder, where qemu-storage-daemon looks for this name.
+const TLS_KEY: &str = "keys.psk";
+const TLS_USER: &str = "bench";
 
 /// What serves the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -46,6 +49,10 @@ pub enum Kind {
     BatonNbd,
     /// The same over a Unix socket.
     BatonNbdUnix,
+    /// The same over TCP through TLS, with a key that both have.
+    BatonNbdTls,
+    /// qemu-storage-daemon over nbdkit's file plugin through TLS, with a key that both have.
+    QsdNbdkitTls,
     /// baton-backend on an image of a Ceph cluster, through librbd.
     BatonRbd,
     /// qemu-storage-daemon on an image of the same cluster, through the same library and as it, without its cache.
@@ -57,6 +64,11 @@ impl Kind {
     #[must_use]
     pub fn is_rbd(self) -> bool {
         matches!(self, Self::BatonRbd | Self::QsdRbd)
+    }
+
+    /// Whether backend and server encrypt what they say.
+    fn is_tls(self) -> bool {
+        matches!(self, Self::BatonNbdTls | Self::QsdNbdkitTls)
     }
 }
 
@@ -75,6 +87,8 @@ impl std::fmt::Display for Kind {
             Self::QsdNull => "qsd-null",
             Self::BatonNbd => "baton-nbd",
             Self::BatonNbdUnix => "baton-nbd-unix",
+            Self::BatonNbdTls => "baton-nbd-tls",
+            Self::QsdNbdkitTls => "qsd-nbdkit-tls",
             Self::BatonRbd => "baton-rbd",
             Self::QsdRbd => "qsd-rbd",
         })
@@ -154,7 +168,7 @@ impl Stack {
             Kind::Baton | Kind::BatonUnix => baton(config, dir.path(), &socket)?,
             Kind::BatonFile => (Server::None, baton_file(config, dir.path(), &socket)?),
             Kind::BatonNull => (Server::None, baton_null(config, dir.path(), &socket)?),
-            Kind::BatonNbd | Kind::BatonNbdUnix => baton_nbd(config, dir.path(), &socket)?,
+            Kind::BatonNbd | Kind::BatonNbdUnix | Kind::BatonNbdTls => baton_nbd(config, dir.path(), &socket)?,
             Kind::BatonRbd => {
                 let image = image(config, dir.path())?;
                 let volume = config.ceph()?.uri(&image);
@@ -164,6 +178,7 @@ impl Stack {
             Kind::Qsd
             | Kind::QsdNbdkit
             | Kind::QsdNbdkitUnix
+            | Kind::QsdNbdkitTls
             | Kind::QsdFile
             | Kind::QsdFileUring
             | Kind::QsdNull
@@ -286,6 +301,10 @@ fn baton_nbd(config: &StackConfig<'_>, dir: &Path, socket: &Path) -> Result<(Ser
     File::create(&file)?.set_len(config.bytes)?;
     let (server, to) = nbd_server(config, dir, &file)?;
     let volume = match to {
+        NbdAddress::Tcp(port) if config.kind.is_tls() => {
+            let key = dir.join(TLS_KEY);
+            format!("nbds://{TLS_USER}@127.0.0.1:{port}/?tls-psk-file={}", key.display())
+        }
         NbdAddress::Tcp(port) => format!("nbd://127.0.0.1:{port}"),
         NbdAddress::Unix(path) => format!("nbd+unix:///?socket={}", path.display()),
     };
@@ -349,7 +368,8 @@ fn qsd(config: &StackConfig<'_>, dir: &Path, socket: &Path) -> Result<(Server, D
                     format!("server.type=unix,server.path={}", path.display())
                 }
             };
-            (Server::Own(server), format!("driver=nbd,node-name=disk,{to}"))
+            let tls = if config.kind.is_tls() { ",tls-creds=tls" } else { "" };
+            (Server::Own(server), format!("driver=nbd,node-name=disk,{to}{tls}"))
         }
     };
     let export = format!(
@@ -357,7 +377,13 @@ fn qsd(config: &StackConfig<'_>, dir: &Path, socket: &Path) -> Result<(Server, D
         socket.display(),
         config.queues
     );
-    let args = ["--blockdev".to_owned(), blockdev, "--export".to_owned(), export];
+    let mut args = Vec::new();
+    if config.kind.is_tls() {
+        let key =
+            format!("tls-creds-psk,id=tls,endpoint=client,username={TLS_USER},dir={}", dir.display());
+        args.extend(["--object".to_owned(), key]);
+    }
+    args.extend(["--blockdev".to_owned(), blockdev, "--export".to_owned(), export]);
     let program = system_program("qemu-storage-daemon")?;
     let mut backend = start(config, dir, "qemu-storage-daemon", &program, &args)?;
     backend.wait_socket(socket, START_TIMEOUT)?;
@@ -383,7 +409,7 @@ fn nbd_server(config: &StackConfig<'_>, dir: &Path, file: &Path) -> Result<(Daem
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let file = file.display();
     let (name, args) = if config.kind != Kind::Qsd {
-        let listen = format!("-i 127.0.0.1 -p {port}");
+        let listen = format!("-i 127.0.0.1 -p {port}{}", tls_server(config, dir)?);
         ("nbdkit", format!("--foreground --exit-with-parent {listen} file {file}"))
     } else {
         let listen = format!("--bind=127.0.0.1 --port={port}");
@@ -392,6 +418,17 @@ fn nbd_server(config: &StackConfig<'_>, dir: &Path, file: &Path) -> Result<(Daem
     let mut server = start(config, dir, name, &system_program(name)?, &words(&args))?;
     wait_port(&mut server, port)?;
     Ok((server, NbdAddress::Tcp(port)))
+}
+
+/// What a server that encrypts is told; makes the key.
+fn tls_server(config: &StackConfig<'_>, dir: &Path) -> Result<String> {
+    if !config.kind.is_tls() {
+        return Ok(String::new());
+    }
+    let key = dir.join(TLS_KEY);
+    // Of a machine that talks to itself; what it is makes no difference to the speed.
+    std::fs::write(&key, format!("{TLS_USER}:{}\n", "5a".repeat(32)))?;
+    Ok(format!(" --tls=require --tls-psk={}", key.display()))
 }
 
 /// Waits for a TCP server without talking to it.

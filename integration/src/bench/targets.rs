@@ -153,6 +153,7 @@ pub fn of_row(config: &CompareConfig, row: &str) -> RowTargets {
         }
         (Kind::BatonNbd, Kind::QsdNbdkit)
         | (Kind::BatonNbdUnix, Kind::QsdNbdkitUnix)
+        | (Kind::BatonNbdTls, Kind::QsdNbdkitTls)
         | (Kind::BatonRbd, Kind::QsdRbd) => {
             // Four queues of depth 1 are depth 4.
             let iops = match work {
@@ -239,6 +240,7 @@ mod tests {
         for (a, b) in [
             (Kind::BatonNbd, Kind::QsdNbdkit),
             (Kind::BatonNbdUnix, Kind::QsdNbdkitUnix),
+            (Kind::BatonNbdTls, Kind::QsdNbdkitTls),
             (Kind::BatonRbd, Kind::QsdRbd),
         ] {
             let of = |row| of_row(&config(a, b), row);
