@@ -168,7 +168,9 @@ impl Stack {
             Kind::Baton | Kind::BatonUnix => baton(config, dir.path(), &socket)?,
             Kind::BatonFile => (Server::None, baton_file(config, dir.path(), &socket)?),
             Kind::BatonNull => (Server::None, baton_null(config, dir.path(), &socket)?),
-            Kind::BatonNbd | Kind::BatonNbdUnix | Kind::BatonNbdTls => baton_nbd(config, dir.path(), &socket)?,
+            Kind::BatonNbd | Kind::BatonNbdUnix | Kind::BatonNbdTls => {
+                baton_nbd(config, dir.path(), &socket)?
+            }
             Kind::BatonRbd => {
                 let image = image(config, dir.path())?;
                 let volume = config.ceph()?.uri(&image);
@@ -379,8 +381,10 @@ fn qsd(config: &StackConfig<'_>, dir: &Path, socket: &Path) -> Result<(Server, D
     );
     let mut args = Vec::new();
     if config.kind.is_tls() {
-        let key =
-            format!("tls-creds-psk,id=tls,endpoint=client,username={TLS_USER},dir={}", dir.display());
+        let key = format!(
+            "tls-creds-psk,id=tls,endpoint=client,username={TLS_USER},dir={}",
+            dir.display()
+        );
         args.extend(["--object".to_owned(), key]);
     }
     args.extend(["--blockdev".to_owned(), blockdev, "--export".to_owned(), export]);
