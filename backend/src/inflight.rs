@@ -13,15 +13,14 @@
 //! marks, record the used index. A used index that differs from the recorded
 //! one on restart means the kill fell between, and the linked batch is cleared.
 //!
-//! Each ring has room for the largest ring there is, whatever size the front-end
-//! asks for: the guest decides how large its rings are, and QEMU (seen with
-//! 10.0.13) lets it have 1024 entries where it asks here for the 128 of its
-//! `queue-size`. What nobody writes takes no memory.
-//!
 //! Behind the rings the region has a trailer of ours, 64-byte aligned: 0 u64
-//! magic, 8 and 16 u64 the handoff's id, low half first, 24 u64 its try, 32 u64
-//! how many entries each ring has room for. Front-ends keep the region as it is,
-//! whatever its size.
+//! magic, 8 and 16 u64 the handoff's id, low half first, 24 u64 its try. Front-ends keep the
+//! region as it is, whatever its size.
+//!
+//! Behind that it has each ring once more, for one that is larger than the
+//! front-end said: the guest decides how large its rings are, and QEMU (seen with
+//! 10.0.13) lets it have 1024 entries where it asks here for the 128 of its
+//! `queue-size`. There is room for the largest; what nobody writes takes no memory.
 
 use std::collections::VecDeque;
 use std::io;
@@ -46,14 +45,14 @@ const WRITE_THROUGH: u64 = 1 << 63;
 const TRAILER_BYTES: usize = 64;
 /// "BTNtry" and a version: the trailer names a try. Zero in a new region.
 const TRAILER_MAGIC: u64 = u64::from_le_bytes(*b"BTNtry\0\x01");
-/// "BTNr" above the number of entries.
-const ROOM_MAGIC: u64 = (u32::from_le_bytes(*b"BTNr") as u64) << 32;
-const ROOM_AT: usize = 4;
 
 /// Bytes of one ring's part.
-fn ring_bytes(room: u16) -> usize {
-    (HEADER_BYTES + ENTRY_BYTES * usize::from(room)).next_multiple_of(64)
+const fn ring_bytes(queue_size: usize) -> usize {
+    (HEADER_BYTES + ENTRY_BYTES * queue_size).next_multiple_of(64)
 }
+
+/// Bytes of the part of a ring that is larger than the front-end said.
+const LARGE_BYTES: usize = ring_bytes(QUEUE_SIZE_MAX as usize);
 
 /// In-flight regions that this process has made, the latest ones.
 ///
@@ -96,13 +95,11 @@ pub struct InflightRegion {
     /// From the offset on.
     len: u64,
     num_queues: u16,
-    /// Entries that each ring has room for.
-    room: u16,
+    queue_size: u16,
 }
 
 impl InflightRegion {
-    /// Makes an empty region and its descriptor, for rings of any size: `queue_size`
-    /// is only said again.
+    /// Makes an empty region and its descriptor.
     ///
     /// # Errors
     /// Without rings, or when the kernel refuses a memfd of that size.
@@ -113,8 +110,8 @@ impl InflightRegion {
         if num_queues == 0 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it was asked for no rings"));
         }
-        let room = u16::try_from(QUEUE_SIZE_MAX).expect("32768");
-        let len = ring_bytes(room) * usize::from(num_queues) + TRAILER_BYTES;
+        let each = ring_bytes(usize::from(queue_size)) + LARGE_BYTES;
+        let len = each * usize::from(num_queues) + TRAILER_BYTES;
         // SAFETY: a constant C string.
         let fd = unsafe { libc::memfd_create(c"baton-inflight".as_ptr(), libc::MFD_CLOEXEC) };
         if fd < 0 {
@@ -125,12 +122,7 @@ impl InflightRegion {
         nix::unistd::ftruncate(&fd, i64::try_from(len).map_err(io::Error::other)?)?;
         let description =
             InflightDescription { mmap_size: len as u64, mmap_offset: 0, num_queues, queue_size };
-        let mapping = Mapping::new(&fd, len as u64)?;
-        let region = Self { mapping, offset: 0, len: len as u64, num_queues, room };
-        if let Some(word) = region.trailer(ROOM_AT) {
-            word.store(ROOM_MAGIC | u64::from(room), Ordering::Release);
-        }
-        Ok((region, fd, description))
+        Ok((Self::map(&fd, description)?, fd, description))
     }
 
     /// Maps a region the front-end kept for us.
@@ -148,35 +140,16 @@ impl InflightRegion {
             return Err(invalid("the in-flight region is not aligned"));
         }
         let mapping = Mapping::new(fd, end)?;
-        let mut region = Self { mapping, offset, len: mmap_size, num_queues, room: queue_size };
-        let kept = region.room_kept();
-        region.room = kept.unwrap_or(queue_size);
-        let rings = region.rings_bytes() as u64;
-        if mmap_size < rings {
+        let region = Self { mapping, offset, len: mmap_size, num_queues, queue_size };
+        if mmap_size < region.rings_bytes() as u64 {
             return Err(invalid("the in-flight region is too small for its rings"));
-        }
-        if kept.is_some() && mmap_size != rings + TRAILER_BYTES as u64 {
-            return Err(invalid("the in-flight region was made for another number of rings"));
         }
         Ok(region)
     }
 
+    /// Of the rings of the size that the front-end said.
     fn rings_bytes(&self) -> usize {
-        ring_bytes(self.room) * usize::from(self.num_queues)
-    }
-
-    /// The room that the last 64 bytes tell of; none in a region of an earlier version,
-    /// or of somebody else.
-    fn room_kept(&self) -> Option<u16> {
-        let start = usize::try_from(self.len).ok()?.checked_sub(TRAILER_BYTES)?;
-        if !start.is_multiple_of(8) {
-            return None;
-        }
-        // SAFETY: `map` mapped `len` bytes at the aligned offset.
-        let word = unsafe {
-            AtomicU64::from_ptr(self.mapping.as_ptr().add(self.offset + start + 8 * ROOM_AT).cast())
-        };
-        u16::try_from(word.load(Ordering::Acquire) ^ ROOM_MAGIC).ok()
+        ring_bytes(usize::from(self.queue_size)) * usize::from(self.num_queues)
     }
 
     /// The word of ring 0 that the specification keeps for features and that is
@@ -243,11 +216,18 @@ impl InflightRegion {
     /// `queue_size` entries.
     #[must_use]
     pub fn ring(self: &Arc<Self>, index: u16, queue_size: u16) -> Option<InflightRing> {
-        if index >= self.num_queues || queue_size > self.room {
+        if index >= self.num_queues {
             return None;
         }
-        let base = self.offset + ring_bytes(self.room) * usize::from(index);
-        Some(InflightRing { region: Arc::clone(self), base, size: queue_size, counter: 0 })
+        let (start, each) = if queue_size <= self.queue_size {
+            (0, ring_bytes(usize::from(self.queue_size)))
+        } else {
+            (self.rings_bytes() + TRAILER_BYTES, LARGE_BYTES)
+        };
+        let has = u32::from(queue_size) <= QUEUE_SIZE_MAX
+            && self.len >= (start + each * usize::from(self.num_queues)) as u64;
+        let base = self.offset + start + each * usize::from(index);
+        has.then(|| InflightRing { region: Arc::clone(self), base, size: queue_size, counter: 0 })
     }
 }
 
@@ -422,8 +402,7 @@ mod tests {
         (0..8).for_each(|head| ring.take(head));
         assert_eq!(kept(description), Some(arrival));
         // One that has no room for it, as another program makes it.
-        let mmap_size = description.mmap_size - TRAILER_BYTES as u64;
-        let short = InflightDescription { mmap_size, ..description };
+        let short = InflightDescription { mmap_size: 2 * 192, ..description };
         assert_eq!(kept(short), None);
         InflightRegion::map(&fd, short).expect("map").set_arrival(Try::default());
         assert_eq!(kept(description), Some(arrival), "nothing was written behind its end");
@@ -434,6 +413,8 @@ mod tests {
     fn rings_may_be_larger_than_the_front_end_said() {
         let (region, fd, description) = region();
         assert_eq!(description.queue_size, 8);
+        let arrival = Try { id: HandoffId(3), attempt: 1 };
+        region.set_arrival(arrival);
         for (index, size) in [(0, 1024), (1, 32768)] {
             let mut ring = region.ring(index, size).expect("ring");
             ring.resume(0);
@@ -444,25 +425,24 @@ mod tests {
             let again = region.ring(index, size).expect("ring").resume(0);
             assert_eq!(again, (0..size).rev().collect::<Vec<_>>());
         }
+        assert_eq!(region.arrival(), Some(arrival));
     }
 
+    /// Earlier versions made the rings and the trailer only: whoever of the two comes after the other finds what was
+    /// left in a ring of the size that the front-end said.
     #[test]
-    fn a_region_that_says_nothing_of_its_room_is_as_the_front_end_says() {
-        let (_, fd, mut description) = region();
-        // Of an earlier version: parts of 192 bytes, and a trailer.
-        description.mmap_size = 2 * 192 + 64;
-        let map = || InflightRegion::map(&fd, description).map(Arc::new);
-        let region = map().expect("map");
-        assert!(region.ring(1, 16).is_none(), "more than it has room for");
+    fn a_region_of_an_earlier_version_has_all_but_larger_rings() {
+        let (region, fd, description) = region();
+        let earlier = InflightDescription { mmap_size: 2 * 192 + 64, ..description };
         let mut ring = region.ring(1, 8).expect("ring");
         ring.resume(0);
         ring.take(7);
         region.set_arrival(Try { id: HandoffId(3), attempt: 1 });
-        let region = map().expect("map");
-        assert_eq!(region.ring(1, 8).expect("ring").resume(0), [7]);
-        assert!(region.arrival().is_some());
-        description.mmap_size = 2 * 192 - 1;
-        assert!(InflightRegion::map(&fd, description).is_err());
+        assert_eq!(restarted(&fd, earlier, 0), [7]);
+        assert_eq!(restarted(&fd, description, 0), [7]);
+        let earlier = Arc::new(InflightRegion::map(&fd, earlier).expect("map"));
+        assert!(earlier.arrival().is_some());
+        assert!(earlier.ring(1, 16).is_none(), "more than it has room for");
     }
 
     #[test]
@@ -526,7 +506,7 @@ mod tests {
         ring.take(2);
         assert!(region.ring(2, 8).is_none(), "no such ring");
         assert!(region.ring(0, u16::MAX).is_none(), "more entries than the table has");
-        let lying = InflightDescription { num_queues: 9, ..description };
+        let lying = InflightDescription { num_queues: u16::MAX, ..description };
         assert!(InflightRegion::map(&fd, lying).is_err());
     }
 }

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, OnceLock};
 
 const SIZE: u16 = 16;
-/// Two rings of 16, in parts of 64 bytes each, and 64 bytes more.
+/// Two rings of 16 and the trailer.
 const REGION_BYTES: usize = 2 * 320 + 64;
 
 type Made = (Arc<InflightRegion>, std::fs::File, InflightDescription);
@@ -19,7 +19,7 @@ type Made = (Arc<InflightRegion>, std::fs::File, InflightDescription);
 fn region() -> &'static Made {
     static REGION: OnceLock<Made> = OnceLock::new();
     REGION.get_or_init(|| {
-        // Small, and without a word on its room: what one of ours says in the last 64 bytes is the input's to find.
+        // Small, without the parts for larger rings: all of it is written anew for each input.
         let (_, fd, made) = InflightRegion::create(2, SIZE).expect("region");
         let description = InflightDescription { mmap_size: REGION_BYTES as u64, ..made };
         let file = std::fs::File::from(fd);
