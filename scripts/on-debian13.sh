@@ -31,7 +31,7 @@ say() { echo "on-debian13: $*" >&2; }
 ((EUID == 0)) || { say "only root may make and enter a root: run it as root" && exit 2; }
 command -v debootstrap >/dev/null || { say "debootstrap is missing: apt-get install debootstrap" && exit 1; }
 
-# What is mounted here is gone with the namespace, also when this script is killed.
+# What is mounted here is gone with the namespace, whose last process may be a test's.
 if [[ ${BATON_IN_NAMESPACE:-} != $$ ]]; then
     # shellcheck disable=SC2016
     exec unshare --mount sh -c 'BATON_IN_NAMESPACE=$$ exec "$0" "$@"' "scripts/on-debian13.sh" "${tests[@]}"
@@ -44,10 +44,11 @@ if [[ ! -e $root/complete ]]; then
     rm -rf "$root"
     mkdir -p "$root"
     # The mirror that this machine uses.
-    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' | grep -v security | head -n 1)
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' | grep -v security | head -n 1 || true)
     debootstrap --variant=minbase trixie "$root" ${mirror:+"$mirror"} >"$target/debian13.log" 2>&1 ||
         { say "debootstrap failed: $target/debian13.log" && exit 1; }
-    cp -a /etc/apt/apt.conf.d/. "$root/etc/apt/apt.conf.d/"
+    # How this machine reaches it. Other settings name programs that are not in there.
+    { apt-config dump | grep -E '^Acquire::(https?|Check-)' || true; } >"$root/etc/apt/apt.conf.d/80host"
     # Nothing is started in there but what tests start.
     printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
     chmod +x "$root/usr/sbin/policy-rc.d"
@@ -65,8 +66,8 @@ cargo build --quiet --workspace --bins
 flags=()
 for test in "${tests[@]}"; do flags+=(--test "$test"); done
 # "  Executable tests/cluster.rs (target/debug/deps/cluster-0123456789abcdef)", of each test.
-programs=$(cargo test --workspace --no-run "${flags[@]}" 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
-[[ -n $programs ]] || { say "no test has been built: cargo test --workspace --no-run ${flags[*]}" && exit 1; }
+programs=$(cargo test --workspace --no-run "${flags[@]}" 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p') ||
+    { say "cannot be built: cargo test --workspace --no-run ${flags[*]}" && exit 1; }
 
 # Its root is a mount, or nothing in there could have mounts of its own.
 mount --bind "$root" "$root"

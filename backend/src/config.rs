@@ -14,8 +14,8 @@ use crate::socket::Permissions;
 
 /// Queues offered when nothing is said.
 const NUM_QUEUES_DEFAULT: u16 = 4;
-/// Most queues.
-const NUM_QUEUES_MAX: u16 = 64;
+/// Most queues of a disk.
+pub const NUM_QUEUES_MAX: u16 = 64;
 /// Ring size assumed when nothing is said; what QEMU uses.
 const QUEUE_SIZE_DEFAULT: u16 = 128;
 const SOCKET_MODE_DEFAULT: u32 = 0o660;

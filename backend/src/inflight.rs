@@ -20,7 +20,10 @@
 //! Behind that it has each ring once more, for one that is larger than the
 //! front-end said: the guest decides how large its rings are, and QEMU (seen with
 //! 10.0.13) lets it have 1024 entries where it asks here for the 128 of its
-//! `queue-size`. There is room for the largest; what nobody writes takes no memory.
+//! `queue-size`. There is room for the largest; what nobody writes takes no memory
+//! (unless the machine's is locked: 0.5 MiB a ring). A process of an earlier version
+//! does not know of these parts and runs such a ring without a table, so what is in
+//! them counts only if no such process has had the region since.
 
 use std::collections::VecDeque;
 use std::io;
@@ -30,6 +33,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use baton_protocol::handoff::{HandoffId, Try};
 
+use crate::config::NUM_QUEUES_MAX;
 use crate::memory::Mapping;
 use crate::vhost_user::message::InflightDescription;
 use crate::virtqueue::QUEUE_SIZE_MAX;
@@ -41,6 +45,9 @@ const VERSION: u16 = 1;
 
 /// In the features word of ring 0: the guest chose write-through.
 const WRITE_THROUGH: u64 = 1 << 63;
+
+/// The same: the parts for larger rings are up to date. Earlier versions take it away.
+const LARGE_KEPT: u64 = 1 << 62;
 
 const TRAILER_BYTES: usize = 64;
 /// "BTNtry" and a version: the trailer names a try. Zero in a new region.
@@ -122,7 +129,9 @@ impl InflightRegion {
         nix::unistd::ftruncate(&fd, i64::try_from(len).map_err(io::Error::other)?)?;
         let description =
             InflightDescription { mmap_size: len as u64, mmap_offset: 0, num_queues, queue_size };
-        Ok((Self::map(&fd, description)?, fd, description))
+        let region = Self::map_as_it_is(&fd, description)?;
+        region.set_write_through(false);
+        Ok((region, fd, description))
     }
 
     /// Maps a region the front-end kept for us.
@@ -130,6 +139,12 @@ impl InflightRegion {
     /// # Errors
     /// When it is too small for what it claims to hold.
     pub fn map(fd: &OwnedFd, description: InflightDescription) -> io::Result<Self> {
+        let region = Self::map_as_it_is(fd, description)?;
+        region.forget_what_is_out_of_date();
+        Ok(region)
+    }
+
+    fn map_as_it_is(fd: &OwnedFd, description: InflightDescription) -> io::Result<Self> {
         let InflightDescription { mmap_size, mmap_offset, num_queues, queue_size } = description;
         let invalid = |text| io::Error::new(io::ErrorKind::InvalidInput, text);
         let end = mmap_offset
@@ -152,6 +167,23 @@ impl InflightRegion {
         ring_bytes(usize::from(self.queue_size)) * usize::from(self.num_queues)
     }
 
+    /// A process of an earlier version may have had this region, and run larger rings without their parts.
+    fn forget_what_is_out_of_date(&self) {
+        let kept = |word: &AtomicU64| word.load(Ordering::Acquire) & LARGE_KEPT != 0;
+        if self.features().is_some_and(kept) {
+            return;
+        }
+        // The front-end may say that there are more; none of ours has them.
+        for index in 0..self.num_queues.min(NUM_QUEUES_MAX) {
+            if let Some(part) = self.large_part(index) {
+                // SAFETY: `large_part` checked that it is mapped; 8 is the version's place, and aligned.
+                let version =
+                    unsafe { AtomicU16::from_ptr(self.mapping.as_ptr().add(part + 8).cast()) };
+                version.store(0, Ordering::Release);
+            }
+        }
+    }
+
     /// The word of ring 0 that the specification keeps for features and that is
     /// zero in every version so far.
     fn features(&self) -> Option<&AtomicU64> {
@@ -165,7 +197,8 @@ impl InflightRegion {
     /// that chose write-through sends no flush.
     pub fn set_write_through(&self, write_through: bool) {
         if let Some(features) = self.features() {
-            features.store(u64::from(write_through) * WRITE_THROUGH, Ordering::Release);
+            let mode = if write_through { WRITE_THROUGH } else { 0 };
+            features.store(mode | LARGE_KEPT, Ordering::Release);
         }
     }
 
@@ -216,18 +249,22 @@ impl InflightRegion {
     /// `queue_size` entries.
     #[must_use]
     pub fn ring(self: &Arc<Self>, index: u16, queue_size: u16) -> Option<InflightRing> {
-        if index >= self.num_queues {
+        if index >= self.num_queues || u32::from(queue_size) > QUEUE_SIZE_MAX {
             return None;
         }
-        let (start, each) = if queue_size <= self.queue_size {
-            (0, ring_bytes(usize::from(self.queue_size)))
+        let base = if queue_size <= self.queue_size {
+            self.offset + ring_bytes(usize::from(self.queue_size)) * usize::from(index)
         } else {
-            (self.rings_bytes() + TRAILER_BYTES, LARGE_BYTES)
+            self.large_part(index)?
         };
-        let has = u32::from(queue_size) <= QUEUE_SIZE_MAX
-            && self.len >= (start + each * usize::from(self.num_queues)) as u64;
-        let base = self.offset + start + each * usize::from(index);
-        has.then(|| InflightRing { region: Arc::clone(self), base, size: queue_size, counter: 0 })
+        Some(InflightRing { region: Arc::clone(self), base, size: queue_size, counter: 0 })
+    }
+
+    /// Where the part is for a ring that is larger than the front-end said, if the region has it.
+    fn large_part(&self, index: u16) -> Option<usize> {
+        let start = self.rings_bytes() + TRAILER_BYTES;
+        let has = self.len >= (start + LARGE_BYTES * usize::from(self.num_queues)) as u64;
+        has.then(|| self.offset + start + LARGE_BYTES * usize::from(index))
     }
 }
 
@@ -426,6 +463,25 @@ mod tests {
             assert_eq!(again, (0..size).rev().collect::<Vec<_>>());
         }
         assert_eq!(region.arrival(), Some(arrival));
+    }
+
+    /// One process of this version, one of an earlier one, and one of this version, on the same region and ring.
+    #[test]
+    fn what_an_earlier_version_did_not_keep_up_to_date_is_forgotten() {
+        let (region, fd, description) = region();
+        let left = || {
+            let region = Arc::new(InflightRegion::map(&fd, description).expect("map"));
+            region.ring(1, 1024).expect("ring").resume(5)
+        };
+        let mut ring = region.ring(1, 1024).expect("ring");
+        ring.resume(0);
+        ring.take(900);
+        region.set_write_through(true);
+        assert_eq!(left(), [900]);
+        // All that an earlier version does when it gets the region.
+        region.features().expect("a ring").store(WRITE_THROUGH, Ordering::Release);
+        assert_eq!(left(), [0u16; 0]);
+        assert!(region.is_write_through());
     }
 
     /// Earlier versions made the rings and the trailer only: whoever of the two comes after the other finds what was

@@ -57,7 +57,7 @@ fuzz_target!(|input: (u16, u8, InflightNumbers, &[u8], &[u8])| {
     bytes[..len].copy_from_slice(&table[..len]);
     file.write_all_at(&bytes, 0).expect("write");
     if let Ok(mapped) = InflightRegion::map(&fd, lie)
-        && let Some(mut other) = Arc::new(mapped).ring(u16::from(ring), queue_size)
+        && let Some(mut other) = Arc::new(mapped).ring(u16::from(ring), used_idx)
     {
         other.resume(used_idx);
     }

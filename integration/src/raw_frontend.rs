@@ -411,6 +411,13 @@ impl RawFrontend {
         self.set_inflight()
     }
 
+    /// The region in use is so many bytes from here on, as a back-end of another version would have made it.
+    pub fn cut_inflight(&mut self, bytes: u64) -> Result<()> {
+        let inflight = self.inflight.as_mut().context("there is no inflight region")?;
+        inflight.description[..8].copy_from_slice(&bytes.to_le_bytes());
+        Ok(())
+    }
+
     /// SET_INFLIGHT_FD with the region in use.
     pub fn set_inflight(&self) -> Result<()> {
         let inflight = self.inflight.as_ref().context("there is no inflight region")?;

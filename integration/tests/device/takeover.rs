@@ -41,6 +41,33 @@ fn fifteen_kills_of_rings_larger_than_the_front_end_said_lose_nothing_either() {
     kill_often(Options { queue_size: 1024, inflight_size: Some(128), ..Options::default() });
 }
 
+/// A region as earlier versions made it: rings of 128 and a trailer.
+#[test]
+fn a_ring_that_the_table_has_no_room_for_is_served_and_warned_of() {
+    let dir = TestDir::new("no-room").unwrap();
+    let storage = Storage::start(dir.path(), &[]).unwrap();
+    storage.create("v", 64 << 20).unwrap();
+    let args = ["--num-queues", "1"];
+    let backend = Backend::start(dir.path(), "vm", &storage.uri("v", None), &args).unwrap();
+    let large = Options { queue_size: 1024, inflight_size: Some(128), ..Options::default() };
+    let connect = |options| {
+        let mut front_end = RawFrontend::connect(&backend.socket, options).unwrap();
+        if !options.start {
+            front_end.take_inflight().unwrap();
+            front_end.cut_inflight(2112 + 64).unwrap();
+            front_end.start().unwrap();
+        }
+        front_end.queue(0).write(0, &block(1, 1)).unwrap();
+        assert!(front_end.queue(0).read(0, 4096).unwrap() == block(1, 1));
+    };
+    let warned = || backend.daemon.log().contains("has no room for this ring");
+    connect(large);
+    connect(Options { queue_size: 128, start: false, ..large });
+    assert!(!warned());
+    connect(Options { start: false, ..large });
+    assert!(warned());
+}
+
 fn kill_often(options: Options) {
     let mut random = Random(seed());
     let dir = TestDir::new("take").unwrap();

@@ -97,7 +97,7 @@ impl Session<'_> {
                 queue = index,
                 size = setup.addresses.size(),
                 "the front-end's in-flight table has no room for this ring: what is in flight when this process is \
-                 killed will be lost; start the machine anew to get a table that has"
+                 killed will be lost; reboot the guest to get a table that has"
             );
         }
         let start = RingStart { setup, kick, base: self.rings[index].base, inflight };
