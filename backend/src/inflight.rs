@@ -130,7 +130,7 @@ impl InflightRegion {
         let description =
             InflightDescription { mmap_size: len as u64, mmap_offset: 0, num_queues, queue_size };
         let region = Self::map_as_it_is(&fd, description)?;
-        region.set_write_through(false);
+        region.keep_large();
         Ok((region, fd, description))
     }
 
@@ -141,6 +141,7 @@ impl InflightRegion {
     pub fn map(fd: &OwnedFd, description: InflightDescription) -> io::Result<Self> {
         let region = Self::map_as_it_is(fd, description)?;
         region.forget_what_is_out_of_date();
+        region.keep_large();
         Ok(region)
     }
 
@@ -184,6 +185,13 @@ impl InflightRegion {
         }
     }
 
+    /// From here on this process keeps the parts for larger rings up to date.
+    fn keep_large(&self) {
+        if let Some(features) = self.features() {
+            features.fetch_or(LARGE_KEPT, Ordering::AcqRel);
+        }
+    }
+
     /// The word of ring 0 that the specification keeps for features and that is
     /// zero in every version so far.
     fn features(&self) -> Option<&AtomicU64> {
@@ -197,8 +205,11 @@ impl InflightRegion {
     /// that chose write-through sends no flush.
     pub fn set_write_through(&self, write_through: bool) {
         if let Some(features) = self.features() {
-            let mode = if write_through { WRITE_THROUGH } else { 0 };
-            features.store(mode | LARGE_KEPT, Ordering::Release);
+            if write_through {
+                features.fetch_or(WRITE_THROUGH, Ordering::AcqRel);
+            } else {
+                features.fetch_and(!WRITE_THROUGH, Ordering::AcqRel);
+            }
         }
     }
 
@@ -482,6 +493,8 @@ mod tests {
         region.features().expect("a ring").store(WRITE_THROUGH, Ordering::Release);
         assert_eq!(left(), [0u16; 0]);
         assert!(region.is_write_through());
+        ring.take(901);
+        assert_eq!(left(), [901], "who has the region now keeps them again");
     }
 
     /// Earlier versions made the rings and the trailer only: whoever of the two comes after the other finds what was

@@ -1,10 +1,11 @@
 //! An image's objects, read past librbd.
 //!
 //! A quarter of what a small read costs a host with Ceph is librbd's own
-//! bookkeeping for it (docs/performance.md). An object that exists holds all that the image has in its range (what
-//! came from a parent was copied there before its first write), so a read that
-//! stays within one object can ask for that. Whatever is not a plain success is
-//! librbd's to answer: only it knows what an object means that is not there.
+//! bookkeeping for it (docs/performance.md). An object that exists holds all that
+//! the image has in its range (what came from a parent was copied there before its
+//! first write), so a read that stays within one object can ask for that. Whatever
+//! is not a plain success is librbd's to answer: only it knows what an object means
+//! that is not there.
 //!
 //! Writes always go through librbd, which keeps the object map, snapshots and
 //! the exclusive lock.
