@@ -17,8 +17,10 @@ root=$target/debian13
 packages=(
     ceph-mon ceph-osd ceph-common librbd1 etcd-server etcd-client nbdkit
     qemu-system-x86 qemu-utils qemu-block-extra e2fsprogs libvirt-daemon libvirt-clients libvirt-daemon-driver-qemu
-    iproute2 procps openssl curl libfaketime strace
+    iproute2 procps openssl curl strace
 )
+# Debian 13's libfaketime hangs in the start of a program with a malloc of its own, which the backend is.
+without=(--skip f13_a_guest_moves_between_hosts_whose_clocks_jump)
 tests=("$@")
 ((${#tests[@]})) || tests=(
     client_on_ceph direct_reads_on_ceph fence_on_ceph handoff_on_ceph guest_on_ceph
@@ -88,7 +90,7 @@ for program in $programs; do
     status=0
     # shellcheck disable=SC2086
     inside BATON_BIN_DIR="$target/debug" BATON_REQUIRE_QEMU=1 CARGO_TARGET_DIR="$target" \
-        sh -c 'cd "$1" && shift && exec "$@"' sh "$PWD/integration" "$program" --test-threads 3 ${BATON_TEST_ARGS:-} \
+        sh -c 'cd "$1" && shift && exec "$@"' sh "$PWD/integration" "$program" --test-threads 3 "${without[@]}" ${BATON_TEST_ARGS:-} \
         >"$log" 2>&1 || status=$?
     result=$(sed -n 's/^test result: [a-zA-Z]*\. \([0-9]*\) passed; \([0-9]*\) failed.*/\1 \2/p' "$log" | tail -n 1)
     read -r p f <<<"${result:-0 1}"
