@@ -9,6 +9,7 @@ use crate::guest::skip_if;
 use crate::port::free_port;
 use crate::workspace::system_program;
 use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -137,9 +138,13 @@ impl Ceph {
         self.ceph(&["osd", "blocklist", "add", client, FOR_EVER_S]).map(drop)
     }
 
-    /// Who is on the blocklist, and until when.
-    pub fn blocklisted(&self) -> Result<String> {
-        self.ceph(&["osd", "blocklist", "ls"])
+    /// Who is on the blocklist, and until when. Addresses are whole ones: the number behind one may begin with another's.
+    pub fn blocklisted(&self) -> Result<BTreeMap<String, String>> {
+        let text = self.ceph(&["osd", "blocklist", "ls"])?;
+        let entry = |line: &str| {
+            line.split_once(' ').map(|(client, until)| (client.to_owned(), until.trim().to_owned()))
+        };
+        text.lines().map(|line| entry(line).with_context(|| format!("no entry: {line}"))).collect()
     }
 
     /// Runs `ceph` as the administrator.
@@ -388,8 +393,9 @@ mod tests {
         assert_eq!(ceph.clients_of("one").unwrap(), Vec::<String>::new());
         ceph.add_user("vm", "profile rbd", "profile rbd pool=rbd").unwrap();
         assert_eq!(ceph.rbd(&["--id", "vm", "ls", POOL]).unwrap().trim(), "one");
-        ceph.blocklist("127.0.0.1:0/7").unwrap();
-        assert!(ceph.blocklisted().unwrap().contains("127.0.0.1:0/7"));
+        ceph.blocklist("127.0.0.1:0/71").unwrap();
+        let listed = ceph.blocklisted().unwrap();
+        assert!(listed.contains_key("127.0.0.1:0/71") && !listed.contains_key("127.0.0.1:0/7"));
         let pids = [ceph.mon.pid(), ceph.osd.pid()];
         drop(ceph);
         for pid in pids {

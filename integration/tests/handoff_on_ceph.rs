@@ -175,7 +175,7 @@ fn two_images_move_and_whoever_lost_changes_no_byte() {
     let why = scene.cluster.does(&["handoff", "why", VM]).unwrap();
     assert!(why.starts_with("host-b/web owns"), "{why}");
     // It has sealed, and is kept out all the same.
-    assert!(scene.ceph.blocklisted().unwrap().contains(&source), "{source}");
+    assert!(scene.ceph.blocklisted().unwrap().contains_key(&source), "{source}");
     let before = scene.contents();
     // The machine that lost starts its rings all the same.
     scene.resume();
@@ -188,7 +188,7 @@ fn two_images_move_and_whoever_lost_changes_no_byte() {
     // Its process is dead, and said before that nothing of it was under way.
     wait_until("the source's clients are forgotten", SOON, || {
         let former = scene.note(0)["former"].as_array().unwrap().len();
-        former == 0 && !scene.ceph.blocklisted().unwrap().contains(&source)
+        former == 0 && !scene.ceph.blocklisted().unwrap().contains_key(&source)
     })
     .unwrap();
     let dead = scene.cluster.told("baton.clients.dead").unwrap();
@@ -318,7 +318,7 @@ fn a_frozen_source_is_fenced_and_changes_no_byte_when_it_thaws() {
     let fence = ["handoff", "fence", VM, "--dead-host", "host-a", "--nominee", "host-b"];
     let fence = [&fence[..], &["--reason", "it hangs, ticket 9", "--force"]].concat();
     scene.cluster.does(&fence).unwrap();
-    assert!(scene.ceph.blocklisted().unwrap().contains(&client), "{client}");
+    assert!(scene.ceph.blocklisted().unwrap().contains_key(&client), "{client}");
     scene.cluster.hosts[1].stop_backend().unwrap();
     scene.cluster.hosts[1].claim().unwrap();
     let mut there = scene.connect(1);
@@ -333,7 +333,7 @@ fn a_frozen_source_is_fenced_and_changes_no_byte_when_it_thaws() {
     assert!(scene.contents() == before, "a zombie's write landed");
     check(&mut there);
     // Nobody has proven it dead: the entry stays.
-    assert!(scene.ceph.blocklisted().unwrap().contains(&client), "{client}");
+    assert!(scene.ceph.blocklisted().unwrap().contains_key(&client), "{client}");
 }
 
 /// The host of a destination that lost had the image once: of that process nobody has seen the end, though the host has
@@ -362,7 +362,7 @@ fn the_end_of_a_destination_that_lost_is_not_that_of_an_earlier_source_there() {
     .unwrap();
     assert_eq!(scene.standing(1), "", "it is ended");
     assert_eq!(scene.note(0)["former"], json!([former]));
-    assert!(scene.ceph.blocklisted().unwrap().contains(earlier), "its entry was ended");
+    assert!(scene.ceph.blocklisted().unwrap().contains_key(earlier), "its entry was ended");
     assert_eq!(scene.cluster.told("baton.clients.dead").unwrap(), Vec::<Value>::new());
     check(&mut scene.guest);
 }
@@ -385,7 +385,7 @@ fn a_handoff_that_the_journal_has_lost_is_settled_with_the_blocklist() {
     check(&mut there);
     let listed = |scene: &Scene| {
         let listed = scene.ceph.blocklisted().unwrap();
-        source.iter().filter(|client| listed.contains(&**client)).count()
+        source.iter().filter(|client| listed.contains_key(&**client)).count()
     };
     // It had sealed, so the destination did not have to.
     assert_eq!(listed(&scene), 0);
@@ -428,7 +428,7 @@ fn a_source_that_is_killed_and_one_whose_destination_was_killed_after_the_switch
     .unwrap();
     scene.guest.iter_mut().for_each(|disk| disk.reconnect().unwrap());
     check(&mut scene.guest);
-    assert!(scene.ceph.blocklisted().unwrap().contains(&first), "{first}");
+    assert!(scene.ceph.blocklisted().unwrap().contains_key(&first), "{first}");
 
     // The handoff goes on with it.
     scene.guest.iter_mut().for_each(|disk| disk.start_logging().unwrap());
