@@ -131,7 +131,7 @@ fn begin(fd: &OwnedFd, address: &dyn SockaddrLike) -> nix::Result<()> {
     }
 }
 
-/// Wakes whoever waits for a link, from another thread.
+/// Wakes whoever waits for a descriptor, from another thread.
 #[derive(Debug)]
 pub(crate) struct Wake {
     fd: EventFd,

@@ -15,17 +15,16 @@
 
 use std::ffi::c_void;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::image::{Image, check};
 use super::library::{Handle, Rbd, ZEROES_KEEP_SPACE};
 use super::objects::{Objects, Place, Way};
 use super::request::Piece;
 use super::volume::Shared;
+use crate::socket::Wake;
 use crate::volume::{IoError, Op};
 
 /// The most that may be out at the cluster for one volume, bytes: what a
@@ -244,12 +243,12 @@ unsafe extern "C" fn came_from_object(completion: Handle, flight: *mut c_void) {
             (flight, -isize::try_from(number).unwrap_or(libc::EIO as isize))
         }),
     };
+    way.leave();
     if let Some((mut flight, result)) = answered {
         flight.result = result;
         let inbox = Arc::clone(&flight.inbox);
         inbox.put(*flight);
     }
-    way.leave();
 }
 
 fn os_error(result: isize) -> io::Error {
@@ -272,22 +271,19 @@ pub(super) fn io_error(error: &io::Error) -> IoError {
 pub(super) struct Inbox {
     volume: Arc<Shared>,
     back: Mutex<Back>,
-    wake: EventFd,
+    wake: Wake,
 }
 
 #[derive(Debug, Default)]
 struct Back {
     flights: Vec<Flight>,
-    /// The event was written and not read.
-    told: bool,
     /// The queue is gone.
     closed: bool,
 }
 
 impl Inbox {
     pub(super) fn new(volume: &Arc<Shared>) -> io::Result<Self> {
-        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self { volume: Arc::clone(volume), back: Mutex::default(), wake })
+        Ok(Self { volume: Arc::clone(volume), back: Mutex::default(), wake: Wake::new()? })
     }
 
     fn back(&self) -> MutexGuard<'_, Back> {
@@ -308,32 +304,24 @@ impl Inbox {
         let mut back = self.back();
         if !back.closed {
             back.flights.push(flight);
-            self.tell(&mut back);
         }
         drop(back);
         self.volume.came_back();
         self.volume.give(cost);
+        // Last, and without the lock: whoever is woken on this CPU runs at once, and would wait for it.
+        self.notify();
     }
 
     /// Has the queue look.
     pub(super) fn notify(&self) {
-        self.tell(&mut self.back());
-    }
-
-    fn tell(&self, back: &mut Back) {
-        if !std::mem::replace(&mut back.told, true) {
-            // Full is as good as told.
-            let _ = self.wake.write(1);
-        }
+        self.wake.notify();
     }
 
     /// Appends what came back.
     pub(super) fn take(&self, flights: &mut Vec<Flight>) {
-        let mut back = self.back();
-        if std::mem::take(&mut back.told) {
-            let _ = self.wake.read();
+        if self.wake.take() {
+            flights.append(&mut self.back().flights);
         }
-        flights.append(&mut back.flights);
     }
 
     /// Nobody takes anything from here any more.
