@@ -23,7 +23,7 @@ packages=(
 without=(--skip f13_a_guest_moves_between_hosts_whose_clocks_jump)
 tests=("$@")
 ((${#tests[@]})) || tests=(
-    client_on_ceph direct_reads_on_ceph fence_on_ceph handoff_on_ceph guest_on_ceph
+    client_on_ceph direct_reads_on_ceph fence_on_ceph maintenance_on_ceph handoff_on_ceph guest_on_ceph
     coordinators_on_etcd journal_on_etcd etcd_partition
     guest_on_nbd cooperative copy
     device guest_on_file guest_on_qsd migration_on_baton cluster handoff_on_baton scenarios storms trouble libvirt_on_baton

@@ -28,7 +28,7 @@ use crate::uri::RbdUri;
 const IMAGE_WAIT: Duration = Duration::from_secs(15);
 
 /// What this driver counts on, whatever the host's configuration says.
-const SETTINGS: [(&str, &str); 11] = [
+const SETTINGS: [(&str, &str); 10] = [
     // A flush and a handoff are not to depend on what this process has in memory.
     ("rbd_cache", "false"),
     // Nor is an answered write to be in a file of this host only.
@@ -36,8 +36,6 @@ const SETTINGS: [(&str, &str); 11] = [
     // Writes are copied when they are submitted: a guest may change or take
     // away its memory at any time.
     ("rbd_disable_zero_copy_writes", "true"),
-    // Submission never waits for room.
-    ("rbd_non_blocking_aio", "true"),
     // A discard of any size does what it says; 4096 is the least that is allowed.
     ("rbd_discard_granularity_bytes", "4096"),
     ("rbd_skip_partial_discard", "false"),
@@ -55,11 +53,21 @@ const SETTINGS: [(&str, &str); 11] = [
     ("objecter_inflight_op_bytes", "0"),
 ];
 /// What makes it faster, where the library knows it and neither image nor pool
-/// has its own. The scheduler holds writes back to merge them, which guests have
-/// done before; docs/performance.md has what it costs.
-const TUNING: [(&str, &str); 1] = [("rbd_io_scheduler", "none")];
+/// has its own; docs/performance.md has what each costs.
+const TUNING: [(&str, &str); 4] = [
+    // The scheduler holds writes back to merge them, which guests have done before.
+    ("rbd_io_scheduler", "none"),
+    // A queue's thread carries its requests to the messenger itself, as librados has
+    // it do with direct reads. What could make it wait there is off (`SETTINGS`).
+    ("rbd_non_blocking_aio", "false"),
+    // Answers pass through one thread instead of two that wake each other.
+    ("librados_thread_count", "1"),
+    // What one receive takes of several answers, bytes. Each connection to an OSD
+    // keeps twice as much; with the 4,096 there usually is each read needs two.
+    ("ms_tcp_prefetch_max_size", "32768"),
+];
 /// Of `SETTINGS`, the ones that an image or its pool may have of its own, which wins.
-const IMAGE_SETTINGS: usize = 7;
+const IMAGE_SETTINGS: usize = 6;
 
 /// An open image, and what is known of it.
 #[derive(Debug)]
