@@ -361,6 +361,8 @@ fn start_osd(dir: &Path) -> Result<Daemon> {
 fn osd(dir: &Path) -> Result<Command> {
     let mut command = Command::new(system_program("ceph-osd")?);
     command.arg("--conf").arg(dir.join("ceph.conf")).args(["-i", "0"]);
+    // As Ceph's own packages are built; Debian's has the library beside it and does not link it.
+    command.env("LD_PRELOAD", "libtcmalloc_minimal.so.4");
     Ok(command)
 }
 
