@@ -11,6 +11,7 @@ use baton_remote_client::{
     IoError, Op, OpenError, OpenOptions, Tag, VolumeEvent, VolumeState, VolumeUri, open,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollTimeout};
 use std::fs;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -129,6 +130,43 @@ fn many_requests_of_two_queues_are_all_answered() {
     for (n, data) in data.iter().enumerate() {
         run(&mut *queues[1 - n % 2], Op::Read { offset: (n * LEN) as u64 }, &mut back).unwrap();
         assert!(&back == data, "write {n}");
+    }
+}
+
+/// As a backend's threads wait: in their own epoll instance, which a queue that goes is to leave, also with an answer out.
+#[test]
+fn a_queue_wakes_who_watches_it_and_nobody_once_it_is_gone() {
+    let name = "a_queue_wakes_who_watches_it_and_nobody_once_it_is_gone";
+    let Some((_dir, ceph)) = cluster(name) else { return };
+    let volume = opened(&ceph.uri("v"));
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+    let woken = |timeout_ms: u16| {
+        let mut events = [EpollEvent::empty(); 4];
+        let n = epoll.wait(&mut events, EpollTimeout::from(timeout_ms)).unwrap();
+        events[..n].iter().map(EpollEvent::data).collect::<Vec<_>>()
+    };
+    for data in [7, 8] {
+        let mut queue = volume.open_queue(0, 4).unwrap();
+        queue.watch_in(&epoll, data).unwrap();
+        let (mut buffer, mut done) = ([1; 512], Vec::new());
+        // SAFETY: the buffer outlives the request.
+        unsafe { queue.submit(Tag(1), Op::Write { offset: 0 }, &parts(&mut buffer)) };
+        queue.poll(&mut done);
+        while done.is_empty() {
+            let woken = woken(10_000);
+            assert!(!woken.is_empty() && woken.iter().all(|by| *by == data), "{woken:?}");
+            queue.poll(&mut done);
+        }
+        // One answer is there and not taken, another is out.
+        // SAFETY: what is written is copied when it is submitted.
+        unsafe { queue.submit(Tag(2), Op::Write { offset: 0 }, &parts(&mut buffer)) };
+        assert_eq!(woken(10_000), [data]);
+        ceph.osd.freeze().unwrap();
+        // SAFETY: as above.
+        unsafe { queue.submit(Tag(3), Op::Write { offset: 0 }, &parts(&mut buffer)) };
+        drop(queue);
+        assert!(woken(0).is_empty(), "by a queue that is gone");
+        ceph.osd.thaw().unwrap();
     }
 }
 

@@ -45,7 +45,7 @@ pub(super) struct RbdQueue {
     done: Vec<Completion>,
     /// Scratch.
     back: Vec<Flight>,
-    /// Of the inbox and the timer.
+    /// Of the inbox and the timer; it may be another's.
     epoll: Epoll,
     timer: Timer,
     /// Said to be slow.
@@ -72,10 +72,8 @@ impl RbdQueue {
         served: Served,
         inbox: Arc<Inbox>,
     ) -> io::Result<Self> {
-        let timer = Timer::new()?;
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(inbox.event(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
-        epoll.add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, 1))?;
+        let (timer, epoll) = (Timer::new()?, Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
+        watch([inbox.event(), timer.as_fd()], &epoll, 0)?;
         let (serial, held) = shared.course();
         let mut queue = Self {
             index,
@@ -99,6 +97,11 @@ impl RbdQueue {
         };
         queue.follow();
         Ok(queue)
+    }
+
+    /// What wakes it.
+    fn events(&self) -> [BorrowedFd<'_>; 2] {
+        [self.inbox.event(), self.timer.as_fd()]
     }
 
     /// Does as the volume's course says.
@@ -247,6 +250,20 @@ impl RbdQueue {
     }
 }
 
+/// All of them or none.
+fn watch(events: [BorrowedFd<'_>; 2], epoll: &Epoll, data: u64) -> io::Result<()> {
+    let added = events
+        .iter()
+        .try_for_each(|event| epoll.add(event, EpollEvent::new(EpollFlags::EPOLLIN, data)));
+    Ok(added.inspect_err(|_| leave(events, epoll))?)
+}
+
+fn leave(events: [BorrowedFd<'_>; 2], epoll: &Epoll) {
+    for event in events {
+        let _ = epoll.delete(event);
+    }
+}
+
 impl VolumeQueue for RbdQueue {
     unsafe fn submit(&mut self, tag: Tag, op: Op, data: &[libc::iovec]) {
         match check(op, data, self.shared.size_bytes(), self.shared.read_only()) {
@@ -284,6 +301,14 @@ impl VolumeQueue for RbdQueue {
         self.epoll.0.as_fd()
     }
 
+    fn watch_in(&mut self, epoll: &Epoll, data: u64) -> io::Result<()> {
+        let epoll = Epoll(epoll.0.try_clone()?);
+        watch(self.events(), &epoll, data)?;
+        let before = std::mem::replace(&mut self.epoll, epoll);
+        leave(self.events(), &before);
+        Ok(())
+    }
+
     fn in_flight(&self) -> usize {
         self.requests.len() - self.free.len() + self.done.len()
     }
@@ -291,6 +316,8 @@ impl VolumeQueue for RbdQueue {
 
 impl Drop for RbdQueue {
     fn drop(&mut self) {
+        // What is still out keeps the inbox and its event.
+        leave(self.events(), &self.epoll);
         self.inbox.close();
         self.shared.queue_closed(self.index);
     }
