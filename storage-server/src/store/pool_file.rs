@@ -254,6 +254,21 @@ mod tests {
         test(&plain);
     }
 
+    /// A file for appending refuses splice(2) as a filesystem does that cannot; nothing is written by asking.
+    #[test]
+    fn whether_a_pipe_may_be_spliced_is_asked_of_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pool.dat");
+        let open = |append: bool| {
+            let mut options = File::options();
+            options.create(true).read(true).write(!append).append(append).open(&path).unwrap()
+        };
+        assert!(takes_pipes(&open(false)).unwrap());
+        let before = std::fs::metadata(&path).unwrap().len();
+        assert!(!takes_pipes(&open(true)).unwrap());
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), before);
+    }
+
     #[test]
     fn zeroing_is_exact_to_the_byte() {
         both(|pool| {
