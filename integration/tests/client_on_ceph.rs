@@ -160,7 +160,7 @@ fn a_queue_wakes_who_watches_it_and_nobody_once_it_is_gone() {
         // One answer is there and not taken, another is out.
         // SAFETY: what is written is copied when it is submitted.
         unsafe { queue.submit(Tag(2), Op::Write { offset: 0 }, &parts(&mut buffer)) };
-        assert_eq!(woken(10_000), [data]);
+        assert!(woken(10_000).contains(&data));
         ceph.osd.freeze().unwrap();
         // SAFETY: as above.
         unsafe { queue.submit(Tag(3), Op::Write { offset: 0 }, &parts(&mut buffer)) };
