@@ -272,11 +272,17 @@ pub(crate) fn sendmsg(fd: &OwnedFd, iov: &mut [libc::iovec]) -> nix::Result<usiz
     #[cfg(test)]
     let iov = narrow::cut(iov)?;
     let flags = (MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT).bits();
-    let message = message(iov);
-    // SAFETY: the header names `iov` and nothing else; the memory behind it is
+    // SAFETY: the call is given `iov` and nothing else; the memory behind it is
     // the session's own or vouched for by the submitter, and the kernel checks it.
-    let sent = Errno::result(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, flags) })
-        .map(|n| usize::try_from(n).expect("not negative"));
+    let n = unsafe {
+        if let [one] = iov {
+            libc::send(fd.as_raw_fd(), one.iov_base, one.iov_len, flags)
+        } else {
+            let message = message(iov);
+            libc::sendmsg(fd.as_raw_fd(), &raw const message, flags)
+        }
+    };
+    let sent = Errno::result(n).map(|n| usize::try_from(n).expect("not negative"));
     #[cfg(test)]
     narrow::count(&sent);
     sent

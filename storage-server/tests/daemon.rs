@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use baton_protocol::{Event, EventKind, Opcode, QueueId, Status};
-use common::{Client, Daemon, create, daemon_command, greeting, http, json};
+use common::{Client, Daemon, create, daemon_command, greeting, http, json, wait_for};
 use nix::sys::signal::Signal;
 
 const SIZE: u64 = 64 << 20;
@@ -79,6 +79,29 @@ fn a_directory_in_use_or_unusable_is_named() {
     let (code, text) = fails(daemon_command(&under_a_file));
     assert_eq!(code, 1);
     assert!(text.contains("file/data"), "{text}");
+}
+
+/// What only a busy connection needs, a pipe among it, is given back when it has done nothing for a while.
+#[test]
+fn an_idle_connection_holds_nothing_that_large_writes_needed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let server = Daemon::start(dir.path());
+    create(server.admin, "d", SIZE);
+    let mut owner = Client::welcomed(server.data, "d", "h", 1);
+    let fds = format!("/proc/{}/fd", server.child.id());
+    let pipes = || {
+        let links = std::fs::read_dir(&fds).expect("its own child").flatten();
+        let named = links.filter_map(|link| std::fs::read_link(link.path()).ok());
+        named.filter(|name| name.to_string_lossy().starts_with("pipe:")).count()
+    };
+    let before = pipes();
+    for _ in 0..2 {
+        wait_for("both ends of a pipe", || {
+            assert_eq!(owner.write(0, &vec![1; 128 << 10]), Status::Ok);
+            pipes() == before + 2
+        });
+        wait_for("the pipe is closed", || pipes() == before);
+    }
 }
 
 /// Kill -9 loses nothing that was acknowledged, and nobody's place.
@@ -343,13 +366,13 @@ fn workers_have_a_short_slice_unless_it_is_not_wanted() {
         });
         // A thread takes its name when it begins, maybe after the server listens.
         let both = || worker_slices(server.child.id()).len() == 2;
-        common::wait_for("two workers", both);
+        wait_for("two workers", both);
         worker_slices(server.child.id())
     };
     let mut command = daemon_command(dir.path());
     command.args(["--workers", "2"]);
     let server = Daemon::from(command);
-    common::wait_for("short slices", || {
+    wait_for("short slices", || {
         usual.contains(&0) || worker_slices(server.child.id()) == [300_000; 2]
     });
     assert!(!usual.contains(&300_000), "{usual:?}");

@@ -172,6 +172,19 @@ fn a_broken_request_is_answered_and_ends_its_connection_only() {
     assert_eq!(metric(fixture.admin, "baton_protocol_violations_total"), 11);
 }
 
+/// It may read the reply in peace, and then its place is needed.
+#[test]
+fn one_that_broke_the_protocol_and_stays_is_closed() {
+    let fixture = Fixture::start();
+    fixture.create("d", SIZE);
+    let mut client = fixture.owner("d", "h", 1);
+    let header = client.header(Opcode::Hello, 0, 0);
+    client.raw(&header.encode());
+    assert_eq!(client.reply().0.status, Status::Protocol);
+    wait_for("nobody is connected", || metric(fixture.admin, "baton_connections") == 0);
+    drop(client);
+}
+
 #[test]
 fn a_payload_that_is_cut_off_is_never_written() {
     let fixture = Fixture::start();

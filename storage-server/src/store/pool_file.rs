@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, OFlag, SpliceFFlags, fallocate, splice};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, SpliceFFlags, fallocate, fcntl, splice};
 
 use super::layout::EXTENT_BYTES;
 use super::pool_map::PoolMap;
@@ -55,6 +55,7 @@ impl PoolFile {
             },
         };
         let takes_pipes = takes_pipes(&file)?;
+        let _ = forget_reads(&file);
         let (map, len) = (PoolMap::default(), AtomicU64::new(file.metadata()?.len()));
         Ok(Self { file, map, len, nowait, punch, zero_range, preallocate, takes_pipes })
     }
@@ -228,6 +229,13 @@ fn takes_pipes(file: &File) -> io::Result<bool> {
     }
 }
 
+/// Has the filesystem not note when the file was last read, which nobody asks and each read would pay for. Only the
+/// file's owner may; to others it is noted.
+fn forget_reads(file: &File) -> nix::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_NOATIME)).map(drop)
+}
+
 fn read_nowait(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
     let iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     // SAFETY: `iov` names `buf`, which is exclusively borrowed and outlives the call.
@@ -267,6 +275,20 @@ mod tests {
         let before = std::fs::metadata(&path).unwrap().len();
         assert!(!takes_pipes(&open(true)).unwrap());
         assert_eq!(std::fs::metadata(&path).unwrap().len(), before);
+    }
+
+    #[test]
+    fn reads_are_not_noted_by_the_filesystem() {
+        use std::os::unix::fs::MetadataExt;
+        let pool = pool();
+        // Older than the data, so that the usual `relatime` would note the next read.
+        let long_ago = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1 << 30);
+        pool.file.set_times(std::fs::FileTimes::new().set_accessed(long_ago)).unwrap();
+        let read_at = || pool.file.metadata().unwrap().atime();
+        let before = read_at();
+        pool.read(0, &mut [0; 4096]).unwrap();
+        assert!(pool.try_read(0, &mut [0; 4096]).unwrap());
+        assert_eq!((before, read_at()), (1 << 30, 1 << 30));
     }
 
     #[test]

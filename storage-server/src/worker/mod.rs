@@ -17,6 +17,7 @@
 //! answers that came late.
 
 mod ask;
+mod broom;
 mod buffers;
 mod conn;
 mod flusher;
@@ -48,6 +49,7 @@ pub(crate) use flusher::Flusher;
 pub(crate) use mailbox::{Mailbox, Message};
 pub(crate) use pool::Pool;
 
+use broom::Broom;
 use conn::{Conn, Life};
 use ring::{Back, Ring};
 use rounds::Rounds;
@@ -56,6 +58,7 @@ const EVENTS: usize = 128;
 /// epoll data of what is not a connection.
 const MAILBOX: u64 = u64::MAX;
 const RING: u64 = u64::MAX - 1;
+const BROOM: u64 = u64::MAX - 2;
 /// How often large buffers of idle connections are given back, while there are any.
 const SWEEP: Duration = Duration::from_secs(1);
 /// Sweeps that a peer gets to read the reply to its violation and close.
@@ -96,8 +99,6 @@ struct Context {
     /// Connections to look at before waiting again.
     ready: Vec<usize>,
     rounds: Rounds,
-    /// Some connection holds a large buffer or lingers.
-    untidy: bool,
 }
 
 struct Worker {
@@ -107,7 +108,8 @@ struct Worker {
     free: Vec<usize>,
     by_id: HashMap<u64, usize>,
     stop_at: Option<Instant>,
-    next_sweep: Instant,
+    /// Asked to come when some connection holds a large buffer or lingers.
+    broom: Broom,
     /// `None`: sleeps at once when there is nothing to do.
     polling: Option<BusyPoll>,
 }
@@ -127,17 +129,18 @@ pub(crate) fn start(setup: Setup) -> std::io::Result<JoinHandle<()>> {
         let fd = unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) };
         epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, RING))?;
     }
+    let broom = Broom::new(SWEEP)?;
+    epoll.add(broom.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, BROOM))?;
     let name = format!("worker-{}", setup.number);
     let polling = BusyPoll::new(setup.poll_us);
-    let context =
-        Context { setup, epoll, ring, ready: Vec::new(), rounds: Rounds::default(), untidy: false };
+    let context = Context { setup, epoll, ring, ready: Vec::new(), rounds: Rounds::default() };
     let mut worker = Worker {
         context,
         conns: Vec::new(),
         free: Vec::new(),
         by_id: HashMap::new(),
         stop_at: None,
-        next_sweep: Instant::now(),
+        broom,
         polling,
     };
     std::thread::Builder::new().name(name).spawn(move || worker.run())
@@ -175,11 +178,12 @@ impl Worker {
             {
                 polling.found(Instant::now());
             }
-            let mut mail = false;
+            let (mut mail, mut sweep) = (false, false);
             for event in &events[..n] {
                 match event.data() {
                     MAILBOX => mail = true,
                     RING => self.reap(&mut back),
+                    BROOM => sweep = self.broom.take(),
                     index => {
                         let index = usize::try_from(index).unwrap_or(usize::MAX);
                         self.on_socket(index, event.events());
@@ -198,7 +202,9 @@ impl Worker {
             if let Some(index) = self.context.rounds.next() {
                 self.next_turn(index);
             }
-            self.sweep_if_due();
+            if sweep {
+                self.sweep();
+            }
             // What was done above is news to other connections of this worker. Last: nobody else wakes it for that.
             while self.context.setup.mailbox.has_own() {
                 self.take_mail(&mut messages);
@@ -225,10 +231,7 @@ impl Worker {
         {
             return EpollTimeout::ZERO;
         }
-        if self.context.untidy || self.stop_at.is_some() {
-            return EpollTimeout::from(1000u16);
-        }
-        EpollTimeout::NONE
+        if self.stop_at.is_some() { EpollTimeout::from(1000u16) } else { EpollTimeout::NONE }
     }
 
     fn is_finished(&self) -> bool {
@@ -293,7 +296,9 @@ impl Worker {
             Life::Closing | Life::Dead => false,
         };
         let write = conn.blocked && conn.life != Life::Dead;
-        self.context.untidy |= conn.holds_much() || conn.life == Life::Lingering;
+        if conn.holds_much() || conn.life == Life::Lingering {
+            self.broom.ask();
+        }
         let Some(watching) = conn.watching else { return };
         if conn.life == Life::Dead {
             // Errors are always reported; nobody would listen.
@@ -424,13 +429,7 @@ impl Worker {
         }
     }
 
-    fn sweep_if_due(&mut self) {
-        let now = Instant::now();
-        if !self.context.untidy || now < self.next_sweep {
-            return;
-        }
-        self.next_sweep = now + SWEEP;
-        self.context.untidy = false;
+    fn sweep(&mut self) {
         for index in 0..self.conns.len() {
             let Some(Some(conn)) = self.conns.get_mut(index) else { continue };
             if conn.life == Life::Lingering {
