@@ -361,8 +361,10 @@ fn start_osd(dir: &Path) -> Result<Daemon> {
 fn osd(dir: &Path) -> Result<Command> {
     let mut command = Command::new(system_program("ceph-osd")?);
     command.arg("--conf").arg(dir.join("ceph.conf")).args(["-i", "0"]);
-    // As Ceph's own packages are built; Debian's has the library beside it and does not link it.
+    // As Ceph's own packages are built; Debian's has the library beside it and does not link it. The second is what the
+    // packages' units give it (/etc/default/ceph), bytes.
     command.env("LD_PRELOAD", "libtcmalloc_minimal.so.4");
+    command.env("TCMALLOC_MAX_TOTAL_THREAD_CACHE_BYTES", "134217728");
     Ok(command)
 }
 
