@@ -53,13 +53,18 @@ const TRAILER_BYTES: usize = 64;
 /// "BTNtry" and a version: the trailer names a try. Zero in a new region.
 const TRAILER_MAGIC: u64 = u64::from_le_bytes(*b"BTNtry\0\x01");
 
+/// In the features word of each ring's first part: it has run with the part for larger ones.
+const LARGE_USED: u64 = 1 << 61;
+
 /// Bytes of one ring's part.
 const fn ring_bytes(queue_size: usize) -> usize {
     (HEADER_BYTES + ENTRY_BYTES * queue_size).next_multiple_of(64)
 }
 
-/// Bytes of the part of a ring that is larger than the front-end said.
-const LARGE_BYTES: usize = ring_bytes(QUEUE_SIZE_MAX as usize);
+/// Entries and bytes of the part of a ring that is larger than the front-end said.
+const LARGEST: u16 = 1 << 15;
+const LARGE_BYTES: usize = ring_bytes(LARGEST as usize);
+const _: () = assert!(LARGEST as u32 == QUEUE_SIZE_MAX);
 
 /// In-flight regions that this process has made, the latest ones.
 ///
@@ -177,12 +182,15 @@ impl InflightRegion {
         // The front-end may say that there are more; none of ours has them.
         for index in 0..self.num_queues.min(NUM_QUEUES_MAX) {
             if let Some(part) = self.large_part(index) {
-                // SAFETY: `large_part` checked that it is mapped; 8 is the version's place, and aligned.
-                let version =
-                    unsafe { AtomicU16::from_ptr(self.mapping.as_ptr().add(part + 8).cast()) };
-                version.store(0, Ordering::Release);
+                self.version_of(part).store(0, Ordering::Release);
             }
         }
+    }
+
+    /// The version of the ring's part that begins there; zero says that nothing in it counts.
+    fn version_of(&self, part: usize) -> &AtomicU16 {
+        // SAFETY: `map` or `large_part` checked that it is mapped; 8 is the version's place, and aligned.
+        unsafe { AtomicU16::from_ptr(self.mapping.as_ptr().add(part + 8).cast()) }
     }
 
     /// From here on this process keeps the parts for larger rings up to date.
@@ -260,15 +268,18 @@ impl InflightRegion {
     /// `queue_size` entries.
     #[must_use]
     pub fn ring(self: &Arc<Self>, index: u16, queue_size: u16) -> Option<InflightRing> {
-        if index >= self.num_queues || u32::from(queue_size) > QUEUE_SIZE_MAX {
+        if index >= self.num_queues || queue_size > LARGEST {
             return None;
         }
-        let base = if queue_size <= self.queue_size {
-            self.offset + ring_bytes(usize::from(self.queue_size)) * usize::from(index)
+        let first = self.offset + ring_bytes(usize::from(self.queue_size)) * usize::from(index);
+        let large = self.large_part(index);
+        let (base, room) = if queue_size <= self.queue_size {
+            (first, self.queue_size)
         } else {
-            self.large_part(index)?
+            (large?, LARGEST)
         };
-        Some(InflightRing { region: Arc::clone(self), base, size: queue_size, counter: 0 })
+        let region = Arc::clone(self);
+        Some(InflightRing { region, first, large, base, room, size: queue_size, counter: 0 })
     }
 
     /// Where the part is for a ring that is larger than the front-end said, if the region has it.
@@ -283,7 +294,13 @@ impl InflightRegion {
 #[derive(Debug)]
 pub struct InflightRing {
     region: Arc<InflightRegion>,
+    /// Where the ring's first part begins, and the one for larger rings.
+    first: usize,
+    large: Option<usize>,
+    /// The one of the two that it has.
     base: usize,
+    /// Entries that part has room for.
+    room: u16,
     size: u16,
     /// Rises with every request taken; requests are done again in this order.
     counter: u64,
@@ -303,7 +320,11 @@ impl InflightRing {
     }
 
     fn version(&self) -> &AtomicU16 {
-        self.u16_at(8)
+        self.region.version_of(self.base)
+    }
+
+    fn desc_num(&self) -> &AtomicU16 {
+        self.u16_at(10)
     }
 
     fn last_batch_head(&self) -> &AtomicU16 {
@@ -315,7 +336,7 @@ impl InflightRing {
     }
 
     fn entry(&self, head: u16) -> usize {
-        debug_assert!(head < self.size);
+        debug_assert!(head < self.room);
         HEADER_BYTES + ENTRY_BYTES * usize::from(head)
     }
 
@@ -341,11 +362,11 @@ impl InflightRing {
     /// migration the ring is somewhere else, and a zero would be read as a batch
     /// cut off by a kill.
     pub fn resume(&mut self, ring_used_idx: u16) -> Vec<u16> {
+        self.forget_other_sizes();
         if self.version().load(Ordering::Acquire) != VERSION {
             for head in 0..self.size {
                 self.inflight(head).store(0, Ordering::Relaxed);
             }
-            self.u16_at(10).store(self.size, Ordering::Relaxed);
             self.used_idx().store(ring_used_idx, Ordering::Relaxed);
             self.version().store(VERSION, Ordering::Release);
             return Vec::new();
@@ -358,6 +379,28 @@ impl InflightRing {
         self.counter =
             heads.last().map_or(0, |head| self.counter_of(*head).load(Ordering::Relaxed));
         heads
+    }
+
+    /// A ring has another size only after the guest began anew with it. What it left in flight with that size is
+    /// nobody's, and must not be found when the ring has that size again.
+    fn forget_other_sizes(&self) {
+        for head in self.size..self.desc_num().load(Ordering::Relaxed).min(self.room) {
+            self.inflight(head).store(0, Ordering::Relaxed);
+        }
+        self.desc_num().store(self.size, Ordering::Relaxed);
+        // SAFETY: mapped, as the whole first part is, and aligned; used with atomics only.
+        let features = unsafe {
+            AtomicU64::from_ptr(self.region.mapping.as_ptr().add(self.first).cast::<u64>())
+        };
+        if Some(self.base) == self.large {
+            features.fetch_or(LARGE_USED, Ordering::AcqRel);
+            self.region.version_of(self.first).store(0, Ordering::Release);
+        } else if let Some(large) = self.large
+            && features.load(Ordering::Acquire) & LARGE_USED != 0
+        {
+            // Looked at only then: what nobody touches takes no memory.
+            self.region.version_of(large).store(0, Ordering::Release);
+        }
     }
 
     /// The used index was published and the kill came before the marks of that
@@ -497,6 +540,44 @@ mod tests {
         assert_eq!(left(), [901], "who has the region now keeps them again");
     }
 
+    /// Requests that were left in flight when the guest began anew with a ring of another size, and again with the first.
+    #[test]
+    fn what_a_ring_of_another_size_left_is_forgotten() {
+        // Of one part, of the other, and of both, each way.
+        for (before, between) in [(8, 4), (8, 1024), (1024, 8), (1024, 16), (32768, 8)] {
+            let (_, fd, description) = region();
+            let starts = |size: u16, takes: u16| {
+                let region = Arc::new(InflightRegion::map(&fd, description).expect("map"));
+                let mut ring = region.ring(1, size).expect("ring");
+                let left = ring.resume(5);
+                ring.take(takes);
+                left
+            };
+            assert_eq!(starts(before, before - 1), [0u16; 0]);
+            assert_eq!(
+                starts(before, before - 1),
+                [before - 1],
+                "of the same size it is done again"
+            );
+            assert_eq!(starts(between, between - 1), [0u16; 0], "{before} to {between}");
+            assert_eq!(starts(between, between - 1), [between - 1], "{before} to {between}");
+            let left = starts(before, 0);
+            assert!(!left.contains(&(before - 1)), "{before}, {between} and back: {left:?}");
+        }
+    }
+
+    /// One that only ever has rings as large as the front-end said does not touch the parts for larger ones.
+    #[test]
+    fn parts_that_no_ring_has_take_no_memory() {
+        let (region, fd, description) = region();
+        let blocks = || nix::sys::stat::fstat(&fd).expect("stat").st_blocks;
+        let (mut zero, mut one) =
+            (region.ring(0, 8).expect("ring"), region.ring(1, 8).expect("ring"));
+        assert_eq!((zero.resume(0), one.resume(0)), (vec![], vec![]));
+        assert_eq!(restarted(&fd, description, 0), [0u16; 0]);
+        assert_eq!(blocks() * 512, 4096);
+    }
+
     /// Earlier versions made the rings and the trailer only: whoever of the two comes after the other finds what was
     /// left in a ring of the size that the front-end said.
     #[test]
@@ -573,6 +654,8 @@ mod tests {
         ring.counter_of(1).store(u64::MAX, Ordering::Relaxed);
         assert_eq!(ring.resume(40000), [1]);
         ring.take(2);
+        ring.desc_num().store(u16::MAX, Ordering::Relaxed);
+        assert_eq!(ring.resume(40000), [2, 1], "of its own entries");
         assert!(region.ring(2, 8).is_none(), "no such ring");
         assert!(region.ring(0, u16::MAX).is_none(), "more entries than the table has");
         let lying = InflightDescription { num_queues: u16::MAX, ..description };
