@@ -17,7 +17,7 @@ root=$target/debian13
 packages=(
     ceph-mon ceph-osd ceph-common librbd1 etcd-server etcd-client nbdkit
     qemu-system-x86 qemu-utils qemu-block-extra e2fsprogs libvirt-daemon libvirt-clients libvirt-daemon-driver-qemu
-    iproute2 procps openssl curl strace
+    iproute2 procps openssl curl strace stunnel4
 )
 # Debian 13's libfaketime hangs in the start of a program with a malloc of its own, which the backend is.
 without=(--skip f13_a_guest_moves_between_hosts_whose_clocks_jump)

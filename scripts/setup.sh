@@ -13,7 +13,7 @@
 #                    starts a member on port 2379, too: systemctl disable --now etcd
 #   --systemd        systemd and systemd-nspawn, for tests that boot hosts whose init it is
 #   --test           all seven, for the harness is tested on the peers, a C++ compiler for the fuzzer's runtime,
-#                    libfaketime for clocks that jump, strace and curl
+#                    libfaketime for clocks that jump, strace, curl and stunnel
 #   --check          change nothing; list what is missing and exit 1 if anything is
 #   (no purpose)     everything
 #
@@ -95,6 +95,7 @@ have pkg-config && pkg-config --exists openssl || [[ -e /usr/include/openssl/ssl
 if ((want_watch)); then
     have strace || missing+=(strace)
     have curl || missing+=(curl)
+    have stunnel4 || missing+=(stunnel4)
 fi
 if ((want_libvirt)); then
     # Its folder is not in everybody's PATH.

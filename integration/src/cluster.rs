@@ -14,6 +14,7 @@ use crate::daemon::Daemon;
 use crate::guest::GuestFiles;
 use crate::probe::Probe;
 use crate::qemu::{BOOT_TIMEOUT, GuestConfig};
+use crate::stunnel::Stunnel;
 use crate::workspace::{program, system_program};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
@@ -21,6 +22,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -30,6 +32,8 @@ pub const VM: &str = "web";
 /// Its hosts; it starts on the first.
 pub const HOSTS: [&str; 2] = ["host-a", "host-b"];
 
+/// The host of the storage server, whose certificate its admin API shows.
+const STORAGE_HOST: &str = "host-s1";
 /// Stem of the files of the operator's certificate.
 const OPERATOR: &str = "operator-me";
 const DISK_BYTES: u64 = 64 << 20;
@@ -50,7 +54,8 @@ pub enum Driver {
 pub enum Trust {
     /// Plaintext on loopback.
     Loopback,
-    /// Mutual TLS with the certificates of `baton-agent dev-ca` in this directory.
+    /// Mutual TLS with the certificates of `baton-agent dev-ca` in this directory; stunnel has them for the storage
+    /// server, whose admin API has no TLS.
     Certificates(PathBuf),
 }
 
@@ -60,7 +65,7 @@ impl Trust {
         let at = dir.join("ca");
         let made = Command::new(program("baton-agent")?)
             .args(["dev-ca", "--coordinator", "coordinator", "--operator", "me"])
-            .args(["--host", HOSTS[0], "--host", HOSTS[1], "--dir"])
+            .args(["--host", HOSTS[0], "--host", HOSTS[1], "--host", STORAGE_HOST, "--dir"])
             .arg(&at)
             .output()?;
         if !made.status.success() {
@@ -69,8 +74,8 @@ impl Trust {
         Ok(Self::Certificates(at))
     }
 
-    /// Certificate and key of somebody, after the authority's certificate.
-    fn files(&self, who: &str) -> Option<[PathBuf; 3]> {
+    /// Authority, certificate and key of somebody, by the stem of their files.
+    pub fn files(&self, who: &str) -> Option<[PathBuf; 3]> {
         let Self::Certificates(dir) = self else { return None };
         let file = |name: String| dir.join(name);
         Some([file("ca.pem".to_owned()), file(format!("{who}.pem")), file(format!("{who}.key"))])
@@ -82,6 +87,12 @@ impl Trust {
             let (ca, cert, key) = (ca.display(), cert.display(), key.display());
             format!("[tls]\nca = \"{ca}\"\ncert = \"{cert}\"\nkey = \"{key}\"\n")
         })
+    }
+
+    /// In front of the storage server's admin API, where it takes certificates.
+    fn terminator(&self, dir: &Path, admin: SocketAddr) -> Result<Option<Stunnel>> {
+        let Self::Certificates(tls) = self else { return Ok(None) };
+        Stunnel::start(dir, admin, tls).map(Some)
     }
 
     fn url(&self, address: &str) -> String {
@@ -140,6 +151,8 @@ pub struct Host {
 pub struct Cluster {
     /// The storage server.
     pub storage: Storage,
+    /// What the coordinator reaches its admin API through, with certificates.
+    pub terminator: Option<Stunnel>,
     /// The coordinator's process.
     pub coordinator: Daemon,
     /// The hosts, as in [`HOSTS`].
@@ -315,11 +328,13 @@ impl Cluster {
         disks.extend_from_slice(elsewhere);
         let start = |name| Host::start(dir, name, &disks, driver, &trust);
         let hosts = [start(HOSTS[0])?, start(HOSTS[1])?];
+        let terminator = trust.terminator(dir, storage.admin_address())?;
+        let admin = terminator.as_ref().map_or(storage.admin_address(), |stunnel| stunnel.address);
         let mut text = format!(
-            "listen = \"127.0.0.1:0\"\njournal = \"{}\"\n[[storage]]\ndata = \"{}\"\nadmin = \"http://{}\"\n",
+            "listen = \"127.0.0.1:0\"\njournal = \"{}\"\n[[storage]]\ndata = \"{}\"\nadmin = \"{}\"\nhost = \"{STORAGE_HOST}\"\n",
             dir.join("journal.redb").display(),
             storage.data_address(),
-            storage.admin_address()
+            trust.url(&admin.to_string()),
         );
         for conf in ceph_confs(elsewhere) {
             write!(text, "[[ceph]]\nconf = \"{conf}\"\nid = \"coordinator\"\n")?;
@@ -339,7 +354,7 @@ impl Cluster {
         fs::write(dir.join("coordinator.toml"), text)?;
         let (coordinator, url) = listen(dir, "coordinator", &trust)?;
         hosts[0].claim()?;
-        Ok(Self { storage, coordinator, hosts, url, dir: dir.to_owned(), trust })
+        Ok(Self { storage, terminator, coordinator, hosts, url, dir: dir.to_owned(), trust })
     }
 
     /// Starts the coordinator again after a kill, at the same address and with the same journal.

@@ -1,6 +1,6 @@
 //! What the end-to-end tests, the demo and the benchmark are made of.
 //!
-//! Starts real processes (`daemon`, `baton`, `qsd`, `cluster`, `ceph`, `images`, `etcd`), whole hosts (`machine`), real
+//! Starts real processes (`daemon`, `baton`, `qsd`, `cluster`, `ceph`, `images`, `etcd`, `nbdkit`, `stunnel`), whole hosts (`machine`), real
 //! guests (`guest`, `qemu`, `probe`, `qmp`, `libvirt`), moves them (`migration`) and lets that go wrong (`splitbrain`,
 //! `faults`). Plays the other side of a vhost-user socket without a guest
 //! (`vhost_user`, `memory`, `ring`, `raw_frontend`, `blk`), a storage server's client (`raw_wire`), or a bad network
@@ -37,6 +37,7 @@ pub mod raw_wire;
 pub mod ring;
 pub mod slow_disk;
 pub mod splitbrain;
+pub mod stunnel;
 pub mod vhost_user;
 pub mod wire;
 pub mod workspace;
