@@ -2,7 +2,8 @@
 # Tests on the Ceph, etcd, QEMU and NBD servers of Debian 13, on a machine that has others: in a root of its own, which
 # holds nothing but Debian's packages and is not booted.
 #
-#   scripts/on-debian13.sh [TEST...]     test programs by their names; without one, those of engines and of guests
+#   scripts/on-debian13.sh [TEST...]          test programs by their names; without one, those of engines and of guests
+#   scripts/on-debian13.sh --bench [ARG...]   measures images of Ceph there; ARG as `baton-bench compare --help` has it
 #
 # Needs root and debootstrap. The root (1 GB, a minute) is made once, in $CARGO_TARGET_DIR/debian13 (default:
 # target/debian13). The programs are built here and run there; what they said is in debian13-*.log beside the root.
@@ -21,7 +22,8 @@ packages=(
 )
 # Debian 13's libfaketime hangs in the start of a program with a malloc of its own, which the backend is.
 without=(--skip f13_a_guest_moves_between_hosts_whose_clocks_jump)
-tests=("$@")
+bench=0 tests=("$@")
+[[ ${1:-} == --bench ]] && bench=1
 ((${#tests[@]})) || tests=(
     client_on_ceph direct_reads_on_ceph fence_on_ceph maintenance_on_ceph handoff_on_ceph guest_on_ceph
     coordinators_on_etcd journal_on_etcd etcd_partition
@@ -36,7 +38,7 @@ command -v debootstrap >/dev/null || { say "debootstrap is missing: apt-get inst
 # What is mounted here is gone with the namespace, whose last process may be a test's.
 if [[ ${BATON_IN_NAMESPACE:-} != $$ ]]; then
     # shellcheck disable=SC2016
-    exec unshare --mount sh -c 'BATON_IN_NAMESPACE=$$ exec "$0" "$@"' "scripts/on-debian13.sh" "${tests[@]}"
+    exec unshare --mount sh -c 'BATON_IN_NAMESPACE=$$ exec "$0" "$@"' "scripts/on-debian13.sh" "$@"
 fi
 
 inside() { chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 "$@"; }
@@ -62,14 +64,18 @@ if [[ ! -e $root/complete ]]; then
     touch "$root/complete"
 fi
 
-scripts/setup.sh --demo
 say "building"
-cargo build --quiet --workspace --bins
-flags=()
-for test in "${tests[@]}"; do flags+=(--test "$test"); done
-# "  Executable tests/cluster.rs (target/debug/deps/cluster-0123456789abcdef)", of each test.
-programs=$(cargo test --workspace --no-run "${flags[@]}" 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p') ||
-    { say "cannot be built: cargo test --workspace --no-run ${flags[*]}" && exit 1; }
+if ((bench)); then
+    cargo build --quiet --release --workspace --bins
+else
+    scripts/setup.sh --demo
+    cargo build --quiet --workspace --bins
+    flags=()
+    for test in "${tests[@]}"; do flags+=(--test "$test"); done
+    # "  Executable tests/cluster.rs (target/debug/deps/cluster-0123456789abcdef)", of each test.
+    programs=$(cargo test --workspace --no-run "${flags[@]}" 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p') ||
+        { say "cannot be built: cargo test --workspace --no-run ${flags[*]}" && exit 1; }
+fi
 
 # Its root is a mount, or nothing in there could have mounts of its own.
 mount --bind "$root" "$root"
@@ -79,6 +85,13 @@ mount --rbind /dev "$root/dev"
 mkdir -p "$root$PWD" "$root$target" "$root/run/netns"
 mount --bind "$PWD" "$root$PWD"
 [[ $target == "$PWD"/* ]] || mount --bind "$target" "$root$target"
+
+if ((bench)); then
+    inside sh -c 'ceph --version; qemu-storage-daemon --version | head -n 1'
+    inside BATON_BIN_DIR="$target/release" CARGO_TARGET_DIR="$target" sh -c 'cd "$1" && shift && exec "$@"' sh "$PWD" \
+        "$target/release/baton-bench" compare --a baton-rbd --b qsd-rbd --only 4k --commit "$(git rev-parse --short HEAD)" "${@:2}"
+    exit
+fi
 
 inside sh -c 'ceph --version; etcd --version | head -n 1; qemu-system-x86_64 --version | head -n 1; nbdkit --version; libvirtd --version'
 passed=0 failed=0
