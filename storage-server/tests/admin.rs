@@ -209,5 +209,8 @@ fn health_metrics_pool_and_document_are_served() {
         assert!(page.contains(&format!("# TYPE {family} ")), "{family}");
     }
     let document = json(&http(fixture.admin, "GET", "/openapi.json", "").1);
-    assert!(document["paths"]["/v1/volumes/{name}/fence"]["post"].is_object());
+    let responses = &document["paths"]["/v1/volumes/{name}/fence"]["post"]["responses"];
+    assert_eq!(responses["409"]["$ref"], "#/components/responses/Problem");
+    let sent_as = document["components"]["responses"]["Problem"]["content"].as_object();
+    assert!(sent_as.expect("a body").keys().eq(["application/problem+json"]), "{document}");
 }

@@ -229,7 +229,7 @@ fn winner_session(record: &AccessRecord) -> Option<String> {
     ("boot_id" = Option<String>, Query, description = "The server's incarnation as known, 16 hexadecimal digits."),
     ("version" = Option<u64>, Query, description = "The record's version as known."),
     ("wait_ms" = Option<u64>, Query, description = "Longest wait for another one, milliseconds, at most 60000.")),
-    responses((status = 200, body = AccessAnswer), (status = 400, body = Problem), (status = 404, body = Problem)))]
+    responses((status = 200, body = AccessAnswer), (status = 400, response = Problem), (status = 404, response = Problem)))]
 pub(super) async fn access(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
@@ -267,8 +267,8 @@ pub(super) async fn access(
 
 /// Arms a handoff. The source goes on; nobody else may write.
 #[utoipa::path(post, path = "/v1/volumes/{name}/arm", params(("name" = String, Path)), request_body = Arm,
-    responses((status = 200, body = RecordView), (status = 400, body = Problem),
-    (status = 404, body = Problem), (status = 409, body = Problem)))]
+    responses((status = 200, body = RecordView), (status = 400, response = Problem),
+    (status = 404, response = Problem), (status = 409, response = Problem)))]
 pub(super) async fn arm(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
@@ -286,8 +286,8 @@ pub(super) async fn arm(
 
 /// Decides for the source, at the anchor, if the destination has not won.
 #[utoipa::path(post, path = "/v1/volumes/{name}/reclaim", params(("name" = String, Path)), request_body = Which,
-    responses((status = 200, body = Reclaimed), (status = 400, body = Problem),
-    (status = 404, body = Problem), (status = 409, body = Problem)))]
+    responses((status = 200, body = Reclaimed), (status = 400, response = Problem),
+    (status = 404, response = Problem), (status = 409, response = Problem)))]
 pub(super) async fn reclaim(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
@@ -316,8 +316,8 @@ pub(super) async fn reclaim(
 /// Says, at the anchor, that the destination never activated and never will.
 /// Only when its backend is proven dead.
 #[utoipa::path(post, path = "/v1/volumes/{name}/abdicate", params(("name" = String, Path)), request_body = Which,
-    responses((status = 200, body = RecordView), (status = 400, body = Problem),
-    (status = 404, body = Problem), (status = 409, body = Problem)))]
+    responses((status = 200, body = RecordView), (status = 400, response = Problem),
+    (status = 404, response = Problem), (status = 409, response = Problem)))]
 pub(super) async fn abdicate(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
@@ -336,8 +336,8 @@ pub(super) async fn abdicate(
 #[utoipa::path(get, path = "/v1/volumes/{name}/proof", params(("name" = String, Path),
     ("id" = String, Query, description = "ULID of the handoff."),
     ("attempt" = u32, Query, description = "From 1.")),
-    responses((status = 200, body = Decision), (status = 400, body = Problem),
-    (status = 404, body = Problem), (status = 409, body = Problem)))]
+    responses((status = 200, body = Decision), (status = 400, response = Problem),
+    (status = 404, response = Problem), (status = 409, response = Problem)))]
 pub(super) async fn proof(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
@@ -369,8 +369,8 @@ fn decision(volume: &RunningVolume, attempt: Try) -> Result<Decision, ChangeErro
 /// Ends a handoff that is decided. A member that the winner has not opened needs
 /// the anchor's proof.
 #[utoipa::path(post, path = "/v1/volumes/{name}/settle", params(("name" = String, Path)), request_body = Settle,
-    responses((status = 200, body = RecordView), (status = 400, body = Problem),
-    (status = 404, body = Problem), (status = 409, body = Problem)))]
+    responses((status = 200, body = RecordView), (status = 400, response = Problem),
+    (status = 404, response = Problem), (status = 409, response = Problem)))]
 pub(super) async fn settle(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
@@ -393,8 +393,8 @@ pub(super) async fn settle(
 /// can never be decided: the owner goes on, under its epoch. Refused at that volume
 /// itself, and once the source may have sealed this one.
 #[utoipa::path(post, path = "/v1/volumes/{name}/disarm", params(("name" = String, Path)), request_body = Which,
-    responses((status = 200, body = RecordView), (status = 400, body = Problem),
-    (status = 404, body = Problem), (status = 409, body = Problem)))]
+    responses((status = 200, body = RecordView), (status = 400, response = Problem),
+    (status = 404, response = Problem), (status = 409, response = Problem)))]
 pub(super) async fn disarm(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
@@ -410,7 +410,7 @@ pub(super) async fn disarm(
 
 /// Shows the last changes of the access record.
 #[utoipa::path(get, path = "/v1/volumes/{name}/audit", params(("name" = String, Path)),
-    responses((status = 200, body = AuditTrail), (status = 404, body = Problem)))]
+    responses((status = 200, body = AuditTrail), (status = 404, response = Problem)))]
 pub(super) async fn audit(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,

@@ -4,14 +4,14 @@ use axum::Json;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use utoipa::openapi::{OpenApi, RefOr};
-use utoipa::{Modify, ToSchema};
+use utoipa::{ToResponse, ToSchema};
 
 use crate::store::VolumeError;
 use crate::volumes::{ChangeError, CreateError, DeleteError};
 
 /// An error document (RFC 9457).
-#[derive(Clone, Debug, Serialize, ToSchema)]
+#[derive(Clone, Debug, Serialize, ToSchema, ToResponse)]
+#[response(description = "It was not done.", content_type = "application/problem+json")]
 pub(super) struct Problem {
     /// Stable name of the kind of problem; programs go by it.
     #[serde(rename = "type")]
@@ -63,27 +63,6 @@ impl IntoResponse for Problem {
         let content_type = header::HeaderValue::from_static("application/problem+json");
         response.headers_mut().insert(header::CONTENT_TYPE, content_type);
         response
-    }
-}
-
-/// What errors are sent as is what the document says.
-pub(super) struct ProblemBodies;
-
-impl Modify for ProblemBodies {
-    fn modify(&self, document: &mut OpenApi) {
-        for item in document.paths.paths.values_mut() {
-            let operations = [&mut item.get, &mut item.post, &mut item.delete];
-            for operation in operations.into_iter().flatten() {
-                for (status, response) in &mut operation.responses.responses {
-                    if let RefOr::T(response) = response
-                        && status.as_str() >= "400"
-                        && let Some(body) = response.content.swap_remove("application/json")
-                    {
-                        response.content.insert("application/problem+json".to_owned(), body);
-                    }
-                }
-            }
-        }
     }
 }
 

@@ -204,7 +204,7 @@ pub(super) async fn list(State(api): State<Arc<Api>>) -> Json<VolumeList> {
 
 /// Makes a volume. It takes no space until it is written.
 #[utoipa::path(post, path = "/v1/volumes", request_body = CreateVolume, responses(
-    (status = 201, body = VolumeView), (status = 400, body = Problem), (status = 409, body = Problem)))]
+    (status = 201, body = VolumeView), (status = 400, response = Problem), (status = 409, response = Problem)))]
 pub(super) async fn create(
     State(api): State<Arc<Api>>,
     request: Body<CreateVolume>,
@@ -218,7 +218,7 @@ pub(super) async fn create(
 
 /// Shows a volume, its access record and who is connected.
 #[utoipa::path(get, path = "/v1/volumes/{name}", params(("name" = String, Path)), responses(
-    (status = 200, body = VolumeView), (status = 404, body = Problem)))]
+    (status = 200, body = VolumeView), (status = 404, response = Problem)))]
 pub(super) async fn show(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
@@ -229,7 +229,7 @@ pub(super) async fn show(
 /// Deletes a volume that nobody uses.
 #[utoipa::path(delete, path = "/v1/volumes/{name}", params(("name" = String, Path),
     ("force" = Option<bool>, Query, description = "Delete although read-only or standby clients are connected.")),
-    responses((status = 204), (status = 404, body = Problem), (status = 409, body = Problem)))]
+    responses((status = 204), (status = 404, response = Problem), (status = 409, response = Problem)))]
 pub(super) async fn delete(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
@@ -244,7 +244,7 @@ pub(super) async fn delete(
 /// Grows a volume; connected clients are told.
 #[utoipa::path(post, path = "/v1/volumes/{name}/resize", params(("name" = String, Path)),
     request_body = ResizeVolume, responses((status = 200, body = VolumeView),
-    (status = 400, body = Problem), (status = 404, body = Problem), (status = 409, body = Problem)))]
+    (status = 400, response = Problem), (status = 404, response = Problem), (status = 409, response = Problem)))]
 pub(super) async fn resize(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
@@ -261,7 +261,7 @@ pub(super) async fn resize(
 /// nothing of the old owner can reach the volume any more.
 #[utoipa::path(post, path = "/v1/volumes/{name}/fence", params(("name" = String, Path)),
     request_body = FenceVolume, responses((status = 200, body = VolumeView),
-    (status = 400, body = Problem), (status = 404, body = Problem), (status = 409, body = Problem)))]
+    (status = 400, response = Problem), (status = 404, response = Problem), (status = 409, response = Problem)))]
 pub(super) async fn fence(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
