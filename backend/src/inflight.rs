@@ -23,7 +23,8 @@
 //! `queue-size`. There is room for the largest; what nobody writes takes no memory
 //! (unless the machine's is locked: 0.5 MiB a ring). A process of an earlier version
 //! does not know of these parts and runs such a ring without a table, so what is in
-//! them counts only if no such process has had the region since.
+//! them counts only if no such process has had the region since. Of a ring's two parts
+//! the one counts that it ran with last.
 
 use std::collections::VecDeque;
 use std::io;
@@ -203,9 +204,13 @@ impl InflightRegion {
     /// The word of ring 0 that the specification keeps for features and that is
     /// zero in every version so far.
     fn features(&self) -> Option<&AtomicU64> {
+        (self.rings_bytes() > 0).then(|| self.features_of(self.offset))
+    }
+
+    /// The same of the ring whose first part begins there.
+    fn features_of(&self, first: usize) -> &AtomicU64 {
         // SAFETY: `map` checked that all rings are mapped, and the alignment.
-        (self.rings_bytes() > 0)
-            .then(|| unsafe { AtomicU64::from_ptr(self.mapping.as_ptr().add(self.offset).cast()) })
+        unsafe { AtomicU64::from_ptr(self.mapping.as_ptr().add(first).cast()) }
     }
 
     /// Keeps the guest's choice of cache mode for the process that comes next:
@@ -388,10 +393,7 @@ impl InflightRing {
             self.inflight(head).store(0, Ordering::Relaxed);
         }
         self.desc_num().store(self.size, Ordering::Relaxed);
-        // SAFETY: mapped, as the whole first part is, and aligned; used with atomics only.
-        let features = unsafe {
-            AtomicU64::from_ptr(self.region.mapping.as_ptr().add(self.first).cast::<u64>())
-        };
+        let features = self.region.features_of(self.first);
         if Some(self.base) == self.large {
             features.fetch_or(LARGE_USED, Ordering::AcqRel);
             self.region.version_of(self.first).store(0, Ordering::Release);
